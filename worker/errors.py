@@ -1,0 +1,222 @@
+"""Every failure Timbre knows: a stable code, a sentence a person can act on, and whether a retry helps.
+
+Codes are public: they stand in dead letters, metrics and `timbre tag --json`. Never rename one.
+"""
+
+from typing import ClassVar
+
+
+class TimbreError(Exception):
+    """A failure with a stable `code`; `retryable` says whether the same input may pass later."""
+
+    code: ClassVar[str] = "internal_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class Unexpected(TimbreError):
+    """A fault in Timbre itself: the message carries the exception's type, the log its traceback."""
+
+    code = "internal_error"
+
+
+class SettingsInvalid(TimbreError):
+    """Configuration that can't be used."""
+
+    code = "settings_invalid"
+
+
+# Intake -------------------------------------------------------------------------------------
+
+
+class EventMalformed(TimbreError):
+    """The message is not a new-track event in any accepted form."""
+
+    code = "event_malformed"
+
+
+class EventTooLarge(TimbreError):
+    """The message is larger than an event may be."""
+
+    code = "event_too_large"
+
+
+class EventVersionUnknown(TimbreError):
+    """The event names a specification version this worker doesn't read."""
+
+    code = "event_version_unknown"
+
+
+# Fetch --------------------------------------------------------------------------------------
+
+
+class FetchFailed(TimbreError):
+    """The audio could not be fetched."""
+
+    code = "fetch_failed"
+
+
+class FetchUnavailable(FetchFailed):
+    """The server was unreachable, reset the connection, or answered with a passing error."""
+
+    code = "fetch_unavailable"
+    retryable = True
+
+
+class FetchTimeout(FetchFailed):
+    """The audio did not arrive in time."""
+
+    code = "fetch_timeout"
+    retryable = True
+
+
+class AudioNotFound(FetchFailed):
+    """There is nothing at the address (404, 410, no such object, no such file)."""
+
+    code = "audio_not_found"
+
+
+class FetchForbidden(FetchFailed):
+    """The server refused access (401, 403, or another permanent client error)."""
+
+    code = "fetch_forbidden"
+
+
+class AddressRefused(FetchFailed):
+    """The address is private, loopback, link-local, or otherwise not allowed by configuration."""
+
+    code = "address_refused"
+
+
+class UriUnsupported(FetchFailed):
+    """The URI's scheme or form is not one that Timbre fetches."""
+
+    code = "uri_unsupported"
+
+
+class AudioTooLarge(FetchFailed):
+    """The audio has more bytes than the configured limit."""
+
+    code = "audio_too_large"
+
+
+class RedirectLimit(FetchFailed):
+    """More redirects than allowed, or a redirect without a usable address."""
+
+    code = "redirect_limit"
+
+
+class ChecksumMismatch(FetchFailed):
+    """The bytes fetched are not those that the event names by SHA-256."""
+
+    code = "checksum_mismatch"
+
+
+class SpoolFull(FetchFailed):
+    """The spool has no room left."""
+
+    code = "spool_full"
+    retryable = True
+
+
+# Decode -------------------------------------------------------------------------------------
+
+
+class DecodeFailed(TimbreError):
+    """The audio could not be decoded."""
+
+    code = "decode_failed"
+
+
+class AudioUnreadable(DecodeFailed):
+    """No accepted audio container or codec, or damage from the first byte on."""
+
+    code = "audio_unreadable"
+
+
+class AudioEmpty(DecodeFailed):
+    """The file decodes to no samples at all."""
+
+    code = "audio_empty"
+
+
+class AudioTooLong(DecodeFailed):
+    """The track lasts longer than the configured limit."""
+
+    code = "audio_too_long"
+
+
+class DecodeTimeout(DecodeFailed):
+    """The decoder ran into its hard time limit and was ended."""
+
+    code = "decode_timeout"
+
+
+class DecoderCrashed(DecodeFailed):
+    """The decoder process died, or was ended for the memory it took."""
+
+    code = "decoder_crashed"
+
+
+# Batch and vote -----------------------------------------------------------------------------
+
+
+class InferenceFailed(TimbreError):
+    """The network could not be run over the track's windows, not even alone."""
+
+    code = "inference_failed"
+
+
+class DeviceOutOfMemory(InferenceFailed):
+    """A single window does not fit the device's free memory."""
+
+    code = "device_out_of_memory"
+    retryable = True
+
+
+class TrackSilent(TimbreError):
+    """Every window is silent, so none votes."""
+
+    code = "track_silent"
+
+
+class DeadlineExceeded(TimbreError):
+    """The track did not meet its own deadline."""
+
+    code = "deadline_exceeded"
+    retryable = True
+
+
+class WorkerStopping(TimbreError):
+    """The worker stops and gives the event back unacknowledged."""
+
+    code = "worker_stopping"
+    retryable = True
+
+
+# Bundles ------------------------------------------------------------------------------------
+
+
+class BundleInvalid(TimbreError):
+    """The model bundle is missing, damaged, or of a form this version doesn't read."""
+
+    code = "bundle_invalid"
+
+
+# Delivery -----------------------------------------------------------------------------------
+
+
+class PublishFailed(TimbreError):
+    """Kafka did not take the result."""
+
+    code = "publish_failed"
+    retryable = True
+
+
+class ServicesUnavailable(TimbreError):
+    """The local Kafka or Redis could not be started or reached."""
+
+    code = "services_unavailable"

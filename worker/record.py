@@ -1,0 +1,19 @@
+"""A Kafka record as the stages see it, free of any client library."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One consumed message with where it came from.
+
+    `timestamp_s` is the record's time in seconds since the epoch, `headers` keep their order.
+    """
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp_s: float
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes], ...] = ()
