@@ -1,4 +1,4 @@
-"""Every failure Timbre knows: a stable code, a sentence a person can act on, and whether a retry helps.
+"""Every failure Timbre knows: a stable code, a sentence to act on, and whether a retry helps.
 
 Codes are public: they stand in dead letters, metrics and `timbre tag --json`. Never rename one.
 """

@@ -1,0 +1,261 @@
+"""All configuration: one typed object, read once.
+
+Every value can be given in the environment as `TIMBRE_<SECTION>__<NAME>` (for example
+`TIMBRE_KAFKA__BOOTSTRAP_SERVERS`), or as a file of that name, in lower case, in the folder named by
+`TIMBRE_SECRETS_DIR`, which is how passwords should arrive. The environment wins over files.
+"""
+
+import os
+import tempfile
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NestedSecretsSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from worker.errors import SettingsInvalid
+
+VoteMethod = Literal["mean", "majority", "weighted"]
+MIB = 1024 * 1024
+
+
+class Section(BaseModel):
+    """A part of the settings: unknown names are refused, so a misspelling is noticed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FetchSettings(Section):
+    """Where audio may come from and how much of it."""
+
+    file_roots: tuple[Path, ...] = Field((), description="Folders below which `file` URIs are read")
+    allowed_networks: tuple[IPv4Network | IPv6Network, ...] = Field(
+        (), description="Networks that may be fetched from although they are not public"
+    )
+    spool_dir: Path = Field(
+        default_factory=lambda: Path(tempfile.gettempdir()) / "timbre-spool",
+        description="Folder that holds audio between fetch and decode",
+    )
+    spool_max_bytes: int = Field(8192 * MIB, gt=0, description="Bytes in the spool at any time")
+    max_bytes: int = Field(1024 * MIB, gt=0, description="Bytes of one track's file")
+    timeout_s: float = Field(300.0, gt=0, description="Seconds for one fetch, retries included")
+    stall_timeout_s: float = Field(15.0, gt=0, description="Seconds without a byte")
+    connect_timeout_s: float = Field(10.0, gt=0, description="Seconds to connect")
+    max_redirects: int = Field(5, ge=0, description="Redirects followed")
+    attempts: int = Field(5, ge=1, description="Attempts for what can pass")
+    backoff_initial_s: float = Field(0.25, gt=0, description="First wait between attempts")
+    backoff_max_s: float = Field(20.0, gt=0, description="Longest wait between attempts")
+    s3_endpoint: str | None = Field(None, description="Endpoint of an S3-compatible store")
+    s3_region: str | None = Field(None, description="Region of the S3 store")
+    s3_access_key_id: SecretStr | None = Field(None, description="S3 access key")
+    s3_secret_access_key: SecretStr | None = Field(None, description="S3 secret key")
+    gs_service_account_key: SecretStr | None = Field(
+        None, description="Google service account key, as JSON"
+    )
+    az_account_name: str | None = Field(None, description="Azure storage account")
+    az_account_key: SecretStr | None = Field(None, description="Azure storage key")
+
+
+class DecodeSettings(Section):
+    """The decoder processes and their limits."""
+
+    processes: int = Field(
+        default_factory=lambda: len(os.sched_getaffinity(0)),
+        ge=1,
+        description="Decoder processes, one track each at a time",
+    )
+    timeout_s: float = Field(
+        180.0, gt=0, description="Seconds of work for one track before its decoder is ended"
+    )
+    max_memory_bytes: int = Field(
+        1024 * MIB, gt=0, description="Address space of one decoder above what it needs at rest"
+    )
+    max_duration_s: float = Field(6 * 3600.0, gt=0, description="Seconds of audio in one track")
+    slots: int = Field(3, ge=2, description="Shared-memory blocks of one decoder")
+    slot_windows: int = Field(16, ge=1, description="Windows in one block")
+
+
+class WindowSettings(Section):
+    """How a track is cut."""
+
+    hop_s: float = Field(3.0, gt=0, description="Seconds between the starts of two windows")
+    min_tail_s: float = Field(
+        1.0, ge=0, description="A tail shorter than this is dropped, unless it is the whole track"
+    )
+    silence_dbfs: float = Field(
+        -60.0, le=0, description="A window whose RMS lies below this is silent and doesn't vote"
+    )
+
+
+class BatchSettings(Section):
+    """The batcher and the device."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the network runs")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Number type of the network; auto is bfloat16 on CUDA, float32 on CPU"
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of the network; 0 leaves it to torch")
+    max_windows: int = Field(64, ge=1, description="Windows in a batch")
+    max_delay_s: float = Field(0.05, ge=0, description="Seconds the oldest window waits")
+    queue_windows: int = Field(512, ge=1, description="Windows that wait at most, all tracks")
+    in_flight: int = Field(2, ge=1, le=2, description="Batches on their way through the device")
+    backfill_share: float = Field(
+        0.1, ge=0, le=1, description="Share of a batch kept for backfill while uploads wait"
+    )
+
+
+class VoteSettings(Section):
+    """How windows become tags."""
+
+    method: VoteMethod = Field("mean", description="mean, majority or weighted (by confidence)")
+    uncertain_below: float | None = Field(
+        None, ge=0, le=1, description="Best score below which a track is uncertain; unset: bundle's"
+    )
+    max_tags: int = Field(10, ge=1, description="Tags of one head in the result")
+    min_score: float = Field(0.05, ge=0, le=1, description="Tags below this are left out")
+    taggram: bool = Field(False, description="Whether results carry the windows x labels table")
+
+
+class KafkaSettings(Section):
+    """The broker, its topics and how it is spoken to."""
+
+    bootstrap_servers: str = Field("localhost:9092", description="host:port, comma-separated")
+    group: str = Field("timbre", description="Consumer group")
+    topic_new: str = Field("tracks.new", description="New-track events")
+    topic_backfill: str = Field("tracks.backfill", description="The same at lower priority")
+    topic_tags: str = Field("tracks.tags", description="Results")
+    topic_features: str = Field("tracks.features", description="Embeddings")
+    topic_dead_letter: str = Field("tracks.dead-letter", description="Events that can't pass")
+    max_event_bytes: int = Field(MIB, gt=0, description="Bytes of one event")
+    session_timeout_s: float = Field(
+        20.0, ge=6, description="Seconds until the group takes over a dead worker's partitions"
+    )
+    request_timeout_s: float = Field(30.0, gt=0, description="Seconds for one request to a broker")
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
+    sasl_username: str | None = None
+    sasl_password: SecretStr | None = None
+    ssl_ca_file: Path | None = Field(None, description="CA certificates; unset: the system's")
+    ssl_cert_file: Path | None = Field(None, description="Client certificate")
+    ssl_key_file: Path | None = Field(None, description="Client key")
+
+    @model_validator(mode="after")
+    def _sasl_needs_credentials(self) -> Self:
+        if self.security_protocol.startswith("SASL") and not (
+            self.sasl_username and self.sasl_password
+        ):
+            raise ValueError(f"{self.security_protocol} needs sasl_username and sasl_password")
+        return self
+
+
+class RedisSettings(Section):
+    """The store of results and the cache."""
+
+    url: SecretStr = Field(
+        SecretStr("redis://localhost:6379/0"), description="redis://, rediss:// or unix://"
+    )
+    password: SecretStr | None = Field(None, description="Password, when not in the URL")
+    ssl_ca_file: Path | None = Field(None, description="CA certificates for rediss://")
+    prefix: str = Field("timbre:", description="Start of every key")
+    track_ttl_s: int = Field(30 * 86400, ge=0, description="Life of a track's hash; 0: for ever")
+    cache_ttl_s: int = Field(30 * 86400, ge=0, description="Life of a cached analysis; 0: for ever")
+    genre_ttl_s: int = Field(0, ge=0, description="Life of a genre's sorted set; 0: for ever")
+    timeout_s: float = Field(2.0, gt=0, description="Seconds for one command")
+    catch_up_max: int = Field(
+        10_000, ge=0, description="Results kept to be stored once Redis is back"
+    )
+
+
+class HttpSettings(Section):
+    """The worker's own port: metrics and health."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 in a container")
+    port: int = Field(8080, ge=0, le=65535, description="Port; 0 takes a free one")
+
+
+class WorkerSettings(Section):
+    """How much a worker takes on, and how it stops."""
+
+    bundle: str | None = Field(None, description="Path or name of a model bundle; unset: default")
+    max_in_flight: int = Field(16, ge=1, description="Events being worked on at once")
+    max_backfill_in_flight: int = Field(8, ge=1, description="Of these, backfill at most")
+    max_ahead: int = Field(
+        256, ge=1, description="Events of a partition finished ahead of its oldest, at most"
+    )
+    track_deadline_s: float = Field(
+        600.0, gt=0, description="Seconds one attempt at a track may take"
+    )
+    attempts: int = Field(3, ge=1, description="Attempts at a track before its dead letter")
+    backoff_initial_s: float = Field(0.5, gt=0, description="First wait between attempts")
+    backoff_max_s: float = Field(30.0, gt=0, description="Longest wait between attempts")
+    stop_deadline_s: float = Field(25.0, gt=0, description="Seconds from SIGTERM to the exit")
+    stalled_after_s: float = Field(
+        120.0, gt=0, description="Seconds without progress, while there is lag, until not live"
+    )
+    log_format: Literal["text", "json"] = "text"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Settings(BaseSettings):
+    """Everything a process of Timbre can be told."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="TIMBRE_",
+        env_nested_delimiter="__",
+        extra="ignore",
+        frozen=True,
+        secrets_dir_missing="error",
+    )
+
+    fetch: FetchSettings = FetchSettings()
+    decode: DecodeSettings = DecodeSettings()
+    windows: WindowSettings = WindowSettings()
+    batch: BatchSettings = BatchSettings()
+    vote: VoteSettings = VoteSettings()
+    kafka: KafkaSettings = KafkaSettings()
+    redis: RedisSettings = RedisSettings()
+    http: HttpSettings = HttpSettings()
+    worker: WorkerSettings = WorkerSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        secrets_dir = os.environ.get("TIMBRE_SECRETS_DIR")
+        if secrets_dir is None:
+            return init_settings, env_settings
+        files = NestedSecretsSettingsSource(
+            file_secret_settings, secrets_dir=secrets_dir, secrets_prefix=""
+        )
+        return init_settings, env_settings, files
+
+
+def load(**sections: object) -> Settings:
+    """Read the settings from the environment and secret files; `sections` win over both.
+
+    Raises
+    ------
+    SettingsInvalid
+        A value is of the wrong kind; the message names it without showing secrets.
+    """
+    try:
+        return Settings(**sections)  # type: ignore[arg-type]  # pydantic checks what comes in
+    except ValidationError as error:
+        faults = "; ".join(
+            f"TIMBRE_{'__'.join(str(part) for part in fault['loc']).upper()}: {fault['msg']}"
+            for fault in error.errors(include_input=False, include_url=False)
+        )
+        raise SettingsInvalid(f"Settings can't be used. {faults}") from None
+    except Exception as error:
+        raise SettingsInvalid(f"Settings can't be read: {error}") from None
