@@ -1,0 +1,129 @@
+"""Every metric of the worker, by name, in one place. No label ever holds a track id or an address.
+
+Units follow Prometheus's conventions: seconds and bytes, counters end in `_total`.
+"""
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+
+STAGE_BUCKETS_S = (
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
+)  # fmt: skip
+WAIT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 30.0)
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512)
+FILL_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+class Metrics:
+    """The worker's metrics on a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+
+        self.build = Info("timbre_build", "Version of the worker and its model", registry=registry)
+        self.events = Counter("timbre_events", "Events consumed", ["topic"], registry=registry)
+        self.tracks = Counter(
+            "timbre_tracks",
+            "Tracks finished, by outcome: tagged, cached, dead_letter",
+            ["outcome", "priority"],
+            registry=registry,
+        )
+        self.dead_letters = Counter(
+            "timbre_dead_letters", "Dead letters by reason code", ["code"], registry=registry
+        )
+        self.retries = Counter(
+            "timbre_retries", "Attempts repeated, by stage and reason code", ["stage", "code"],
+            registry=registry,
+        )  # fmt: skip
+        self.cache = Counter(
+            "timbre_cache_lookups", "Cache lookups: hit, miss, error", ["result"], registry=registry
+        )
+        self.redis_backlog = Gauge(
+            "timbre_redis_backlog", "Results waiting to be stored in Redis", registry=registry
+        )
+        self.redis_dropped = Counter(
+            "timbre_redis_dropped", "Results never stored in Redis (backlog full)",
+            registry=registry,
+        )  # fmt: skip
+        self.stage_seconds = Histogram(
+            "timbre_stage_seconds",
+            "Seconds of one track in a stage: fetch, decode, batch, vote, publish, store, total",
+            ["stage"],
+            buckets=STAGE_BUCKETS_S,
+            registry=registry,
+        )
+        self.end_to_end_seconds = Histogram(
+            "timbre_end_to_end_seconds",
+            "Seconds from the event's time in Kafka to its tags",
+            ["priority"],
+            buckets=STAGE_BUCKETS_S,
+            registry=registry,
+        )
+        self.fetched_bytes = Counter(
+            "timbre_fetched_bytes", "Bytes of audio fetched", registry=registry
+        )
+        self.audio_seconds = Counter(
+            "timbre_audio_seconds", "Seconds of audio tagged", registry=registry
+        )
+        self.windows = Counter(
+            "timbre_windows", "Windows: voted, silent", ["kind"], registry=registry
+        )
+        self.batch_windows = Histogram(
+            "timbre_batch_windows", "Windows in a batch", buckets=BATCH_BUCKETS, registry=registry
+        )
+        self.batch_fill = Histogram(
+            "timbre_batch_fill", "Windows in a batch over the most there may be",
+            buckets=FILL_BUCKETS, registry=registry,
+        )  # fmt: skip
+        self.batch_wait_seconds = Histogram(
+            "timbre_batch_wait_seconds", "Seconds a batch's oldest window waited",
+            buckets=WAIT_BUCKETS_S, registry=registry,
+        )  # fmt: skip
+        self.batch_compute_seconds = Histogram(
+            "timbre_batch_compute_seconds", "Seconds of a batch on the device",
+            buckets=WAIT_BUCKETS_S, registry=registry,
+        )  # fmt: skip
+        self.batch_faults = Counter(
+            "timbre_batch_faults", "Batches that failed on the device, by kind", ["kind"],
+            registry=registry,
+        )  # fmt: skip
+        self.queue_windows = Gauge(
+            "timbre_queue_windows", "Windows waiting for a batch", registry=registry
+        )
+        self.in_flight = Gauge(
+            "timbre_in_flight", "Events being worked on", ["priority"], registry=registry
+        )
+        self.consumer_lag = Gauge(
+            "timbre_consumer_lag",
+            "Events of an assigned partition behind its end, unfinished ones included",
+            ["topic", "partition"],
+            registry=registry,
+        )
+        self.decoder_restarts = Counter(
+            "timbre_decoder_restarts", "Decoder processes ended and replaced", registry=registry
+        )
+        self.consumer_restarts = Counter(
+            "timbre_consumer_restarts", "Times the Kafka consumer was built anew",
+            registry=registry,
+        )  # fmt: skip
+        self.labels = Counter(
+            "timbre_labels", "Tracks by their best label of a head", ["head", "label"],
+            registry=registry,
+        )  # fmt: skip
+        self.uncertain = Counter(
+            "timbre_uncertain_tracks", "Tracks on which nothing was clear", registry=registry
+        )
+
+    def render(self) -> bytes:
+        """The exposition text of all metrics."""
+        return generate_latest(self.registry)
