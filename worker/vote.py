@@ -126,12 +126,11 @@ def confidence(probabilities: Floats, kind: Literal["single", "multi"]) -> Float
     np.ndarray [shape=(windows,)], in [0, 1]
     """
     labels = probabilities.shape[1]
+    nats: Floats = _nats(probabilities)
+    most = np.log(max(labels, 2))  # one label alone is always sure
     if kind == "multi":
-        nats = _nats(probabilities) + _nats(1.0 - probabilities)
+        nats = nats + _nats(1.0 - probabilities)
         most = labels * np.log(2.0)
-    else:
-        nats = _nats(probabilities)
-        most = np.log(max(labels, 2))  # one label alone is always sure
     result: Floats = np.clip(1.0 - nats.sum(axis=1) / most, 0.0, 1.0)
     return result
 
@@ -139,7 +138,7 @@ def confidence(probabilities: Floats, kind: Literal["single", "multi"]) -> Float
 def _vote_head(head: Head, probabilities: Floats, method: VoteMethod) -> list[VotedTag]:
     mean: Floats = probabilities.mean(axis=0)
     share: Floats = _votes(probabilities, head.kind).mean(axis=0)
-    voted = mean
+    voted: Floats = mean
     if method == "majority":
         voted = share
     elif method == "weighted":
@@ -160,9 +159,10 @@ def _vote_head(head: Head, probabilities: Floats, method: VoteMethod) -> list[Vo
 
 def _votes(probabilities: Floats, kind: Literal["single", "multi"]) -> Floats:
     """Who votes for what, as 0 and 1: (windows, labels). A tie goes to the earlier label."""
+    votes: Floats = np.eye(probabilities.shape[1])[probabilities.argmax(axis=1)]
     if kind == "multi":
-        return (probabilities > MULTI_LABEL_VOTE_ABOVE).astype(np.float64)
-    return np.eye(probabilities.shape[1])[probabilities.argmax(axis=1)]
+        votes = (probabilities > MULTI_LABEL_VOTE_ABOVE).astype(np.float64)
+    return votes
 
 
 def _weighted_mean(probabilities: Floats, weights: Floats) -> Floats:
