@@ -220,3 +220,24 @@ class ServicesUnavailable(TimbreError):
     """The local Kafka or Redis could not be started or reached."""
 
     code = "services_unavailable"
+
+
+# Data sets and training ----------------------------------------------------------------------
+
+
+class DatasetInvalid(TimbreError):
+    """The data set is missing, damaged, empty, or of a layout that this version doesn't read."""
+
+    code = "dataset_invalid"
+
+
+class SplitLeaks(DatasetInvalid):
+    """A split puts one artist, or one recording, on both sides."""
+
+    code = "split_leaks"
+
+
+class CheckpointInvalid(TimbreError):
+    """The checkpoint to resume from is missing, damaged, or of another training run."""
+
+    code = "checkpoint_invalid"
