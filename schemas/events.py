@@ -1,0 +1,330 @@
+"""The events that Timbre reads and writes: the one place where their fields are defined.
+
+What comes in (`NewTrack`) is bounded in every direction, since anybody may have sent it; fields
+that this version doesn't know are ignored, so a producer may be newer than the worker. What goes
+out (`TrackTags`, `TrackFeatures`, `DeadLetter`) is stable: within one `schema_version` fields are
+added, never renamed, removed or given another type. The JSON Schemas in `schemas/json` and the
+AsyncAPI document are generated from these models by `python -m schemas.generate`.
+"""
+
+import re
+from datetime import UTC, datetime
+from math import isfinite
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    WithJsonSchema,
+)
+from pydantic_core import to_json
+
+SCHEMA_VERSION: Literal[1] = 1
+
+MAX_TRACK_ID_CHARS = 256
+MAX_URI_CHARS = 8192
+MAX_SOURCE_EVENT_ID_CHARS = 4096
+MAX_METADATA_BYTES = 128 * 1024
+MAX_METADATA_DEPTH = 16
+
+# Control characters and line breaks would tear log lines, terminals and keys apart.
+_PRINTABLE = r"^[^\u0000-\u001f\u007f-\u009f\u2028\u2029]+$"
+_DATE = re.compile(r"\d{4}-\d\d-\d\d")
+
+
+def _timestamp(value: object) -> object:
+    """Only text is a time stamp here: a bare number may be seconds or milliseconds."""
+    if isinstance(value, datetime) or (isinstance(value, str) and _DATE.match(value)):
+        return value
+    raise ValueError("must be an ISO 8601 date and time, such as 2026-01-31T12:00:00Z")
+
+
+def _in_utc(value: datetime) -> datetime:
+    try:
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).astimezone(UTC)
+    except OverflowError:
+        raise ValueError("must lie between the years 1 and 9999") from None
+
+
+def _bounded(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    level: list[Any] = [metadata]
+    depth = 0
+    while level:
+        depth += 1
+        if depth > MAX_METADATA_DEPTH:
+            raise ValueError(f"must not be nested deeper than {MAX_METADATA_DEPTH} levels")
+        children = [
+            child for node in level for child in (node.values() if isinstance(node, dict) else node)
+        ]
+        if any(isinstance(child, float) and not isfinite(child) for child in children):
+            raise ValueError("must hold finite numbers only")  # 1e999 is JSON, infinity is not
+        level = [child for child in children if isinstance(child, dict | list)]
+    if len(to_json(metadata)) > MAX_METADATA_BYTES:
+        raise ValueError(f"must not take more than {MAX_METADATA_BYTES} bytes as JSON")
+    return metadata
+
+
+def _six_decimals(value: object) -> object:
+    """Round away what float32 can't carry anyway, such as the excess of 1.0000001."""
+    return round(value, 6) if isinstance(value, float) else value
+
+
+TrackId = Annotated[
+    str, Field(min_length=1, max_length=MAX_TRACK_ID_CHARS, pattern=_PRINTABLE, examples=["t-4711"])
+]
+Sha256 = Annotated[
+    str,
+    Field(pattern=r"^[0-9a-fA-F]{64}$", description="SHA-256 of the audio's bytes, in hex"),
+    AfterValidator(str.lower),
+]
+Timestamp = Annotated[
+    datetime,
+    BeforeValidator(_timestamp),
+    AfterValidator(_in_utc),
+    WithJsonSchema({"type": "string", "format": "date-time"}),
+]
+Metadata = Annotated[
+    dict[str, JsonValue],
+    AfterValidator(_bounded),
+    Field(
+        description=(
+            "The platform's own data, passed through untouched: any JSON object of at most "
+            f"{MAX_METADATA_BYTES} bytes and {MAX_METADATA_DEPTH} levels"
+        )
+    ),
+]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_six_decimals)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Part(BaseModel):
+    """Base of everything in an event: immutable, and unknown fields are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+    def to_bytes(self) -> bytes:
+        """The value as it stands on a topic: UTF-8 JSON, fields in the order of the model."""
+        return self.model_dump_json().encode()
+
+    @classmethod
+    def from_bytes(cls, value: bytes) -> Self:
+        """Read back what `to_bytes` wrote; raises `pydantic.ValidationError` for anything else."""
+        return cls.model_validate_json(value)
+
+
+# In -----------------------------------------------------------------------------------------
+
+
+class AudioRef(Part):
+    """Where a track's audio lies."""
+
+    uri: Annotated[str, Field(min_length=1, max_length=MAX_URI_CHARS, pattern=_PRINTABLE)]
+    """Address of the audio: https, http, s3, gs, az or file"""
+    sha256: Sha256 | None = None
+    """SHA-256 of the bytes, in hex; when given, other bytes are refused"""
+    etag: Annotated[str, Field(max_length=1024)] | None = None
+    """The store's entity tag"""
+    size_bytes: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
+    """Bytes of the audio, as the sender knows them"""
+
+
+class NewTrack(Part):
+    """A track to be tagged, on `tracks.new` or, at lower priority, on `tracks.backfill`."""
+
+    track_id: TrackId
+    """The platform's name of the track, and the message's key"""
+    audio: AudioRef
+    """Where the audio lies"""
+    uploaded_at: Timestamp | None = None
+    """When the track was uploaded; without a time zone it is taken as UTC"""
+    priority: Literal["upload", "backfill"] = "upload"
+    """Uploads go before backfill"""
+    metadata: Metadata = Field(default_factory=dict)
+    source_event_id: (
+        Annotated[str, Field(min_length=1, max_length=MAX_SOURCE_EVENT_ID_CHARS)] | None
+    ) = Field(None, exclude_if=lambda value: value is None)
+    """The event's identity at its source: set from a CloudEvent's `source` and `id`, or from a
+    bucket notification; a plain event may carry its own"""
+
+
+# Out ----------------------------------------------------------------------------------------
+
+
+class AudioFacts(Part):
+    """What the audio turned out to be."""
+
+    uri: str
+    """Where it was fetched from"""
+    sha256: Sha256
+    """SHA-256 of the bytes fetched, in hex"""
+    size_bytes: Count
+    """Bytes fetched"""
+    container: str
+    """Container, by FFmpeg's name"""
+    codec: str
+    """Codec, by FFmpeg's name"""
+    sample_rate_hz: Annotated[int, Field(gt=0)]
+    """Sample rate before resampling"""
+    channels: Annotated[int, Field(gt=0)]
+    """Channels before mixing down"""
+    duration_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """Seconds of audio decoded, whatever the container claims"""
+
+
+class Tag(Part):
+    """One label of one head that the track's windows voted for."""
+
+    head: str
+    """The model's head that gave it, such as `genre`"""
+    label: str
+    """The label itself, such as `jazz`"""
+    category: str
+    """Kind of label: genre, mood, instrument, era or voice"""
+    score: Share
+    """Calibrated probability of the label for the track"""
+    share: Share
+    """Share of the voting windows that chose the label"""
+
+
+class WindowCounts(Part):
+    """The windows a track was cut into."""
+
+    total: Count
+    """Windows cut"""
+    silent: Count
+    """Windows among them that were silent and did not vote"""
+
+
+class ModelRef(Part):
+    """The model that made a result."""
+
+    name: str
+    """Name of the bundle"""
+    version: str
+    """Version of the bundle: a hash of its content"""
+
+
+class Processing(Part):
+    """How this delivery came about: all that may differ when the same event is delivered again."""
+
+    processed_at: AwareDatetime
+    """When the result was made"""
+    timings_s: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    """Seconds spent in each stage"""
+    cached: bool
+    """Whether the result came from the cache, without decoding"""
+    attempt: Annotated[int, Field(ge=1)]
+    """Which attempt succeeded, counted from 1"""
+
+
+class TrackTags(Part):
+    """A track's tags, on `tracks.tags`. Two deliveries of one event differ in `processing` only."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    """Version of this form; a reader of version 1 reads every event that says 1"""
+    event_id: str
+    """Deterministic identity: the same event, redelivered, gets the same one"""
+    track_id: TrackId
+    """The platform's name of the track, and the message's key"""
+    audio: AudioFacts
+    """The audio that was tagged"""
+    tags: list[Tag]
+    """Tags, best first"""
+    uncertain: bool
+    """Whether no genre is clear enough to rely on"""
+    windows: WindowCounts
+    """Windows counted"""
+    vote: str
+    """How windows became tags: mean, majority or weighted"""
+    model: ModelRef
+    """The model that tagged"""
+    taggram: dict[str, list[list[Finite]]] | None = Field(
+        None, exclude_if=lambda value: value is None
+    )
+    """By head, a table (windows, labels) of probabilities; present only where configured"""
+    metadata: Metadata = Field(default_factory=dict)
+    processing: Processing
+    """What belongs to this delivery and not to the result"""
+
+
+class TrackFeatures(Part):
+    """A track's embedding, on `tracks.features`."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    """Version of this form; a reader of version 1 reads every event that says 1"""
+    event_id: str
+    """Identity of the event, the same as in `tracks.tags`"""
+    track_id: TrackId
+    """The platform's name of the track, and the message's key"""
+    model: ModelRef
+    """The model whose embedding it is; embeddings of two versions must not be compared"""
+    embedding: list[Finite]
+    """The track as a vector of length 1 (L2)"""
+    dims: Annotated[int, Field(ge=1)]
+    """Numbers in the embedding"""
+    processing: Processing
+    """What belongs to this delivery and not to the result"""
+
+
+class FailureReason(Part):
+    """Why a track could not be tagged."""
+
+    code: str
+    """Stable code, such as `audio_not_found`"""
+    message: str
+    """A sentence that says what to do"""
+    stage: str
+    """The stage that failed: intake, fetch, decode, batch, vote or publish"""
+    retryable: bool
+    """Whether the same event may pass later"""
+
+
+class Origin(Part):
+    """Where the event stood."""
+
+    topic: str
+    """Topic"""
+    partition: Count
+    """Partition"""
+    offset: Count
+    """Offset"""
+    timestamp: AwareDatetime
+    """The record's time stamp"""
+
+
+class OriginalMessage(Part):
+    """The message as it was, byte for byte."""
+
+    key_b64: str | None
+    """Key in base64, null where there was none"""
+    value_b64: str | None
+    """Value in base64, null where there was none"""
+    headers: list[tuple[str, str]]
+    """Headers in their order: name, value in base64"""
+
+
+class DeadLetter(Part):
+    """An event that can't be tagged, on `tracks.dead-letter` under its original key."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    """Version of this form; a reader of version 1 reads every event that says 1"""
+    reason: FailureReason
+    """What went wrong"""
+    attempts: Annotated[int, Field(ge=1)]
+    """Attempts made"""
+    origin: Origin
+    """Where the event stood"""
+    original: OriginalMessage
+    """The message itself, to be sent again"""
+    track_id: str | None
+    """The platform's name of the track, where the event could be read that far"""
+    failed_at: AwareDatetime
+    """When it was given up"""
+    model: ModelRef | None
+    """The model that was loaded, where there was one"""
