@@ -172,6 +172,23 @@ class RedisSettings(Section):
     )
 
 
+def _user_dir(variable: str, default: str) -> Path:
+    return Path(os.environ.get(variable) or Path.home() / default) / "timbre"
+
+
+class ServicesSettings(Section):
+    """Where the local Kafka and Redis keep what outlives them."""
+
+    cache_dir: Path = Field(
+        default_factory=lambda: _user_dir("XDG_CACHE_HOME", ".cache"),
+        description="Kafka's jars and the demo's music, fetched or rendered once",
+    )
+    state_dir: Path = Field(
+        default_factory=lambda: _user_dir("XDG_STATE_HOME", ".local/state"),
+        description="What `timbre services up` started, for `down` to find",
+    )
+
+
 class HttpSettings(Section):
     """The worker's own port: metrics and health."""
 
@@ -184,7 +201,10 @@ class WorkerSettings(Section):
 
     bundle: str | None = Field(None, description="Path or name of a model bundle; unset: default")
     max_in_flight: int = Field(16, ge=1, description="Events being worked on at once")
-    max_backfill_in_flight: int = Field(8, ge=1, description="Of these, backfill at most")
+    max_backfill_in_flight: int = Field(8, ge=1, description="Backfill events beside them")
+    rebalance_grace_s: float = Field(
+        5.0, ge=0, description="Seconds for what is in flight to finish before a rebalance"
+    )
     max_ahead: int = Field(
         256, ge=1, description="Events of a partition finished ahead of its oldest, at most"
     )
@@ -221,6 +241,7 @@ class Settings(BaseSettings):
     kafka: KafkaSettings = KafkaSettings()
     redis: RedisSettings = RedisSettings()
     http: HttpSettings = HttpSettings()
+    services: ServicesSettings = Field(default_factory=ServicesSettings)
     worker: WorkerSettings = WorkerSettings()
 
     @classmethod
