@@ -1,0 +1,201 @@
+"""What every layout becomes: clips with labels, a split, and what must not be torn apart by it."""
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker.errors import DatasetInvalid, SplitLeaks
+
+Kind = Literal["single", "multi"]
+AUDIO = re.compile(
+    r"[^.].*\.(aac|aiff?|au|flac|m4a|mka|mp3|mp4|og[ag]|opus|wav|webm|wma)", re.IGNORECASE
+)
+SPLIT_NAMES = {"training": "train", "validation": "valid", "val": "valid", "dev": "valid"}
+MAX_NAMED = 10  # tracks named in one error
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """One labelled piece of music.
+
+    `group` is the artist, or, where artists are unknown, the recording: what a split must keep on
+    one side. `split` is None where the data set leaves the clip out of its splits.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    group: str
+    split: str | None = None
+    path: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A clip that is left out, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class LogMels:
+    """Log-mels of a data set that has no audio, in the order of its clips.
+
+    `values` is `(clips, mels, frames)`; gain and offset of each clip are unknown. The rest says
+    how they were made, so that a front end can be held against it.
+    """
+
+    values: NDArray[np.uint8] | NDArray[np.float32]
+    sample_rate_hz: int = 22_050
+    n_fft: int = 2_048
+    hop: int = 914
+    f_max_hz: float = 11_025.0
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Clips of one layout. `grouped_by` says what `Clip.group` is."""
+
+    name: str
+    layout: str
+    kind: Kind
+    labels: tuple[str, ...]
+    clips: tuple[Clip, ...]
+    grouped_by: Literal["artist", "recording"]
+    licence: str
+    skipped: tuple[Skipped, ...] = ()
+    logmels: LogMels | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.clips:
+            raise DatasetInvalid(f"{self.name}: no labelled clip found in layout {self.layout!r}")
+        if len({clip.name for clip in self.clips}) != len(self.clips):
+            twice = [name for name, n in Counter(c.name for c in self.clips).items() if n > 1]
+            raise DatasetInvalid(f"{self.name}: named twice: {_listed(twice)}")
+        unlabelled = [clip.name for clip in self.clips if not clip.labels]
+        if unlabelled:
+            raise DatasetInvalid(f"{self.name}: without a label: {_listed(unlabelled)}")
+        if self.kind == "single" and any(len(clip.labels) > 1 for clip in self.clips):
+            raise DatasetInvalid(f"{self.name}: several labels on a clip of a single-label set")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits, those that everyone knows first."""
+        found = {clip.split for clip in self.clips if clip.split is not None}
+        known = [name for name in ("train", "valid", "test") if name in found]
+        return (*known, *sorted(found - set(known)))
+
+    def indices(self, split: str | None = None) -> NDArray[np.intp]:
+        """Positions of the clips of `split`, or of every clip that is in any split."""
+        if split is not None and split not in self.splits:
+            raise DatasetInvalid(
+                f"{self.name} has no split {split!r}; it has {', '.join(self.splits) or 'none'}"
+            )
+        chosen = [
+            index
+            for index, clip in enumerate(self.clips)
+            if clip.split is not None and split in (None, clip.split)
+        ]
+        return np.asarray(chosen, dtype=np.intp)
+
+    def targets(self, labels: Sequence[str] | None = None) -> NDArray[np.float32]:
+        """Zeros and ones `(clips, labels)` over `labels`, which must cover the data set's own."""
+        order = {label: column for column, label in enumerate(labels or self.labels)}
+        unknown = sorted(set(self.labels) - order.keys())
+        if unknown:
+            raise DatasetInvalid(f"{self.name} has labels that are not asked for: {unknown}")
+        table = np.zeros((len(self.clips), len(order)), dtype=np.float32)
+        for row, clip in enumerate(self.clips):
+            table[row, [order[label] for label in clip.labels]] = 1.0
+        return table
+
+    def check_split(self) -> "Dataset":
+        """The data set itself; SplitLeaks, naming the tracks, where a group is on two sides."""
+        sides: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        for clip in self.clips:
+            if clip.split is not None:
+                sides[clip.group][clip.split].append(clip.name)
+        torn = {group: by for group, by in sides.items() if len(by) > 1}
+        if torn:
+            told = [
+                f"{group}: " + " | ".join(f"{split}: {_listed(by[split], 3)}" for split in by)
+                for group, by in sorted(torn.items())
+            ]
+            raise SplitLeaks(
+                f"{self.name}: {len(torn)} {self.grouped_by}(s) stand on both sides of the split, "
+                f"so its figures would flatter: {_listed(told, separator='; ')}. "
+                "Give each one side, or leave the split out to have one made"
+            )
+        return self
+
+    def with_split(self, seed: int, shares: Sequence[float] = (0.7, 0.15, 0.15)) -> "Dataset":
+        """The same clips split anew into train, valid and test, group by group.
+
+        Groups are dealt in random order, each to the side that lacks most of the group's labels
+        (after Sechidis, Tsoumakas and Vlahavas: On the stratification of multi-label data, 2011).
+        """
+        generator = np.random.default_rng(seed)
+        columns = {label: column for column, label in enumerate(self.labels)}
+        members: dict[str, list[int]] = defaultdict(list)
+        for index, clip in enumerate(self.clips):
+            members[clip.group].append(index)
+        counts = {
+            group: np.bincount(
+                [columns[label] for i in clips for label in self.clips[i].labels],
+                minlength=len(columns),
+            )
+            for group, clips in members.items()
+        }
+        wanted = np.outer(shares, sum(counts.values(), np.zeros(len(columns))))
+        side_of: dict[str, str] = {}
+        groups = [list(members)[i] for i in generator.permutation(len(members))]
+        for group in sorted(groups, key=lambda g: -len(members[g])):
+            side = int(np.argmax(wanted @ (counts[group] / np.maximum(wanted.sum(0), 1e-9))))
+            wanted[side] -= counts[group]
+            side_of[group] = ("train", "valid", "test")[side]
+        return replace(
+            self, clips=tuple(replace(clip, split=side_of[clip.group]) for clip in self.clips)
+        )
+
+
+def split_name(raw: str) -> str | None:
+    """A split's name as used here; None for an empty one."""
+    name = raw.strip().lower()
+    return SPLIT_NAMES.get(name, name) or None
+
+
+def is_audio(path: Path) -> bool:
+    """Whether the name is one that audio files have; hidden files are none."""
+    return AUDIO.fullmatch(path.name) is not None
+
+
+def recordings(paths: Iterable[Path]) -> dict[Path, str]:
+    """What recording each file is: files of the same bytes are one.
+
+    Only files of the same size are read.
+    """
+    by_size: dict[int, list[Path]] = defaultdict(list)
+    for path in paths:
+        by_size[path.stat().st_size].append(path)
+    found: dict[Path, str] = {}
+    for same_size in by_size.values():
+        for path in same_size:
+            found[path] = str(path) if len(same_size) == 1 else _digest(path)
+    return found
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _listed(names: Sequence[str], most: int = MAX_NAMED, separator: str = ", ") -> str:
+    more = f"{separator}and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more

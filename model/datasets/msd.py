@@ -1,0 +1,85 @@
+"""Million Song Dataset previews with tagtraum genre annotations: audio named by track id, `.cls`.
+
+Bertin-Mahieux et al.: The Million Song Dataset, 2011; Schreiber: Improving genre annotations for
+the Million Song Dataset, 2015. A `.cls` line is a track id and one genre, or, in CD1, a majority
+and a minority genre, between tabs. `unique_tracks.txt` beside it names the artists.
+"""
+
+import re
+from pathlib import Path
+
+from model.datasets.dataset import Clip, Dataset, Skipped, is_audio, recordings
+from worker.errors import DatasetInvalid
+
+LICENCE = "MSD: annotations for research use (CC BY-NC-SA 2.0), previews under their owners' rights"
+TRACK_ID = re.compile(r"TR[A-Z0-9]{16}")
+ARTISTS = "unique_tracks.txt"
+
+
+def annotations(path: Path) -> list[Path]:
+    """The `.cls` files at `path` (a file or a folder)."""
+    if path.suffix == ".cls":
+        return [path] if path.is_file() else []
+    return sorted(path.glob("*.cls"))
+
+
+def load(path: Path) -> Dataset:
+    """Previews anywhere under the folder `path`, or beside the `.cls` file `path`."""
+    files = annotations(path)
+    if len(files) != 1:
+        raise DatasetInvalid(f"{path} holds {len(files)} .cls files; name the one to use")
+    folder = files[0].parent
+    genres = _genres(files[0])
+    audio = _previews(folder)
+    artists = _artists(folder / ARTISTS)
+    same = recordings(audio[track] for track in genres if track in audio)
+    clips, skipped = [], []
+    for track, labels in genres.items():
+        if track not in audio:
+            skipped.append(Skipped(track, "is annotated but has no preview on disk"))
+        elif artists and track not in artists:
+            skipped.append(Skipped(track, f"has no artist in {ARTISTS}"))
+        else:
+            group = artists.get(track) or same[audio[track]]
+            clips.append(Clip(track, labels, group, None, audio[track]))
+    multi = any(len(clip.labels) > 1 for clip in clips)
+    return Dataset(
+        name=f"MSD ({files[0].stem})",
+        layout="msd",
+        kind="multi" if multi else "single",
+        labels=tuple(sorted({label for clip in clips for label in clip.labels})),
+        clips=tuple(clips),
+        grouped_by="artist" if artists else "recording",
+        licence=LICENCE,
+        skipped=tuple(skipped),
+    )
+
+
+def _genres(file: Path) -> dict[str, tuple[str, ...]]:
+    genres: dict[str, tuple[str, ...]] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        track, *labels = (part.strip() for part in line.split("\t"))
+        if not TRACK_ID.fullmatch(track) or not any(labels):
+            raise DatasetInvalid(f"{file}, line {number}: not a track id, a tab and a genre")
+        genres[track] = tuple(dict.fromkeys(label for label in labels if label))
+    return genres
+
+
+def _previews(folder: Path) -> dict[str, Path]:
+    """Track id -> file, by the id in the file's name; the first in order of path counts."""
+    found: dict[str, Path] = {}
+    for file in sorted(folder.rglob("*")):
+        match = TRACK_ID.search(file.name)
+        if match and is_audio(file):
+            found.setdefault(match.group(), file)
+    return found
+
+
+def _artists(file: Path) -> dict[str, str]:
+    """Track id -> artist from `TRACK<SEP>SONG<SEP>ARTIST<SEP>TITLE` lines; empty without file."""
+    if not file.is_file():
+        return {}
+    rows = (line.split("<SEP>") for line in file.read_text(encoding="utf-8").splitlines())
+    return {row[0]: row[2] for row in rows if len(row) >= 3}
