@@ -1,0 +1,232 @@
+"""A model as a folder: `model.safetensors`, `model.json` and its card, `README.md`.
+
+Loading checks everything and executes nothing: weights are plain tensors, the network's kind is
+looked up in a fixed list, every tensor must have the name, shape and type that the kind expects.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from model.calibration import Calibration
+from model.heads import Head
+from model.network import Output, build
+from worker.errors import BundleInvalid
+
+__all__ = ["Bundle", "Calibration", "Head", "Output"]
+
+SHIPPED = Path(__file__).parent / "bundles"
+WEIGHTS, MANIFEST, CARD = "model.safetensors", "model.json", "README.md"
+MAX_WEIGHTS_BYTES = 512 * 2**20
+MAX_MANIFEST_BYTES = 2 * 2**20
+
+
+class NetworkSection(BaseModel):
+    """Which network, in which shape; the front end is part of it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: str = Field(max_length=64)
+    config: dict[str, JsonValue]
+
+
+class Manifest(BaseModel):
+    """`model.json`. All but `version`, `training` and `figures` decides what the model answers."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    version: str = Field("", pattern=r"^([0-9a-f]{16})?$")
+    sample_rate_hz: int = Field(ge=4_000, le=48_000)
+    window_s: float = Field(ge=0.1, le=60)
+    embedding_dim: int = Field(ge=1, le=256)
+    heads: list[Head] = Field(min_length=1, max_length=16)
+    uncertain_threshold: float = Field(ge=0, le=1)
+    short_track: Literal["tile", "zero_pad"] = "tile"
+    network: NetworkSection
+    training: dict[str, JsonValue] = Field(default_factory=dict)
+    figures: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded model. `training` and `figures` are for people and never change an answer."""
+
+    name: str
+    heads: tuple[Head, ...]
+    sample_rate_hz: int
+    window_s: float
+    embedding_dim: int
+    uncertain_threshold: float
+    kind: str
+    config: dict[str, Any]
+    network: nn.Module = field(repr=False)
+    short_track: Literal["tile", "zero_pad"] = "tile"
+    training: dict[str, Any] = field(default_factory=dict, repr=False)
+    figures: dict[str, Any] = field(default_factory=dict, repr=False)
+    version: str = ""
+
+    @property
+    def window_samples(self) -> int:
+        return round(self.window_s * self.sample_rate_hz)
+
+    def head(self, name: str) -> Head:
+        """The head called `name`; KeyError where the model has none."""
+        return {head.name: head for head in self.heads}[name]
+
+    @classmethod
+    def load(cls, path: Path | str | None = None) -> "Bundle":
+        """The bundle at `path`, or the shipped one of that name; the default where None.
+
+        Raises BundleInvalid, saying what is wrong, for anything but a whole and sound bundle.
+        """
+        folder = _resolve(path)
+        manifest = _read_manifest(folder)
+        raw = _read_bytes(folder / WEIGHTS, MAX_WEIGHTS_BYTES)
+        try:
+            tensors = load_tensors(raw)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise BundleInvalid(f"{folder / WEIGHTS} is not a safetensors file: {error}") from error
+        if _version(manifest, tensors) != manifest.version:
+            raise BundleInvalid(
+                f"{folder} is damaged or was edited: its content is not version "
+                f"{manifest.version!r}; fetch or train it again"
+            )
+        return cls(
+            name=manifest.name,
+            heads=tuple(manifest.heads),
+            sample_rate_hz=manifest.sample_rate_hz,
+            window_s=manifest.window_s,
+            embedding_dim=manifest.embedding_dim,
+            uncertain_threshold=manifest.uncertain_threshold,
+            kind=manifest.network.kind,
+            config=dict(manifest.network.config),
+            network=_network(folder, manifest, tensors),
+            short_track=manifest.short_track,
+            training=dict(manifest.training),
+            figures=dict(manifest.figures),
+            version=manifest.version,
+        )
+
+    def save(self, path: Path, *, card: str) -> "Bundle":
+        """Write the folder with its model card, and give back the bundle as it loads from there."""
+        manifest = Manifest(
+            name=self.name,
+            sample_rate_hz=self.sample_rate_hz,
+            window_s=self.window_s,
+            embedding_dim=self.embedding_dim,
+            heads=list(self.heads),
+            uncertain_threshold=self.uncertain_threshold,
+            short_track=self.short_track,
+            network=NetworkSection(kind=self.kind, config=self.config),
+            training=self.training,
+            figures=self.figures,
+        )
+        tensors = {
+            name: tensor.detach().to("cpu", torch.float32).contiguous().clone()
+            for name, tensor in self.network.state_dict().items()
+        }
+        manifest.version = _version(manifest, tensors)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / WEIGHTS).write_bytes(save_tensors(tensors))
+        text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
+        (path / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        (path / CARD).write_text(card, encoding="utf-8")
+        return Bundle.load(path)
+
+
+def shipped() -> Sequence[str]:
+    """Names of the bundles that come with the package."""
+    return sorted(folder.name for folder in SHIPPED.iterdir() if (folder / MANIFEST).is_file())
+
+
+def _resolve(path: Path | str | None) -> Path:
+    if path is None:
+        return SHIPPED / "default"
+    folder = Path(path)
+    if not folder.is_dir() and str(path) in shipped():
+        return SHIPPED / str(path)
+    if not folder.is_dir():
+        raise BundleInvalid(
+            f"{path} is neither a folder nor a shipped bundle ({', '.join(shipped())})"
+        )
+    return folder
+
+
+def _read_bytes(path: Path, max_bytes: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(max_bytes + 1)
+    except OSError as error:
+        raise BundleInvalid(f"{path} can't be read: {error.strerror}") from error
+    if len(raw) > max_bytes:
+        raise BundleInvalid(f"{path} is larger than {max_bytes} bytes")
+    return raw
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    raw = _read_bytes(folder / MANIFEST, MAX_MANIFEST_BYTES)
+    try:
+        return Manifest.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise BundleInvalid(f"{folder / MANIFEST}: {where}: {first['msg']}") from error
+
+
+def _network(folder: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> nn.Module:
+    try:
+        # On `meta` a shape costs nothing, so that no config can ask for more than the file holds.
+        with torch.device("meta"):
+            network = build(manifest.network.kind, manifest.network.config, manifest.heads)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise BundleInvalid(f"{folder / MANIFEST}: network: {error}") from error
+    expected = network.state_dict()
+    if expected.keys() != tensors.keys():
+        odd = sorted(expected.keys() ^ tensors.keys())
+        raise BundleInvalid(f"{folder / WEIGHTS}: missing or unknown tensors: {', '.join(odd[:5])}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape or tensor.dtype != torch.float32:
+            raise BundleInvalid(
+                f"{folder / WEIGHTS}: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
+                f"expected torch.float32 {tuple(expected[name].shape)}"
+            )
+        if not bool(tensor.isfinite().all()):
+            raise BundleInvalid(f"{folder / WEIGHTS}: {name} has values that are not finite")
+    network.load_state_dict(tensors, assign=True)
+    _probe(folder, manifest, network)
+    return network.eval().requires_grad_(False)
+
+
+def _probe(folder: Path, manifest: Manifest, network: nn.Module) -> None:
+    """One silent window through the network: sizes must be those that the manifest states."""
+    samples = round(manifest.window_s * manifest.sample_rate_hz)
+    try:
+        with torch.inference_mode():
+            output: Output = network.eval()(torch.zeros(1, samples))
+    except (RuntimeError, ValueError) as error:
+        raise BundleInvalid(f"{folder}: the network can't take its own window: {error}") from error
+    if tuple(output.embedding.shape) != (1, manifest.embedding_dim):
+        raise BundleInvalid(f"{folder}: embedding_dim is not the network's")
+
+
+def _version(manifest: Manifest, tensors: dict[str, Tensor]) -> str:
+    """Content hash over the weights and all of the manifest that decides an answer."""
+    told = manifest.model_dump(mode="json", exclude={"version", "training", "figures"})
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, ensure_ascii=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,92 @@
+"""From samples to log-mels, on the network's own device and always in float32."""
+
+from typing import Literal
+
+import torch
+import torchaudio
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class LogMelConfig(BaseModel):
+    """How a window of samples becomes a log-mel; part of a bundle's `model.json`.
+
+    `compression` is `musicnn` for log10(10000 x + 1) of the mel power (Pons and Serra, 2019) or
+    `decibel` for 10 log10(max(x, 1e-10)). `normalise` takes mean and standard deviation out of
+    every window, for networks trained on log-mels of unknown gain.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sample_rate_hz: int = Field(16_000, ge=4_000, le=48_000)
+    n_fft: int = Field(512, ge=64, le=8_192)
+    hop: int = Field(256, ge=16, le=8_192)
+    n_mels: int = Field(96, ge=8, le=256)
+    f_max_hz: float = Field(8_000.0, gt=0, le=24_000)
+    frames: int = Field(187, ge=1, le=4_096)
+    compression: Literal["musicnn", "decibel"] = "musicnn"
+    normalise: bool = False
+
+
+class LogMel(nn.Module):
+    """Log-mels of windows: `(windows, samples)` in, `(windows, frames, mels)` float32 out.
+
+    The mel bank is librosa's (Slaney's scale and area normalisation) and frame `t` is centred on
+    sample `t * hop`, with zeros before the first sample and after the last.
+    """
+
+    window: Tensor
+    bank: Tensor
+
+    def __init__(self, config: LogMelConfig) -> None:
+        super().__init__()
+        self.config = config
+        # Derived, so never stored; made on the CPU even where the network is laid out on `meta`.
+        with torch.device("cpu"):
+            self.register_buffer("window", torch.hann_window(config.n_fft), persistent=False)
+            bank = torchaudio.functional.melscale_fbanks(
+                config.n_fft // 2 + 1,
+                0.0,
+                config.f_max_hz,
+                config.n_mels,
+                config.sample_rate_hz,
+                norm="slaney",
+                mel_scale="slaney",
+            )
+            self.register_buffer("bank", bank, persistent=False)
+
+    def forward(self, samples: Tensor) -> Tensor:
+        with torch.autocast(samples.device.type, enabled=False):
+            return self._compress(self.power(samples.float()) @ self.bank)
+
+    def power(self, samples: Tensor) -> Tensor:
+        """Power spectrogram `(windows, frames, bins)` of float32 `samples`."""
+        config = self.config
+        covered = (config.frames - 1) * config.hop + config.n_fft // 2
+        lead = config.n_fft // 2
+        padded = functional.pad(samples, (lead, max(0, covered - samples.shape[-1])))
+        spectrum = torch.stft(
+            padded[..., : lead + covered],
+            config.n_fft,
+            config.hop,
+            window=self.window,
+            center=False,
+            return_complex=True,
+        )
+        parts = torch.view_as_real(spectrum)
+        return parts.square().sum(-1).transpose(-1, -2)
+
+    def _compress(self, mel: Tensor) -> Tensor:
+        if self.config.compression == "musicnn":
+            logged = torch.log10(10_000.0 * mel + 1.0)
+        else:
+            logged = 10.0 * torch.log10(mel.clamp_min(1e-10))
+        return normalise(logged) if self.config.normalise else logged
+
+
+def normalise(logmel: Tensor) -> Tensor:
+    """Each window `(..., frames, mels)` less its mean, over its standard deviation."""
+    mean = logmel.mean((-2, -1), keepdim=True)
+    deviation = logmel.std((-2, -1), keepdim=True)
+    return (logmel - mean) / (deviation + 1e-5)

@@ -1,0 +1,181 @@
+"""The networks that bundles are made of, and what they answer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.frontend import LogMel, LogMelConfig
+from model.heads import Head
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a network says of a batch of windows.
+
+    `probabilities` holds `(windows, labels)` by head, `embedding` is `(windows, embedding_dim)`,
+    both float32.
+    """
+
+    probabilities: dict[str, Tensor]
+    embedding: Tensor
+
+
+class Tagger(nn.Module):
+    """Front end, trunk and heads: `(windows, window_samples)` float32 in, `Output` out.
+
+    `trunk` turns log-mels `(windows, frames, mels)` into embeddings `(windows, embedding_dim)`;
+    each head is one linear layer over the embedding.
+    """
+
+    def __init__(
+        self, front_end: nn.Module, trunk: nn.Module, embedding_dim: int, heads: Sequence[Head]
+    ) -> None:
+        super().__init__()
+        self.front_end = front_end
+        self.trunk = trunk
+        self.embedding_dim = embedding_dim
+        self.kinds = {head.name: head.kind for head in heads}
+        self.heads = nn.ModuleDict(
+            {head.name: nn.Linear(embedding_dim, len(head.labels)) for head in heads}
+        )
+
+    def logits(self, logmel: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Logits by head and the embedding of log-mels, for training."""
+        embedding = self.trunk(logmel)
+        return {name: head(embedding) for name, head in self.heads.items()}, embedding
+
+    def forward(self, samples: Tensor) -> Output:
+        logits, embedding = self.logits(self.front_end(samples))
+        probabilities = {
+            name: raw.float().softmax(-1) if self.kinds[name] == "single" else raw.float().sigmoid()
+            for name, raw in logits.items()
+        }
+        return Output(probabilities, embedding.float())
+
+
+class Branch(BaseModel):
+    """A group of front filters `taps` frames long and `height` bands high."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    filters: int = Field(ge=1, le=1_024)
+    taps: int = Field(ge=1, le=512)
+    height: int = Field(ge=1, le=256)
+    time_stride: int = Field(1, ge=1, le=16)
+    band_stride: int = Field(1, ge=1, le=64)
+
+
+class MusicnnConfig(BaseModel):
+    """Shape of a musicnn-like network; see `Musicnn`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    front_end: LogMelConfig = LogMelConfig()
+    branches: tuple[Branch, ...] = Field(min_length=1, max_length=16)
+    mid_filters: int = Field(64, ge=1, le=1_024)
+    mid_taps: int = Field(7, ge=1, le=64)
+    embedding_dim: int = Field(200, ge=1, le=256)
+
+
+class FrontFilters(nn.Module):
+    """2-D filters followed by the maximum over frequency: `(windows, 1, frames, mels)` to
+    `(windows, filters, frames)`.
+
+    The published network normalises after the ReLU and before the maximum. Here the scale is in
+    the weights and its sign in `sign`, and the ReLU, being monotone, comes after the maximum,
+    where it costs a fiftieth.
+    """
+
+    sign: Tensor
+
+    def __init__(self, branch: Branch) -> None:
+        super().__init__()
+        self.branch = branch
+        shape = (branch.filters, 1, branch.taps, branch.height)
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(branch.filters))
+        self.register_buffer("sign", torch.empty(branch.filters, 1))
+
+    def forward(self, logmel: Tensor) -> Tensor:
+        taps = self.branch.taps
+        padded = functional.pad(logmel, (0, 0, (taps - 1) // 2, taps // 2))
+        stride = (self.branch.time_stride, self.branch.band_stride)
+        highest = functional.conv2d(padded, self.weight, self.bias, stride).amax(-1)
+        return self.sign * functional.relu(self.sign * highest)
+
+
+class MidLayer(nn.Module):
+    """1-D convolution over time, ReLU, then scale and shift by channel."""
+
+    def __init__(self, channels: int, filters: int, taps: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(channels, filters, taps, padding=taps // 2)
+        self.scale = nn.Parameter(torch.empty(filters, 1))
+        self.shift = nn.Parameter(torch.empty(filters, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return functional.relu(self.conv(features)) * self.scale + self.shift
+
+
+class Musicnn(nn.Module):
+    """Log-mels `(windows, frames, mels)` to embeddings, after Pons and Serra, "musicnn", 2019.
+
+    Filters over time and frequency, three 1-D layers of which the last two are residual, maximum
+    and mean over time of all of it, and a dense layer. A channel of ones beside the front filters
+    carries what constant filters give: zero-padding takes it away near the edges as it would them.
+    """
+
+    input_scale: Tensor
+
+    def __init__(self, config: MusicnnConfig) -> None:
+        super().__init__()
+        self.input_scale = nn.Parameter(torch.empty(2))
+        self.front = nn.ModuleList(FrontFilters(branch) for branch in config.branches)
+        channels = sum(branch.filters for branch in config.branches)
+        mid = config.mid_filters
+        self.mid = nn.ModuleList(
+            MidLayer(source, mid, config.mid_taps) for source in (channels + 1, mid, mid)
+        )
+        self.dense = nn.Linear(2 * (channels + 3 * mid), config.embedding_dim)
+        self.scale = nn.Parameter(torch.empty(config.embedding_dim))
+        self.shift = nn.Parameter(torch.empty(config.embedding_dim))
+
+    def forward(self, logmel: Tensor) -> Tensor:
+        scaled = (logmel * self.input_scale[0] + self.input_scale[1]).unsqueeze(1)
+        front = torch.cat([branch(scaled) for branch in self.front], 1)
+        first = self.mid[0](torch.cat([front, torch.ones_like(front[:, :1])], 1))
+        second = first + self.mid[1](first)
+        third = second + self.mid[2](second)
+        features = torch.cat([front, first, second, third], 1)
+        pooled = torch.cat([features.amax(-1), features.mean(-1)], 1)
+        return functional.relu(self.dense(pooled)) * self.scale + self.shift
+
+
+def build_musicnn(config: Mapping[str, Any], heads: Sequence[Head]) -> Tagger:
+    """A musicnn-like tagger from its `model.json` section."""
+    parsed = MusicnnConfig.model_validate(config)
+    return Tagger(LogMel(parsed.front_end), Musicnn(parsed), parsed.embedding_dim, heads)
+
+
+# Kind of network in `model.json` -> where its builder lives. A fixed list: what a bundle names is
+# looked up here and never imported by its own word.
+KINDS = {
+    "musicnn": "model.network:build_musicnn",
+    "logmel_cnn": "model.logmel_cnn:build_logmel_cnn",
+}
+
+
+def build(kind: str, config: Mapping[str, Any], heads: Sequence[Head]) -> nn.Module:
+    """An untrained network of `kind`; ValueError for an unknown kind or a config out of bounds."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown network kind {kind!r}, known: {', '.join(sorted(KINDS))}")
+    module, _, function = KINDS[kind].partition(":")
+    builder: Callable[[Mapping[str, Any], Sequence[Head]], nn.Module]
+    builder = getattr(import_module(module), function)
+    return builder(config, heads)
