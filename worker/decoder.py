@@ -1,0 +1,318 @@
+"""Decode: an audio file to mono float32 samples at one rate, in pieces, with PyAV.
+
+Imports PyAV and numpy alone, so a decoder process is up quickly and stays small. Scripts, training
+and evaluation use `decode_samples` and get the samples that the worker gets.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import av
+import numpy as np
+from av.audio.frame import AudioFrame
+from av.audio.stream import AudioStream
+from av.codec import Codec
+from av.codec.codec import UnknownCodecError
+from av.container import InputContainer
+from av.filter import Graph
+from av.packet import Packet
+from av.stream import Discard
+from numpy.typing import NDArray
+
+from worker.errors import AudioEmpty, AudioTooLong, AudioUnreadable, DecodeFailed
+
+# FFmpeg's demuxers of files that hold their audio themselves. No other is tried: above all none
+# that opens further files or addresses (hls, dash, concat, sdp, image2, vobsub ...).
+CONTAINERS = (
+    "aac,ac3,eac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dsf,dts,dtshd,flac,flv,iff,matroska,mlp,"
+    "mov,mp3,mpc,mpc8,mpeg,mpegts,nut,ogg,oma,qoa,rm,shn,sox,tak,truehd,tta,voc,w64,wav,wsd,wv,xwma"
+)
+MIN_RATE_HZ = 8
+MAX_RATE_HZ = 3_072_000  # what DSD at 64 times 44.1 kHz and its multiples decode to
+MAX_CHANNELS = 64
+# Samples beyond full scale by more than a lossy codec's overshoot are nonsense, and their squares
+# would overflow in the network.
+LOUDEST = 8.0
+# Twice the resampler's default length: flat within 0.1 dB to 0.9 of the Nyquist frequency.
+FILTER_TAPS = 64
+# Packing small frames saves as much time as decoding them costs; bounded so that odd rates and
+# many channels don't turn a frame into gigabytes.
+FRAME_S = 2.0
+FRAME_VALUES = 1 << 19
+READ_BYTES = 1 << 16
+
+
+def _audio_decoders() -> str:
+    names = []
+    for name in av.codecs_available:
+        try:
+            codec = Codec(name, "r")
+        except UnknownCodecError:  # an encoder only
+            continue
+        if codec.type == "audio":
+            names.append(name)
+    return ",".join(sorted(names))
+
+
+# No other decoder is opened, so no embedded picture or video is decoded, not even to probe it.
+AUDIO_DECODERS = _audio_decoders()
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedFacts:
+    """What a track turned out to be: measured on the samples decoded, not read off its headers.
+
+    `container` and `codec` are FFmpeg's names, `damaged_packets` were skipped.
+    """
+
+    container: str
+    codec: str
+    sample_rate_hz: int
+    channels: int
+    duration_s: float
+    damaged_packets: int
+
+
+def decode_samples(
+    path: Path, sample_rate_hz: int, *, max_duration_s: float = float("inf")
+) -> NDArray[np.float32]:
+    """Decode a whole file.
+
+    Parameters
+    ----------
+    path
+        The file; its name and suffix play no part.
+    sample_rate_hz
+        Rate of the result.
+    max_duration_s
+        Longest track that is accepted.
+
+    Returns
+    -------
+    np.ndarray [shape=(samples,), dtype=float32]
+        The mean of the channels; full scale is 1.
+
+    Raises
+    ------
+    AudioUnreadable, AudioEmpty, AudioTooLong, DecodeFailed
+    """
+    return np.concatenate(list(Decoder(path, sample_rate_hz, max_duration_s=max_duration_s)))
+
+
+class Decoder:
+    """One file's samples in pieces: iterate once, then read `facts`.
+
+    Yields arrays of shape (samples,), float32; joined, they are what `decode_samples` returns.
+    """
+
+    def __init__(
+        self, path: Path, sample_rate_hz: int, *, max_duration_s: float = float("inf")
+    ) -> None:
+        self._path = path
+        self._sample_rate_hz = sample_rate_hz
+        self._max_duration_s = max_duration_s
+        self._container = ""
+        self._codec = ""
+        self._rate_hz = 0
+        self._channels = 0
+        self._duration_s = 0.0
+        self._packets = 0
+        self._damaged = 0
+
+    @property
+    def facts(self) -> DecodedFacts:
+        """What was decoded so far; complete after the iteration."""
+        return DecodedFacts(
+            container=self._container,
+            codec=self._codec,
+            sample_rate_hz=self._rate_hz,
+            channels=self._channels,
+            duration_s=self._duration_s,
+            damaged_packets=self._damaged,
+        )
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        try:
+            file = self._path.open("rb", buffering=0)
+        except OSError as error:
+            raise DecodeFailed(f"The spooled audio can't be opened: {error.strerror}.") from error
+        if not os.fstat(file.fileno()).st_size:
+            raise AudioEmpty("The file is empty.")
+        empty = True
+        with file, _open(file) as container:
+            stream = _audio_stream(container)
+            self._container = _short_name(container.format.name)
+            self._codec = stream.codec_context.codec.canonical_name
+            for samples in self._resampled(self._frames(container, stream)):
+                empty = empty and not samples.size
+                yield _sane(samples)
+        if self._damaged * 2 > self._packets:
+            raise AudioUnreadable(
+                f"{self._damaged} of {self._packets} packets are damaged: encode the file anew."
+            )
+        if empty:
+            raise AudioEmpty("The file decodes to no samples at all.")
+
+    def _frames(self, container: InputContainer, stream: AudioStream) -> Iterator[AudioFrame]:
+        """Decoded frames; packets that can't be decoded are skipped and counted."""
+        for packet in self._packets_of(container, stream):
+            self._packets += 1
+            try:
+                yield from stream.decode(packet)
+            except MemoryError:
+                raise
+            except av.FFmpegError:
+                self._damaged += 1
+
+    def _packets_of(
+        self, container: InputContainer, stream: AudioStream
+    ) -> Iterator["Packet[AudioStream] | None"]:
+        """Packets of the stream, the last one empty; damage to the container ends the stream."""
+        try:
+            yield from container.demux(stream)
+        except MemoryError:
+            raise
+        except av.FFmpegError:
+            self._damaged += 1
+            yield None
+
+    def _resampled(self, frames: Iterator[AudioFrame]) -> Iterator[NDArray[np.float32]]:
+        resampler: _Resampler | None = None
+        for frame in frames:
+            if resampler is None or not resampler.takes(frame):
+                if resampler is not None:
+                    yield from resampler.flush()
+                resampler = _Resampler(frame, self._sample_rate_hz)
+                self._rate_hz = self._rate_hz or frame.sample_rate
+                self._channels = self._channels or frame.layout.nb_channels
+            self._duration_s += frame.samples / frame.sample_rate
+            if self._duration_s > self._max_duration_s:
+                raise AudioTooLong(
+                    f"The track lasts longer than {self._max_duration_s:g} s: "
+                    "cut it, or raise TIMBRE_DECODE__MAX_DURATION_S."
+                )
+            yield from resampler.push(frame)
+        if resampler is not None:
+            yield from resampler.flush()
+
+
+class _Resampler:
+    """Frames of one rate, sample format and channel count in; large mono pieces out."""
+
+    def __init__(self, first: AudioFrame, sample_rate_hz: int) -> None:
+        self._kind = _kind(first)
+        rate_hz, channels, sample_format = self._kind
+        if not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
+            raise AudioUnreadable(
+                f"The sample rate, {rate_hz} Hz, is outside {MIN_RATE_HZ} to {MAX_RATE_HZ} Hz."
+            )
+        if not 1 <= channels <= MAX_CHANNELS:
+            raise AudioUnreadable(f"{channels} channels are more than {MAX_CHANNELS}.")
+        self._frame_samples = max(1, min(int(rate_hz * FRAME_S), FRAME_VALUES // channels))
+        self._fifo = av.AudioFifo()
+        self._graph = Graph()
+        source = self._graph.add(
+            "abuffer",
+            sample_rate=str(rate_hz),
+            sample_fmt=sample_format,
+            channel_layout=first.layout.name,
+            time_base=f"1/{rate_hz}",
+        )
+        # The plain mean: libswresample's own downmix weighs channels by their place in the room
+        # and drops the subwoofer.
+        mean = "mono|c0<" + "+".join(f"c{channel}" for channel in range(channels))
+        self._graph.link_nodes(
+            source,
+            self._graph.add("aformat", sample_fmts="fltp"),
+            self._graph.add("pan", mean),
+            self._graph.add(
+                "aresample", sample_rate=str(sample_rate_hz), filter_size=str(FILTER_TAPS)
+            ),
+            self._graph.add("abuffersink"),
+        ).configure()
+
+    def takes(self, frame: AudioFrame) -> bool:
+        return _kind(frame) == self._kind
+
+    def push(self, frame: AudioFrame) -> Iterator[NDArray[np.float32]]:
+        frame.pts = None  # the samples follow one another, whatever the time stamps say
+        self._fifo.write(frame)
+        while self._fifo.samples >= self._frame_samples:
+            yield from self._filtered(self._fifo.read(self._frame_samples))
+
+    def flush(self) -> Iterator[NDArray[np.float32]]:
+        if (rest := self._fifo.read()) is not None:
+            yield from self._filtered(rest)
+        yield from self._filtered(None)
+
+    def _filtered(self, frame: AudioFrame | None) -> Iterator[NDArray[np.float32]]:
+        self._graph.push(frame)
+        while True:
+            try:
+                filtered = self._graph.pull()
+            except (av.BlockingIOError, av.EOFError):  # wants more, or is flushed
+                return
+            yield filtered.to_ndarray()[0]
+
+
+def _kind(frame: AudioFrame) -> tuple[int, int, str]:
+    return frame.sample_rate, frame.layout.nb_channels, frame.format.name
+
+
+def _open(file: FileIO) -> InputContainer:
+    try:
+        return av.open(
+            _Nameless(file),
+            mode="r",
+            container_options={
+                "format_whitelist": CONTAINERS,
+                "codec_whitelist": AUDIO_DECODERS,
+                "protocol_whitelist": "",
+            },
+            metadata_errors="replace",
+            buffer_size=READ_BYTES,
+        )
+    except MemoryError:
+        raise
+    except av.FFmpegError as error:
+        raise AudioUnreadable(
+            f"No accepted audio container, or damaged from the first byte ({error.strerror})."
+        ) from None
+
+
+class _Nameless:
+    """A file without its name, so that FFmpeg judges it by its content alone."""
+
+    def __init__(self, file: FileIO) -> None:
+        self.read = file.read
+        self.seek = file.seek
+        self.tell = file.tell
+
+
+def _audio_stream(container: InputContainer) -> AudioStream:
+    best = container.streams.best("audio")
+    if not isinstance(best, AudioStream):
+        raise AudioUnreadable("The file holds no audio.")
+    if best.codec_context is None:
+        raise AudioUnreadable("The audio's codec is unknown or encrypted: encode the file anew.")
+    for stream in container.streams:
+        if stream is not best:
+            stream.discard = Discard.all
+    best.codec_context.thread_count = 1
+    return best
+
+
+def _short_name(names: str) -> str:
+    """One name for a demuxer that lists several, as in `mov,mp4,m4a,3gp,3g2,mj2`."""
+    first, *others = names.split(",")
+    return "mp4" if "mp4" in others else first
+
+
+def _sane(samples: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Floating-point files may hold anything: no sample leaves here infinite or not a number."""
+    if not np.isfinite(samples).all():
+        samples = np.nan_to_num(samples, nan=0.0, posinf=0.0, neginf=0.0)
+    return np.clip(samples, -LOUDEST, LOUDEST)
