@@ -230,7 +230,6 @@ class Settings(BaseSettings):
         env_nested_delimiter="__",
         extra="ignore",
         frozen=True,
-        secrets_dir_missing="error",
     )
 
     fetch: FetchSettings = FetchSettings()
@@ -257,7 +256,10 @@ class Settings(BaseSettings):
         if secrets_dir is None:
             return init_settings, env_settings
         files = NestedSecretsSettingsSource(
-            file_secret_settings, secrets_dir=secrets_dir, secrets_prefix=""
+            file_secret_settings,
+            secrets_dir=secrets_dir,
+            secrets_dir_missing="error",
+            secrets_prefix="",
         )
         return init_settings, env_settings, files
 
