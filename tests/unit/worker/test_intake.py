@@ -352,8 +352,26 @@ JSON = st.recursive(
     max_leaves=20,
 )
 FIELD = st.sampled_from(
-    "track_id audio uri sha256 metadata priority uploaded_at Records s3 specversion id source "
-    "type data data_base64 Event eventName object".split()
+    [
+        "track_id",
+        "audio",
+        "uri",
+        "sha256",
+        "metadata",
+        "priority",
+        "uploaded_at",
+        "Records",
+        "s3",
+        "specversion",
+        "id",
+        "source",
+        "type",
+        "data",
+        "data_base64",
+        "Event",
+        "eventName",
+        "object",
+    ]
 )
 ALMOST = st.recursive(
     JSON | st.sampled_from(["t-1", "1.0", "http://h/t", "ObjectCreated:Put", "s3:TestEvent"]),
