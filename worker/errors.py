@@ -177,6 +177,27 @@ class DeviceOutOfMemory(InferenceFailed):
     retryable = True
 
 
+class DeviceHung(InferenceFailed):
+    """The batch did not come back from the device within its time limit."""
+
+    code = "device_hung"
+    retryable = True
+
+
+class DeviceLost(InferenceFailed):
+    """The device broke, and nothing runs on it until the worker is started again."""
+
+    code = "device_lost"
+    retryable = True
+
+
+class TrackCancelled(TimbreError):
+    """Whoever wanted the track tagged took it back."""
+
+    code = "track_cancelled"
+    retryable = True
+
+
 class TrackSilent(TimbreError):
     """Every window is silent, so none votes."""
 
@@ -214,6 +235,18 @@ class PublishFailed(TimbreError):
 
     code = "publish_failed"
     retryable = True
+
+
+class ResultTooLarge(TimbreError):
+    """Kafka takes no message of the result's size."""
+
+    code = "result_too_large"
+
+
+class DeadLetterNotFound(TimbreError):
+    """No dead letter stands at the place asked for."""
+
+    code = "dead_letter_not_found"
 
 
 class ServicesUnavailable(TimbreError):

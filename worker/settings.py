@@ -100,13 +100,22 @@ class BatchSettings(Section):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Number type of the network; auto is bfloat16 on CUDA, float32 on CPU"
     )
-    threads: int = Field(0, ge=0, description="CPU threads of the network; 0 leaves it to torch")
+    threads: int = Field(0, ge=0, description="CPU threads of the network; 0: one for every core")
     max_windows: int = Field(64, ge=1, description="Windows in a batch")
     max_delay_s: float = Field(0.05, ge=0, description="Seconds the oldest window waits")
     queue_windows: int = Field(512, ge=1, description="Windows that wait at most, all tracks")
     in_flight: int = Field(2, ge=1, le=2, description="Batches on their way through the device")
     backfill_share: float = Field(
         0.1, ge=0, le=1, description="Share of a batch kept for backfill while uploads wait"
+    )
+    track_share: float = Field(
+        0.25, gt=0, le=1, description="Share of the queue that the windows of one track may fill"
+    )
+    timeout_s: float = Field(
+        60.0, gt=0, description="Seconds of a batch on the device until it counts as hung"
+    )
+    max_stuck: int = Field(
+        2, ge=1, description="Hung device threads at which the worker is no longer live"
     )
 
 
