@@ -51,7 +51,11 @@ class Tagger(nn.Module):
         return {name: head(embedding) for name, head in self.heads.items()}, embedding
 
     def forward(self, samples: Tensor) -> Output:
-        logits, embedding = self.logits(self.front_end(samples))
+        return self.from_logmel(self.front_end(samples))
+
+    def from_logmel(self, logmel: Tensor) -> Output:
+        """What the network says of log-mels `(windows, frames, mels)` as its front end gives."""
+        logits, embedding = self.logits(logmel)
         probabilities = {
             name: raw.float().softmax(-1) if self.kinds[name] == "single" else raw.float().sigmoid()
             for name, raw in logits.items()
