@@ -7,7 +7,9 @@ and evaluation use `decode_samples` and get the samples that the worker gets.
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from io import FileIO
+from math import ceil
 from pathlib import Path
 
 import av
@@ -20,9 +22,9 @@ from av.container import InputContainer
 from av.filter import Graph
 from av.packet import Packet
 from av.stream import Discard
-from numpy.typing import NDArray
 
 from worker.errors import AudioEmpty, AudioTooLong, AudioUnreadable, DecodeFailed
+from worker.windows import Samples, WindowCutter, Windows, cut
 
 # FFmpeg's demuxers of files that hold their audio themselves. No other is tried: above all none
 # that opens further files or addresses (hls, dash, concat, sdp, image2, vobsub ...).
@@ -38,10 +40,10 @@ MAX_CHANNELS = 64
 LOUDEST = 8.0
 # Twice the resampler's default length: flat within 0.1 dB to 0.9 of the Nyquist frequency.
 FILTER_TAPS = 64
-# Packing small frames saves as much time as decoding them costs; bounded so that odd rates and
-# many channels don't turn a frame into gigabytes.
-FRAME_S = 2.0
-FRAME_VALUES = 1 << 19
+# Small frames are packed before they are filtered, which one by one costs as much time as decoding
+# them; a packed frame is bounded, since low rates and many channels would make it gigabytes.
+FRAME_S = 0.5
+FRAME_VALUES = 1 << 18
 READ_BYTES = 1 << 16
 
 
@@ -78,7 +80,7 @@ class DecodedFacts:
 
 def decode_samples(
     path: Path, sample_rate_hz: int, *, max_duration_s: float = float("inf")
-) -> NDArray[np.float32]:
+) -> Samples:
     """Decode a whole file.
 
     Parameters
@@ -100,6 +102,23 @@ def decode_samples(
     AudioUnreadable, AudioEmpty, AudioTooLong, DecodeFailed
     """
     return np.concatenate(list(Decoder(path, sample_rate_hz, max_duration_s=max_duration_s)))
+
+
+def decode_windows(
+    path: Path,
+    sample_rate_hz: int,
+    *,
+    window_samples: int,
+    hop_samples: int,
+    min_tail_samples: int,
+    max_duration_s: float = float("inf"),
+) -> Iterator[Windows]:
+    """Decode and cut a file in pieces of shape (windows, window_samples), as the worker does.
+
+    Arguments and errors are those of `decode_samples` and `WindowCutter`.
+    """
+    cutter = WindowCutter(window_samples, hop_samples, min_tail_samples)
+    return cut(Decoder(path, sample_rate_hz, max_duration_s=max_duration_s), cutter)
 
 
 class Decoder:
@@ -134,7 +153,7 @@ class Decoder:
             damaged_packets=self._damaged,
         )
 
-    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+    def __iter__(self) -> Iterator[Samples]:
         try:
             file = self._path.open("rb", buffering=0)
         except OSError as error:
@@ -179,7 +198,7 @@ class Decoder:
             self._damaged += 1
             yield None
 
-    def _resampled(self, frames: Iterator[AudioFrame]) -> Iterator[NDArray[np.float32]]:
+    def _resampled(self, frames: Iterator[AudioFrame]) -> Iterator[Samples]:
         resampler: _Resampler | None = None
         for frame in frames:
             if resampler is None or not resampler.takes(frame):
@@ -211,6 +230,9 @@ class _Resampler:
             )
         if not 1 <= channels <= MAX_CHANNELS:
             raise AudioUnreadable(f"{channels} channels are more than {MAX_CHANNELS}.")
+        self._ratio = Fraction(sample_rate_hz, rate_hz)
+        self._received = 0
+        self._given = 0
         self._frame_samples = max(1, min(int(rate_hz * FRAME_S), FRAME_VALUES // channels))
         self._fifo = av.AudioFifo()
         self._graph = Graph()
@@ -228,6 +250,10 @@ class _Resampler:
             source,
             self._graph.add("aformat", sample_fmts="fltp"),
             self._graph.add("pan", mean),
+            # The resampler gives nothing for less than a filter's length.
+            self._graph.add(
+                "apad", pad_len=str(ceil(FILTER_TAPS * max(1.0, rate_hz / sample_rate_hz)))
+            ),
             self._graph.add(
                 "aresample", sample_rate=str(sample_rate_hz), filter_size=str(FILTER_TAPS)
             ),
@@ -237,25 +263,35 @@ class _Resampler:
     def takes(self, frame: AudioFrame) -> bool:
         return _kind(frame) == self._kind
 
-    def push(self, frame: AudioFrame) -> Iterator[NDArray[np.float32]]:
+    def push(self, frame: AudioFrame) -> Iterator[Samples]:
         frame.pts = None  # the samples follow one another, whatever the time stamps say
+        self._received += frame.samples
         self._fifo.write(frame)
         while self._fifo.samples >= self._frame_samples:
             yield from self._filtered(self._fifo.read(self._frame_samples))
 
-    def flush(self) -> Iterator[NDArray[np.float32]]:
+    def flush(self) -> Iterator[Samples]:
         if (rest := self._fifo.read()) is not None:
             yield from self._filtered(rest)
         yield from self._filtered(None)
 
-    def _filtered(self, frame: AudioFrame | None) -> Iterator[NDArray[np.float32]]:
+    @property
+    def _due(self) -> int:
+        """Samples that those received amount to at the target rate."""
+        return ceil(self._received * self._ratio)
+
+    def _filtered(self, frame: AudioFrame | None) -> Iterator[Samples]:
         self._graph.push(frame)
         while True:
             try:
                 filtered = self._graph.pull()
             except (av.BlockingIOError, av.EOFError):  # wants more, or is flushed
                 return
-            yield filtered.to_ndarray()[0]
+            assert isinstance(filtered, AudioFrame)
+            mono = filtered.to_ndarray()[0].astype(np.float32, copy=False)
+            samples = mono[: self._due - self._given]
+            self._given += samples.size
+            yield samples
 
 
 def _kind(frame: AudioFrame) -> tuple[int, int, str]:
@@ -311,7 +347,7 @@ def _short_name(names: str) -> str:
     return "mp4" if "mp4" in others else first
 
 
-def _sane(samples: NDArray[np.float32]) -> NDArray[np.float32]:
+def _sane(samples: Samples) -> Samples:
     """Floating-point files may hold anything: no sample leaves here infinite or not a number."""
     if not np.isfinite(samples).all():
         samples = np.nan_to_num(samples, nan=0.0, posinf=0.0, neginf=0.0)
