@@ -255,6 +255,27 @@ class ServicesUnavailable(TimbreError):
     code = "services_unavailable"
 
 
+# Commands -----------------------------------------------------------------------------------
+
+
+class SourceInvalid(TimbreError):
+    """What was to be submitted or tagged is not there, or not in a form that is read."""
+
+    code = "source_invalid"
+
+
+class TrackUnknown(TimbreError):
+    """Redis holds no result of the track."""
+
+    code = "track_unknown"
+
+
+class DemoFailed(TimbreError):
+    """The demo could not go on."""
+
+    code = "demo_failed"
+
+
 # Data sets and training ----------------------------------------------------------------------
 
 
