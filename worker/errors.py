@@ -60,10 +60,17 @@ class FetchFailed(TimbreError):
 
 
 class FetchUnavailable(FetchFailed):
-    """The server was unreachable, reset the connection, or answered with a passing error."""
+    """The server was unreachable, reset the connection, or answered with a passing error.
+
+    `retry_after_s` is the wait that the server asked for, if it did.
+    """
 
     code = "fetch_unavailable"
     retryable = True
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class FetchTimeout(FetchFailed):
