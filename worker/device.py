@@ -1,0 +1,422 @@
+"""The device engine: runs the network over a batch in threads of its own, away from the event loop.
+
+A thread can't be ended from outside. One that does not come back is left behind and counted, and
+new ones take its place; all are daemons, so that none holds up the exit of the process.
+"""
+
+import asyncio
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from worker.errors import DeviceHung, DeviceLost, DeviceOutOfMemory, SettingsInvalid
+from worker.settings import BatchSettings
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Floats = NDArray[np.float32]
+
+# On a CPU a batch is cut into chunks that stay in its cache; docs/batching.md has the figures.
+CPU_CHUNK_WINDOWS = 8
+# Forward passes without running out of memory until a larger batch is tried again.
+PASSES_BEFORE_GROWING = 100
+OUT_OF_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
+
+
+@dataclass(frozen=True, slots=True)
+class WindowOutputs:
+    """What the network says of some windows, float32.
+
+    `probabilities` has `(windows, labels)` by head, `embedding` is `(windows, embedding_dim)`.
+    """
+
+    probabilities: dict[str, Floats]
+    embedding: Floats
+
+    def rows(self, start: int, stop: int) -> "WindowOutputs":
+        return WindowOutputs(
+            {name: table[start:stop] for name, table in self.probabilities.items()},
+            self.embedding[start:stop],
+        )
+
+    def finite(self) -> bool:
+        tables = (*self.probabilities.values(), self.embedding)
+        return all(bool(np.isfinite(table).all()) for table in tables)
+
+    @staticmethod
+    def join(parts: "Sequence[WindowOutputs]") -> "WindowOutputs":
+        """One after another; at least one part."""
+        return WindowOutputs(
+            {
+                name: np.concatenate([part.probabilities[name] for part in parts])
+                for name in parts[0].probabilities
+            },
+            np.concatenate([part.embedding for part in parts]),
+        )
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device of `wanted` (auto, cpu, cuda); SettingsInvalid for CUDA where there is none."""
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if wanted == "cuda":
+        raise SettingsInvalid(
+            "TIMBRE_BATCH__DEVICE is cuda, but PyTorch finds no CUDA device; check the driver and "
+            "that the container may use the GPU, or set auto or cpu."
+        )
+    return torch.device("cpu")
+
+
+def choose_autocast(precision: str, device: torch.device) -> torch.dtype | None:
+    """The number type to autocast the network to; None is float32, always so on a CPU."""
+    if device.type == "cpu" or precision == "float32":
+        return None
+    if precision == "auto":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    return torch.bfloat16 if precision == "bfloat16" else torch.float16
+
+
+class Buffer:
+    """Room for one batch: on the host, where windows are copied together, and on the device.
+
+    On CUDA the host's side is pinned, so that the copy to the device runs on a stream of its own
+    beside the network's; `ready` tells that stream's progress. On a CPU both sides are the same.
+    """
+
+    def __init__(self, max_windows: int, window_samples: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self.host = torch.zeros((max_windows, window_samples), pin_memory=pinned)
+        self.samples = self.host.to(device)
+        self.ready = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
+        self.view: Floats = self.host.numpy()
+
+
+class Crew:
+    """A few threads that share a queue of calls, each call within a time limit."""
+
+    def __init__(self, name: str, threads: int, timeout_s: float) -> None:
+        self._name = name
+        self._timeout_s = timeout_s
+        self._threads = threads
+        self._left_behind: list[threading.Thread] = []
+        self._recruit()
+
+    @property
+    def stuck(self) -> int:
+        """Threads left behind that have not come back since."""
+        self._left_behind = [thread for thread in self._left_behind if thread.is_alive()]
+        return len(self._left_behind)
+
+    async def run(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+        """Results of all calls, in their order, or the first error once all have ended.
+
+        Raises DeviceHung when some have not ended in time; new threads then take over.
+        """
+        futures = [asyncio.wrap_future(self._submit(call)) for call in calls]
+        done, late = await asyncio.wait(futures, timeout=self._timeout_s)
+        if late:
+            for future in late:
+                future.cancel()
+            for future in done:
+                future.exception()  # seen; what hung is the error
+            self._replace()
+            raise DeviceHung(
+                f"The device did not finish within {self._timeout_s:g} s; if it is only slow, "
+                "raise TIMBRE_BATCH__TIMEOUT_S."
+            )
+        errors = [error for future in futures if (error := future.exception())]
+        if errors:
+            raise errors[0]
+        return [future.result() for future in futures]
+
+    def close(self) -> None:
+        """Let the threads end once they are through with what was submitted."""
+        for _ in self._crew:
+            self._calls.put(None)
+
+    def _recruit(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._crew = [
+            threading.Thread(target=_work, args=(self._calls,), name=self._name, daemon=True)
+            for _ in range(self._threads)
+        ]
+        for thread in self._crew:
+            thread.start()
+
+    def _replace(self) -> None:
+        """Leave the threads behind: those that are not stuck end by themselves."""
+        self.close()
+        self._left_behind += self._crew
+        self._recruit()
+
+    def _submit(self, call: Callable[[], T]) -> "Future[T]":
+        future: Future[T] = Future()
+
+        def settle() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._calls.put(settle)
+        return future
+
+
+def _work(calls: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
+    while (call := calls.get()) is not None:
+        call()
+        del call  # or its arguments would live on until the next one
+
+
+class Engine:
+    """The network on its device.
+
+    Parameters
+    ----------
+    network : nn.Module
+        `(windows, window_samples)` float32 to an output with `probabilities` and `embedding`, its
+        front end in float32 whatever autocast says. It is moved to the device.
+    window_samples : int
+    settings : BatchSettings
+
+    Raises
+    ------
+    SettingsInvalid
+        CUDA is asked for and absent.
+    """
+
+    def __init__(self, network: nn.Module, window_samples: int, settings: BatchSettings) -> None:
+        self.device = choose_device(settings.device)
+        self.autocast = choose_autocast(settings.precision, self.device)
+        self.lost = False
+        self.out_of_memory_total = 0
+        self._network = network
+        self._window_samples = window_samples
+        self._max_windows = settings.max_windows
+        on_cpu = self.device.type == "cpu"
+        self._threads = (settings.threads or len(os.sched_getaffinity(0))) if on_cpu else 1
+        self._chunk = min(CPU_CHUNK_WINDOWS, self._max_windows) if on_cpu else self._max_windows
+        self._buckets = buckets(self._chunk)
+        self._fits = self._chunk
+        self._passes = 0
+        self._buffers: list[Buffer] = []
+        self._copiers = Crew("timbre-copy", 1, settings.timeout_s)
+        self._runners = Crew("timbre-network", self._threads, settings.timeout_s)
+        self._streams = None if on_cpu else Streams(self.device)
+        self.empty = WindowOutputs({}, np.zeros((0, 0), np.float32))
+        """Outputs of no window at all, once started"""
+
+    @property
+    def stuck(self) -> int:
+        """Threads that hang on the device."""
+        return self._copiers.stuck + self._runners.stuck
+
+    async def start(self) -> None:
+        """Move the network to the device and run it once for every size of batch.
+
+        Raises DeviceOutOfMemory, DeviceLost or DeviceHung where it can't run there.
+        """
+        if self._streams is None:
+            # Chunks run side by side instead; docs/batching.md has the figures.
+            torch.set_num_threads(1)
+        (self.empty,) = await self._runners.run([self._warm_up])
+
+    def close(self) -> None:
+        """Let the threads end; those that hang are left to the end of the process."""
+        self._copiers.close()
+        self._runners.close()
+
+    async def stage(self, parts: Sequence[Floats]) -> tuple[Buffer, list[bool]]:
+        """Copy parts `(windows, window_samples)` into one buffer, one after another.
+
+        Returns the buffer, which `release` takes back, and which parts it holds: one with a sample
+        that is not finite is left out.
+        """
+        free = self._buffers.pop() if self._buffers else None
+        ((buffer, held),) = await self._copiers.run([partial(self._fill, free, parts)])
+        return buffer, held
+
+    def release(self, buffer: Buffer) -> None:
+        """Give a buffer back for another batch."""
+        self._buffers.append(buffer)
+
+    async def compute(self, buffer: Buffer, start: int, stop: int) -> WindowOutputs:
+        """Run the network over rows `start` to `stop` of a staged buffer.
+
+        Raises
+        ------
+        DeviceOutOfMemory
+            Not even a single window fits.
+        DeviceHung
+            It took longer than the time limit; other threads have taken over.
+        DeviceLost
+            The device broke; only another process can use it again.
+        Exception
+            Whatever else the network raises.
+        """
+        cuts = cut(start, stop, self._chunk, self._threads)
+        calls = [partial(self._run, buffer, first, last) for first, last in pairwise(cuts)]
+        return WindowOutputs.join(await self._runners.run(calls))
+
+    # From here on: in the engine's threads.
+
+    def _warm_up(self) -> WindowOutputs:
+        self._network.eval().to(self.device)
+        buffer = Buffer(self._max_windows, self._window_samples, self.device)
+        # The largest first: the memory it takes serves the smaller ones.
+        for windows in reversed(self._buckets):
+            outputs = self._run(buffer, 0, windows)
+        self._buffers.append(buffer)
+        return outputs.rows(0, 0)
+
+    def _fill(self, buffer: Buffer | None, parts: Sequence[Floats]) -> tuple[Buffer, list[bool]]:
+        buffer = buffer or Buffer(self._max_windows, self._window_samples, self.device)
+        held = [bool(np.isfinite(part).all()) for part in parts]
+        rows = 0
+        for part in (part for part, whole in zip(parts, held, strict=True) if whole):
+            buffer.view[rows : rows + len(part)] = part
+            rows += len(part)
+        if self._streams is not None:
+            self._streams.upload(buffer, rows)
+        return buffer, held
+
+    def _run(self, buffer: Buffer, start: int, stop: int) -> WindowOutputs:
+        """Rows `start` to `stop` in as few passes as the device's memory allows."""
+        parts: list[WindowOutputs] = []
+        while start < stop:
+            size = min(stop - start, self._fits)
+            outputs = self._pass(buffer, start, start + size)
+            if outputs is None:
+                self._shrink(size)
+            else:
+                parts.append(outputs)
+                start += size
+                self._grow()
+        return WindowOutputs.join(parts)
+
+    def _pass(self, buffer: Buffer, start: int, stop: int) -> WindowOutputs | None:
+        """One forward pass; None where memory does not hold it."""
+        try:
+            if self._streams is None:
+                return self._forward(buffer.samples[start:stop])
+            with self._streams.computing(buffer):
+                padded = pad_to_bucket(buffer.samples, start, stop, self._buckets)
+                return self._forward(padded).rows(0, stop - start)
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                if isinstance(error, torch.AcceleratorError):
+                    self.lost = True
+                    raise DeviceLost(
+                        f"{self.device} broke: {error}. Start the worker again."
+                    ) from error
+                raise
+        # Outside `except`, for its traceback would keep the tensors of the pass alive.
+        return None
+
+    def _forward(self, samples: Tensor) -> WindowOutputs:
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
+        ):
+            output = self._network(samples)
+            return WindowOutputs(
+                {name: _to_host(table) for name, table in output.probabilities.items()},
+                _to_host(output.embedding),
+            )
+
+    def _shrink(self, windows: int) -> None:
+        self.out_of_memory_total += 1
+        if self._streams is not None:
+            torch.cuda.empty_cache()
+        if windows == 1:
+            raise DeviceOutOfMemory(
+                f"A single window does not fit the free memory of {self.device}; free some, or use "
+                "a smaller model."
+            )
+        self._fits, self._passes = windows // 2, 0
+        logger.warning("%s is out of memory at %d windows; halved", self.device, windows)
+
+    def _grow(self) -> None:
+        """After a while without running out, try twice as many again."""
+        self._passes += 1
+        if self._fits < self._chunk and self._passes >= PASSES_BEFORE_GROWING:
+            self._fits, self._passes = min(2 * self._fits, self._chunk), 0
+
+
+class Streams:
+    """Two CUDA streams: the copy of the next batch runs beside the network over the present one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._copy = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._compute = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def upload(self, buffer: Buffer, rows: int) -> None:
+        """Start copying the first `rows` of a buffer to the device."""
+        assert buffer.ready is not None
+        with torch.cuda.stream(self._copy):
+            buffer.samples[:rows].copy_(buffer.host[:rows], non_blocking=True)
+            buffer.ready.record(self._copy)
+
+    @contextmanager
+    def computing(self, buffer: Buffer) -> Iterator[None]:
+        """Run what is inside on the compute stream, once the buffer's samples are there."""
+        assert buffer.ready is not None
+        with torch.cuda.stream(self._compute):
+            self._compute.wait_event(buffer.ready)
+            yield
+
+
+def buckets(most: int) -> list[int]:
+    """Sizes of batches: powers of two below `most`, and `most`."""
+    return [2**i for i in range((most - 1).bit_length())] + [most]
+
+
+def cut(start: int, stop: int, chunk: int, threads: int) -> list[int]:
+    """Where to cut rows into near-equal chunks of at most `chunk`, as many for every thread.
+
+    Batches that don't fill one chunk stay whole: cutting them would cost more than it wins.
+    """
+    count = -(-(stop - start) // chunk)
+    if count > 1:
+        count = min(-(-count // threads) * threads, stop - start)
+    return [start + (stop - start) * i // count for i in range(count + 1)]
+
+
+def pad_to_bucket(samples: Tensor, start: int, stop: int, sizes: Sequence[int]) -> Tensor:
+    """Rows from `start`, as many as the smallest bucket that holds those up to `stop`.
+
+    The rows after `stop` are whatever the buffer holds or zeros; nobody reads their results.
+    """
+    bucket = next(size for size in sizes if size >= stop - start)
+    rows = samples[start : start + bucket]
+    return torch.nn.functional.pad(rows, (0, 0, 0, bucket - len(rows)))
+
+
+def _to_host(table: Tensor) -> Floats:
+    host: Floats = table.float().cpu().numpy()
+    return host
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        phrase in str(error) for phrase in OUT_OF_MEMORY_PHRASES
+    )
