@@ -6,8 +6,8 @@ its memory, and dies with its worker. It speaks JSON, one message a datagram, so
 taken over by its input can't make the worker unpickle anything.
 
 To the process:    Setup once; then `{"path": str}` a track; `{"release": slot}` at any time.
-From the process:  `{"ready": true}` once; then a track's `{"slot", "windows", "silent"}` blocks,
-                   and `{"facts"}` or `{"error"}` at its end.
+From the process:  `{"ready": true}` once; then a track's `{"slot", "windows", "silent": "0010"}`
+                   blocks, and `{"facts"}` or `{"error"}` at its end.
 """
 
 import ctypes
@@ -68,6 +68,7 @@ def main() -> None:
     setup = Setup(**control.receive())
     slots = Slots(control, memory_fd, setup)
     _limit(setup.max_memory_bytes)
+    _fall_silent()
     control.send({"ready": True})
     while True:
         slots.handle(control.receive())
@@ -134,11 +135,12 @@ class Slots:
         if self._slot is None:
             return
         windows = self._memory[self._slot, : self._filled]
+        silent = is_silent(windows, self._silence_dbfs)
         self._control.send(
             {
                 "slot": self._slot,
                 "windows": self._filled,
-                "silent": is_silent(windows, self._silence_dbfs).tolist(),
+                "silent": "".join("01"[flag] for flag in silent.tolist()),
             }
         )
         self._slot = None
@@ -171,9 +173,9 @@ def _decode(path: Path, slots: Slots, setup: Setup) -> Message:
     return {"facts": asdict(decoder.facts)}
 
 
-def _failed(slots: Slots, error: TimbreError, trace: str | None = None) -> Message:
+def _failed(slots: Slots, error: TimbreError, trace: str = "") -> Message:
     slots.take_back()
-    return {"error": {"code": error.code, "message": error.message, "traceback": trace}}
+    return {"error": {"code": error.code, "message": error.message, "traceback": trace[-8000:]}}
 
 
 def _die_with_the_worker() -> None:
@@ -193,6 +195,13 @@ def _limit(max_memory_bytes: int) -> None:
         (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
     ):
         resource.setrlimit(kind, (bound, bound))
+
+
+def _fall_silent() -> None:
+    """What a library prints over a broken file is nobody's to read; a failure to start was."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stderr.fileno())
+    os.close(null)
 
 
 if __name__ == "__main__":
