@@ -1,0 +1,157 @@
+"""Log-mels of a data set's clips: those of an archive, or made once from audio and kept on disk."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.datasets.dataset import Clip, Dataset, Skipped
+from model.frontend import LogMel, LogMelConfig, normalise
+from worker.decoder import Decoder
+from worker.errors import DatasetInvalid, DecodeFailed
+
+MAX_CLIP_S = 600.0  # of a longer clip the first ten minutes count
+BLOCK_S = 30.0  # of audio that is a spectrogram at a time
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class LogMelSource:
+    """Log-mels by clip, each `(frames, mels)`; on disk or in memory, not normalised."""
+
+    clips: Sequence[NDArray[Any]]
+    front_end: LogMelConfig
+
+    def excerpts(self, rows: Tensor, span: int, places: Tensor) -> Tensor:
+        """`span` frames of each clip in `rows`, from `places` in [0, 1) of what there is to choose.
+
+        Shape `(clips, span, mels)`, float32. A shorter clip is repeated.
+        """
+        cut = np.empty((len(rows), span, self.front_end.n_mels), dtype=np.float32)
+        pairs = zip(rows.tolist(), places.tolist(), strict=True)
+        for into, (row, place) in zip(cut, pairs, strict=True):
+            clip = _at_least(self.clips[row], span)
+            start = int(place * (len(clip) - span + 1))
+            into[:] = clip[start : start + span]
+        return torch.from_numpy(cut)
+
+    def windows(self, row: int) -> Tensor:
+        """The whole clip in consecutive windows `(windows, frames, mels)`, as the network takes
+        them. A tail shorter than a window is left out; a shorter clip is repeated."""
+        frames = self.front_end.frames
+        clip = _at_least(self.clips[row], frames)
+        count = len(clip) // frames
+        cut = np.array(clip[: count * frames], dtype=np.float32).reshape(count, frames, -1)
+        windows = torch.from_numpy(cut)
+        return normalise(windows) if self.front_end.normalise else windows
+
+
+def archive_source(dataset: Dataset, front_end: LogMelConfig) -> LogMelSource:
+    """The archive's log-mels; DatasetInvalid where `front_end` makes others."""
+    logmels = dataset.logmels
+    assert logmels is not None
+    made = (logmels.sample_rate_hz, logmels.n_fft, logmels.hop, logmels.values.shape[1])
+    asked = (front_end.sample_rate_hz, front_end.n_fft, front_end.hop, front_end.n_mels)
+    scale = (logmels.f_max_hz, "decibel", True)
+    if made != asked or scale != (front_end.f_max_hz, front_end.compression, front_end.normalise):
+        raise DatasetInvalid(
+            f"{dataset.name} holds log-mels of {_told(*made)}, and this bundle's front end makes "
+            f"others from audio, {_told(*asked)}: use the data set's audio, or a bundle that was "
+            "trained on such an archive"
+        )
+    return LogMelSource(np.ascontiguousarray(logmels.values.transpose(0, 2, 1)), front_end)  # type: ignore[arg-type]
+
+
+def audio_source(
+    dataset: Dataset, front_end: LogMelConfig, cache: Path, progress: Progress = lambda *_: None
+) -> tuple[LogMelSource, Dataset]:
+    """Log-mels of every clip that is in a split, through `cache`, and the data set of those.
+
+    Each clip is decoded once, one at a time, and read from disk ever after. Clips that can't be
+    decoded are left out and named in the data set's `skipped`.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    wanted = [clip for clip in dataset.clips if clip.split is not None]
+    kept: list[Clip] = []
+    logmels: list[NDArray[Any]] = []
+    skipped: list[Skipped] = []
+    for number, clip in enumerate(wanted, 1):
+        try:
+            logmels.append(_cached(clip, front_end, cache))
+            kept.append(clip)
+        except DecodeFailed as error:
+            skipped.append(Skipped(clip.name, error.message))
+        progress(number, len(wanted))
+    readable = replace(dataset, clips=tuple(kept), skipped=(*dataset.skipped, *skipped))
+    return LogMelSource(logmels, front_end), readable
+
+
+def open_source(
+    dataset: Dataset, front_end: LogMelConfig, cache: Path, progress: Progress = lambda *_: None
+) -> tuple[LogMelSource, Dataset]:
+    """Log-mels of `dataset` as `front_end` makes them, and the clips that they are of."""
+    if dataset.logmels is not None:
+        return archive_source(dataset, front_end), dataset
+    return audio_source(dataset, front_end, cache, progress)
+
+
+def logmel_of(samples: NDArray[np.float32], front_end: LogMelConfig) -> NDArray[np.float16]:
+    """The log-mel `(frames, mels)` of a whole clip, not normalised."""
+    per_block = int(BLOCK_S * front_end.sample_rate_hz / front_end.hop)
+    around = front_end.n_fft // (2 * front_end.hop) + 1  # frames that half an FFT reaches over
+    total = 1 + len(samples) // front_end.hop
+    blocks = []
+    for first in range(0, total, per_block):
+        frames = min(per_block, total - first)
+        lead = min(first, around)
+        settings = {"frames": lead + frames, "normalise": False}
+        begin = (first - lead) * front_end.hop
+        end = (first + frames + around) * front_end.hop
+        with torch.inference_mode():
+            made = LogMel(front_end.model_copy(update=settings))(
+                torch.from_numpy(samples[begin:end])[None]
+            )
+        blocks.append(made[0, lead:].numpy().astype(np.float16))
+    return np.concatenate(blocks)
+
+
+def _cached(clip: Clip, front_end: LogMelConfig, cache: Path) -> NDArray[Any]:
+    """The clip's log-mel, mapped from disk."""
+    assert clip.path is not None
+    stat = clip.path.stat()
+    identity = f"{clip.path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{front_end!r}"
+    stored = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
+    if not stored.is_file():
+        made = logmel_of(_samples(clip.path, front_end.sample_rate_hz), front_end)
+        partial = stored.with_suffix(".partial.npy")
+        np.save(partial, made)
+        partial.replace(stored)
+    return np.asarray(np.load(stored, mmap_mode="r"))
+
+
+def _samples(path: Path, sample_rate_hz: int) -> NDArray[np.float32]:
+    """The first MAX_CLIP_S of the file, decoded as the worker decodes."""
+    pieces, length = [], 0
+    for piece in Decoder(path, sample_rate_hz):
+        pieces.append(piece)
+        length += len(piece)
+        if length >= MAX_CLIP_S * sample_rate_hz:
+            break
+    return np.concatenate(pieces)[: int(MAX_CLIP_S * sample_rate_hz)]
+
+
+def _at_least(clip: NDArray[Any], frames: int) -> NDArray[Any]:
+    if len(clip) >= frames:
+        return clip
+    return np.tile(clip, (-(-frames // len(clip)), 1))[:frames]
+
+
+def _told(rate_hz: int, n_fft: int, hop: int, mels: int) -> str:
+    return f"{mels} mels at {rate_hz} Hz ({n_fft}-sample FFT, hop {hop})"

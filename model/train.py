@@ -1,0 +1,552 @@
+"""Training: a data set and a recipe in, a bundle out. Reads top to bottom.
+
+A run has two parts. The rehearsal learns from the training songs alone and is measured on the
+validation songs: that gives honest figures, the calibration and the threshold of `uncertain`. The
+final fit then learns from both with the same recipe; nothing is chosen after the rehearsal.
+"""
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.augment import Augmentation, Augmenter
+from model.bundle import Bundle
+from model.calibration import Calibration, fit_temperature, threshold_for_coverage
+from model.datasets.dataset import Dataset
+from model.datasets.logmels import LogMelSource, open_source
+from model.frontend import LogMelConfig
+from model.heads import Head
+from model.logmel_cnn import LogMelCnnConfig
+from model.measure import METHODS, Voted, nll, window_accuracy
+from model.network import Tagger, build
+from worker.errors import CheckpointInvalid, DatasetInvalid
+
+Fit = Literal["all", "train"]
+CONFIDENT_COVERAGE = 0.7  # share of tracks that `uncertain` leaves
+CHECKPOINTS = 50  # of a part of a run
+VALIDATIONS = 8
+VALIDATION_BATCH = 256  # windows
+
+
+class Recipe(BaseModel):
+    """All that decides a training run but the data and the seed.
+
+    A pass draws one window from every clip. `average` is the decay of the weights' moving average,
+    which is what is kept; `rehearsal` the rehearsal's share of `passes`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    passes: float = Field(800, gt=0)
+    rehearsal: float = Field(0.5, gt=0, le=1)
+    batch: int = Field(64, ge=2)
+    learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    warm_up: float = Field(0.05, ge=0, lt=1)
+    average: float = Field(0.998, ge=0, lt=1)
+    clip_norm: float = Field(5.0, gt=0)
+    augmentation: Augmentation = Augmentation()
+    network: LogMelCnnConfig = LogMelCnnConfig(members=2)
+
+
+FINE_TUNING = Recipe(passes=60, rehearsal=1.0, learning_rate=3e-4, average=0.99)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run tells while it runs: how far it is, and figures now and then."""
+
+    step: Callable[[str, int, int, float], None] = lambda *_: None
+    say: Callable[[str], None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A network to be trained, and what its bundle will say of itself."""
+
+    kind: str
+    config: dict[str, Any]
+    front_end: LogMelConfig
+    head: Head
+    window_s: float
+    start: Bundle | None
+
+    def network(self) -> Tagger:
+        """The network before training: random, or the start's with a new head."""
+        network = build(self.kind, self.config, [self.head])
+        assert isinstance(network, Tagger)
+        if self.start is not None:
+            theirs = self.start.network
+            assert isinstance(theirs, Tagger)
+            network.trunk = copy.deepcopy(theirs.trunk).requires_grad_(True)
+            same = [head for head in self.start.heads if head.labels == self.head.labels]
+            if same:
+                network.heads[self.head.name].load_state_dict(
+                    theirs.heads[same[0].name].state_dict()
+                )
+        return network
+
+
+def train(
+    dataset: Dataset,
+    out: Path,
+    *,
+    recipe: Recipe | None = None,
+    start: Bundle | None = None,
+    fit: Fit = "all",
+    seed: int = 0,
+    device: str = "auto",
+    resume: bool = False,
+    work: Path | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Train on `dataset` and write the bundle to `out`.
+
+    Parameters
+    ----------
+    start
+        Fine-tune this bundle's trunk under a new head; from scratch where None.
+    fit
+        What the bundle's weights learn from: "all" for train and validation together after the
+        rehearsal, "train" for the training songs alone.
+    work
+        Where log-mels of audio and the checkpoint are kept; `out` with `.work` where None.
+
+    Raises
+    ------
+    DatasetInvalid, SplitLeaks
+    CheckpointInvalid
+        `resume` without a checkpoint, or with that of another run.
+    """
+    recipe = recipe or (Recipe() if start is None else FINE_TUNING)
+    progress = progress or Progress()
+    work = work or out.with_name(out.name + ".work")
+    where = _device(device)
+    dataset = _with_splits(dataset, seed)
+    plan = _plan(dataset, recipe, start)
+    source, dataset = open_source(
+        dataset,
+        plan.front_end,
+        work / "logmels",
+        lambda n, all_: progress.step("decode", n, all_, 0),
+    )
+    for skipped in dataset.skipped:
+        progress.say(f"skipped {skipped.name}: {skipped.reason}")
+    songs, held = dataset.indices("train"), dataset.indices("valid")
+    targets = dataset.targets()
+    checkpoint = Checkpoint(work / "checkpoint.pt", _fingerprint(dataset, recipe, plan, seed, fit))
+    if resume:
+        checkpoint.require()
+    else:
+        checkpoint.forget()
+
+    trainer = Trainer(plan, recipe, source, targets, seed, where, checkpoint, progress)
+    passes = recipe.passes * (recipe.rehearsal if fit == "all" else 1.0)
+    validate = Validation(source, targets, held, plan.head, where)
+    network = trainer.fit("rehearsal", songs, passes, validate)
+    calibration, threshold, figures = _calibrated(
+        plan.head, validate.probabilities(network), targets[held]
+    )
+    if fit == "all":
+        network = trainer.fit("final", np.concatenate([songs, held]), recipe.passes, None)
+
+    bundle = Bundle(
+        name=out.resolve().name,
+        heads=(plan.head.model_copy(update={"calibration": calibration}),),
+        sample_rate_hz=plan.front_end.sample_rate_hz,
+        window_s=plan.window_s,
+        embedding_dim=network.embedding_dim,
+        uncertain_threshold=threshold,
+        kind=plan.kind,
+        config=plan.config,
+        network=network.cpu(),
+        training={
+            "data": dataset.name,
+            "licence": dataset.licence,
+            "start": f"{start.name} {start.version}" if start else "from scratch",
+            "songs": len(songs) + (len(held) if fit == "all" else 0),
+            "fit": fit,
+            "seed": seed,
+            "recipe": recipe.model_dump(mode="json"),
+        },
+        figures=figures,
+    )
+    saved = bundle.save(out, card=_card(bundle, dataset, len(songs), len(held)))
+    checkpoint.forget()
+    return saved
+
+
+# The loop ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Everything that both parts of a run share."""
+
+    plan: Plan
+    recipe: Recipe
+    source: LogMelSource
+    targets: NDArray[np.float32]
+    seed: int
+    device: torch.device
+    checkpoint: "Checkpoint"
+    progress: Progress
+
+    def fit(
+        self, part: str, songs: NDArray[np.intp], passes: float, validate: "Validation | None"
+    ) -> Tagger:
+        """One network through `passes` over `songs`: the moving average of its weights."""
+        recipe = self.recipe
+        torch.manual_seed(self.seed)
+        network = self.plan.network().to(self.device).train()
+        average = copy.deepcopy(network).requires_grad_(False)
+        optimizer = _optimizer(network, recipe)
+        generator = torch.Generator()
+        augment = Augmenter(recipe.augmentation, self.plan.front_end, generator, self.device)
+        wanted = torch.from_numpy(self.targets)
+        precision = Precision(self.device)
+        state = State(network, average, optimizer, precision)
+        batch = min(recipe.batch, len(songs))
+        steps = max(1, int(passes * len(songs) / batch))
+        every = max(1, steps // VALIDATIONS)
+        total = 0.0
+        for step in range(self.checkpoint.restore(part, state), steps):
+            # Seeded by step, so that a resumed run draws what an uninterrupted one would have.
+            generator.manual_seed(self.seed * 1_000_003 + step)
+            torch.manual_seed(self.seed * 1_000_003 + step)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * _schedule(step, steps, recipe.warm_up)
+            rows = torch.from_numpy(songs)[_batch_rows(step, batch, len(songs), self.seed)]
+            places = torch.rand(batch, generator=generator)
+            excerpts = self.source.excerpts(rows, augment.span, places).to(self.device)
+            logmel, target = augment(excerpts, wanted[rows].to(self.device))
+            with precision.cast():
+                loss = _loss(network, self.plan.head, logmel, target, recipe.label_smoothing)
+            precision.step(loss, network, optimizer, recipe.clip_norm)
+            done = step + 1
+            _follow(average, network, min(recipe.average, done / (done + 9)))
+            total += loss.item()
+            self.progress.step(part, done, steps, loss.item())
+            if done % every == 0:
+                told = validate.told(average) if validate else "no songs held back"
+                self.progress.say(f"{part} {done / steps:4.0%}  loss {total / every:.3f}  {told}")
+                total = 0.0
+            if done % max(1, steps // CHECKPOINTS) == 0 or done == steps:
+                self.checkpoint.keep(part, done, state)
+        return average.eval()
+
+
+def _loss(network: Tagger, head: Head, logmel: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    """Cross entropy of each member on its own, so that members differ and their mean gains."""
+    members = len(getattr(network.trunk, "members", ())) or 1
+    embedding = network.trunk(logmel).float().reshape(len(logmel), members, -1)
+    layer = network.heads[head.name]
+    assert isinstance(layer, nn.Linear)
+    weight = layer.weight.reshape(len(layer.weight), members, -1) * members
+    logits = torch.einsum("wmd,lmd->wml", embedding, weight) + layer.bias
+    target = target[:, None].expand_as(logits)
+    if head.kind == "multi":
+        return functional.binary_cross_entropy_with_logits(logits, target)
+    smoothed = target * (1 - smoothing) + smoothing / logits.shape[-1]
+    return -(smoothed * logits.log_softmax(-1)).sum(-1).mean()
+
+
+def _optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter, 2019); biases and norms don't decay."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+
+
+def _schedule(step: int, steps: int, warm_up: float) -> float:
+    """Linear warm-up, then half a cosine to zero."""
+    warm = max(1, int(steps * warm_up))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _batch_rows(step: int, batch: int, songs: int, seed: int) -> Tensor:
+    """Rows of one batch out of an endless row of shuffled passes."""
+    places = torch.arange(step * batch, (step + 1) * batch)
+    shuffled = {
+        number: torch.randperm(
+            songs, generator=torch.Generator().manual_seed(seed * 1_000_003 + number)
+        )
+        for number in {int(place) // songs for place in places}
+    }
+    return torch.stack([shuffled[int(place) // songs][int(place) % songs] for place in places])
+
+
+@torch.no_grad()
+def _follow(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """Move the average towards the weights and the batch norms' statistics."""
+    moving = average.state_dict()
+    for name, current in network.state_dict().items():
+        if current.is_floating_point():
+            moving[name].lerp_(current, 1 - decay)
+
+
+class Precision:
+    """Mixed precision where the device has it: bfloat16, or float16 with scaled gradients."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device.type
+        self.dtype = torch.bfloat16
+        enabled = device.type == "cuda"
+        if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            self.dtype = torch.float16
+        if device.type == "cpu":
+            able = torch.cpu.get_capabilities()
+            enabled = bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+        self.enabled = enabled
+        self.scaler = torch.GradScaler(self.device, enabled=self.dtype is torch.float16)
+
+    def cast(self) -> torch.autocast:
+        return torch.autocast(self.device, self.dtype, enabled=self.enabled)
+
+    def step(
+        self, loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float
+    ) -> None:
+        """Backwards, gradients clipped, one step."""
+        optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+
+# Validation and calibration ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The songs held back, whole, in consecutive windows."""
+
+    source: LogMelSource
+    targets: NDArray[np.float32]
+    rows: NDArray[np.intp]
+    head: Head
+    device: torch.device
+
+    @torch.inference_mode()
+    def probabilities(self, network: Tagger) -> list[NDArray[np.float64]]:
+        """By song, `(windows, labels)`."""
+        network.eval()
+        songs = [self.source.windows(int(row)) for row in self.rows]
+        with Precision(self.device).cast():
+            said = [
+                network.from_logmel(batch.to(self.device)).probabilities[self.head.name].cpu()
+                for batch in torch.cat(songs).split(VALIDATION_BATCH)
+            ]
+        by_song = torch.cat(said).double().split([len(song) for song in songs])
+        return [song.numpy() for song in by_song]
+
+    def told(self, network: Tagger) -> str:
+        """Figures in a line."""
+        songs, wanted = self.probabilities(network), self.targets[self.rows]
+        voted = Voted.of(songs, self.head, "mean")
+        loss = f"NLL {nll(voted.scores, wanted, self.head.kind):.4f}"
+        if self.head.kind == "multi":
+            return f"valid: {loss}"
+        windows = window_accuracy(songs, wanted)
+        tracks = voted.accuracy(wanted)
+        return f"valid: {windows:.1%} of windows, {tracks:.1%} of tracks, {loss}"
+
+
+def _calibrated(
+    head: Head, songs: Sequence[NDArray[np.float64]], targets: NDArray[np.float32]
+) -> tuple[Calibration, float, dict[str, Any]]:
+    """Temperature by voting method and threshold, fitted on songs that weren't learnt from."""
+    figures: dict[str, Any] = {"measured_on": f"{len(songs)} validation songs, by the rehearsal"}
+    voted = {method: Voted.of(songs, head, method) for method in METHODS}
+    if head.kind == "multi":
+        best = voted["mean"].scores.max(1)
+        return Calibration(), threshold_for_coverage(best, CONFIDENT_COVERAGE), figures
+    calibration = Calibration(
+        temperature={
+            method: fit_temperature(given.scores, targets.argmax(1))
+            for method, given in voted.items()
+        }
+    )
+    scores = calibration.apply(voted["mean"].scores, kind="single", method="mean")
+    figures["window_accuracy"] = window_accuracy(songs, targets)
+    figures["track_accuracy"] = {method: given.accuracy(targets) for method, given in voted.items()}
+    return calibration, threshold_for_coverage(scores.max(1), CONFIDENT_COVERAGE), figures
+
+
+# Before the loop -----------------------------------------------------------------------------
+
+
+def _with_splits(dataset: Dataset, seed: int) -> Dataset:
+    """The data set's own split, or one made by artist or recording; it needs train and valid."""
+    if not dataset.splits:
+        return dataset.with_split(seed)
+    if "train" not in dataset.splits:
+        raise DatasetInvalid(
+            f"{dataset.name} has only {', '.join(dataset.splits)}: there is nothing to train on"
+        )
+    if "valid" in dataset.splits:
+        return dataset.check_split()
+    inside = replace(dataset, clips=tuple(c for c in dataset.clips if c.split == "train"))
+    side = {clip.name: clip.split for clip in inside.with_split(seed, (0.8, 0.2, 0.0)).clips}
+    return replace(
+        dataset,
+        clips=tuple(replace(clip, split=side.get(clip.name, clip.split)) for clip in dataset.clips),
+    )
+
+
+def _plan(dataset: Dataset, recipe: Recipe, start: Bundle | None) -> Plan:
+    single = dataset.kind == "single"
+    head = Head(
+        name="genre" if single else "tags",
+        kind=dataset.kind,
+        labels=dataset.labels,
+        categories=("genre",) * len(dataset.labels),
+    )
+    if start is not None:
+        front_end = LogMelConfig.model_validate(start.config.get("front_end", {}))
+        return Plan(start.kind, start.config, front_end, head, start.window_s, start)
+    front_end = recipe.network.front_end
+    window_s = round((front_end.frames * front_end.hop / front_end.sample_rate_hz), 1)
+    return Plan(
+        "logmel_cnn", recipe.network.model_dump(mode="json"), front_end, head, window_s, None
+    )
+
+
+def _device(asked: str) -> torch.device:
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(asked)
+
+
+# Checkpoints ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class State:
+    """What a step changes."""
+
+    network: nn.Module
+    average: nn.Module
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "network": self.network.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
+        }
+
+    def load(self, stored: dict[str, Any]) -> None:
+        self.network.load_state_dict(stored["network"])
+        self.average.load_state_dict(stored["average"])
+        self.optimizer.load_state_dict(stored["optimizer"])
+        self.precision.scaler.load_state_dict(stored["scaler"])
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The file that a run goes on from. `run` tells its run from any other."""
+
+    path: Path
+    run: str
+
+    def keep(self, part: str, step: int, state: State) -> None:
+        """Both parts' states are in one file, so that the rehearsal isn't lost in the final fit."""
+        stored: dict[str, Any] = {"run": self.run, "parts": {}}
+        if self.path.is_file():
+            stored = self._read()
+        stored["parts"][part] = {"step": step, **state.as_dict()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        torch.save(stored, partial)
+        partial.replace(self.path)
+
+    def restore(self, part: str, state: State) -> int:
+        """Load the part's state and say how many steps are done; 0 where it hasn't begun."""
+        stored = self._read()["parts"].get(part) if self.path.is_file() else None
+        if stored is None:
+            return 0
+        state.load(stored)
+        return int(stored["step"])
+
+    def require(self) -> None:
+        """CheckpointInvalid unless the file is there and belongs to this run."""
+        if not self.path.is_file():
+            raise CheckpointInvalid(f"there is no {self.path} to resume from; leave out --resume")
+        self._read()
+
+    def forget(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            stored = torch.load(self.path, weights_only=True, map_location="cpu")
+        except Exception as error:  # torch raises many kinds over a damaged file
+            raise CheckpointInvalid(f"{self.path} is damaged: {error}") from error
+        if not isinstance(stored, dict) or stored.get("run") != self.run:
+            raise CheckpointInvalid(
+                f"{self.path} is of another data set, recipe or seed; leave out --resume"
+            )
+        return stored
+
+
+def _fingerprint(dataset: Dataset, recipe: Recipe, plan: Plan, seed: int, fit: Fit) -> str:
+    told = {
+        "clips": [(clip.name, clip.labels, clip.split) for clip in dataset.clips],
+        "recipe": recipe.model_dump(mode="json"),
+        "network": [plan.kind, plan.config],
+        "start": plan.start.version if plan.start else None,
+        "seed": seed,
+        "fit": fit,
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _card(bundle: Bundle, dataset: Dataset, songs: int, held: int) -> str:
+    """The model card."""
+    figures = bundle.figures.get("track_accuracy", {})
+    told = "\n".join(f"| {method} | {accuracy:.1%} |" for method, accuracy in figures.items())
+    learnt = "those and the validation songs" if bundle.training["fit"] == "all" else "those alone"
+    return f"""# {bundle.name}
+
+A Timbre bundle made by `timbre model train` ({bundle.training["start"]}).
+
+- Task: {dataset.kind}-label, {len(dataset.labels)} labels: {", ".join(dataset.labels)}.
+- Data: {dataset.name}; {songs} clips to train, {held} to validate, split by {dataset.grouped_by}.
+- Licence of the data: {dataset.licence}. The weights were learnt from it: what it allows is what
+  they may be used for.
+- Network: `{bundle.kind}` over {bundle.window_s} s of {bundle.sample_rate_hz} Hz audio, front end
+  included; embeddings of {bundle.embedding_dim} numbers.
+- Seed {bundle.training["seed"]}; the whole recipe stands in `model.json` under `training`.
+
+A rehearsal learnt from the training songs alone and was measured on the validation songs. Its
+calibration is the bundle's. The weights here learnt from {learnt}.
+
+| vote | accuracy over validation tracks |
+|---|---|
+{told}
+
+`uncertain` is set below a score of {bundle.uncertain_threshold:.3f}, which {CONFIDENT_COVERAGE:.0%}
+of the validation tracks reach.
+"""
