@@ -55,9 +55,11 @@ class FetchSettings(Section):
     s3_region: str | None = Field(None, description="Region of the S3 store")
     s3_access_key_id: SecretStr | None = Field(None, description="S3 access key")
     s3_secret_access_key: SecretStr | None = Field(None, description="S3 secret key")
+    gs_endpoint: str | None = Field(None, description="Endpoint in place of Google's own")
     gs_service_account_key: SecretStr | None = Field(
         None, description="Google service account key, as JSON"
     )
+    az_endpoint: str | None = Field(None, description="Endpoint in place of the account's own")
     az_account_name: str | None = Field(None, description="Azure storage account")
     az_account_key: SecretStr | None = Field(None, description="Azure storage key")
 
