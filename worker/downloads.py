@@ -1,0 +1,205 @@
+"""Audio from `http` and `https` addresses."""
+
+import asyncio
+import zlib
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from importlib.metadata import version
+from typing import Self
+
+from aiohttp import (
+    ClientConnectorCertificateError,
+    ClientError,
+    ClientResponse,
+    ClientSession,
+    ClientTimeout,
+    DummyCookieJar,
+    InvalidURL,
+    TCPConnector,
+    ThreadedResolver,
+)
+from aiohttp.abc import AbstractResolver
+from yarl import URL
+
+from worker.addresses import AddressRules, PublicResolver, check_url, shown
+from worker.errors import (
+    AddressRefused,
+    AudioNotFound,
+    FetchFailed,
+    FetchForbidden,
+    FetchTimeout,
+    FetchUnavailable,
+    RedirectLimit,
+    UriUnsupported,
+)
+from worker.settings import FetchSettings
+from worker.spool import WRITE_BYTES, SpoolFile
+
+COMPLETE = {200, 203}
+REDIRECTS = {301, 302, 303, 307, 308}
+NOT_FOUND = {404, 410}
+PASSING = {408, 425, 429}
+HEADERS = {
+    "Accept": "*/*",
+    "Accept-Encoding": "identity",  # audio is compressed already
+    "User-Agent": f"timbre/{version('timbre')}",
+}
+
+
+class Downloads:
+    """A client that tells servers nothing but the address, and follows redirects by its own rules.
+
+    `resolver` turns names into addresses, by default the system's way; what it answers is checked
+    like any address.
+    """
+
+    def __init__(self, settings: FetchSettings, resolver: AbstractResolver | None = None) -> None:
+        self._settings = settings
+        self._resolver = resolver
+        self._session: ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        rules = AddressRules(self._settings.allowed_networks)
+        self._session = ClientSession(
+            connector=TCPConnector(
+                limit=0,  # the worker bounds how many tracks are in flight
+                resolver=PublicResolver(self._resolver or ThreadedResolver(), rules),
+                socket_factory=rules.socket_for,
+            ),
+            timeout=ClientTimeout(
+                total=None,
+                connect=self._settings.connect_timeout_s,
+                sock_read=self._settings.stall_timeout_s,
+            ),
+            headers=HEADERS,
+            cookie_jar=DummyCookieJar(),
+            auto_decompress=False,  # bounded below, piece by piece
+            trust_env=False,
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def copy(self, uri: str, file: SpoolFile) -> None:
+        """Stream what lies at a URL into `file`.
+
+        Raises
+        ------
+        FetchFailed
+            A subclass of it; retryable where the same request may pass later.
+        """
+        try:
+            await self._follow(URL(uri), file)
+        except (InvalidURL, UnicodeError, ValueError) as error:
+            raise UriUnsupported(f"{shown(uri)} is not a URL; write https://host/path.") from error
+        except ClientConnectorCertificateError as error:
+            raise FetchFailed(
+                f"The certificate of {shown(uri)} can't be trusted; renew it, or add its authority "
+                "to this machine."
+            ) from error
+        except TimeoutError as error:
+            raise FetchTimeout(
+                f"{shown(uri)} sent nothing for {self._settings.stall_timeout_s:g} s, or took "
+                f"longer than {self._settings.connect_timeout_s:g} s to connect."
+            ) from error
+        except (ClientError, OSError) as error:
+            raise FetchUnavailable(
+                f"The connection to {shown(uri)} failed ({type(error).__name__}); "
+                "see that the server is up and sends the whole body."
+            ) from error
+
+    async def _follow(self, url: URL, file: SpoolFile) -> None:
+        assert self._session is not None, "Downloads is an async context manager"
+        for _ in range(self._settings.max_redirects + 1):
+            check_url(url)
+            async with self._session.get(url, allow_redirects=False) as response:
+                if response.status not in REDIRECTS:
+                    _check_status(response)
+                    await _receive(response, file)
+                    return
+                url = _redirected(response)
+        raise RedirectLimit(
+            f"More than {self._settings.max_redirects} redirects; send the final address, or raise "
+            "TIMBRE_FETCH__MAX_REDIRECTS."
+        )
+
+
+def _redirected(response: ClientResponse) -> URL:
+    location = response.headers.get("Location")
+    if not location:
+        raise RedirectLimit(f"{shown(str(response.url))} redirects without saying where to.")
+    try:
+        target = response.url.join(URL(location))
+    except ValueError as error:
+        raise RedirectLimit(f"{shown(str(response.url))} redirects to what is no URL.") from error
+    if target.scheme not in {"http", "https"}:
+        raise AddressRefused(f"A redirect leads to scheme {shown(target.scheme)!r}.")
+    if response.url.scheme == "https" and target.scheme != "https":
+        raise AddressRefused("A redirect leads from https to http, where anybody may listen.")
+    return target
+
+
+def _check_status(response: ClientResponse) -> None:
+    status, where = response.status, shown(str(response.url))
+    if status in COMPLETE:
+        return
+    if status in NOT_FOUND:
+        raise AudioNotFound(f"There is nothing at {where} (HTTP {status}).")
+    if status in PASSING or 500 <= status < 600:
+        raise FetchUnavailable(
+            f"{where} is not available at the moment (HTTP {status}).",
+            retry_after_s=retry_after_s(response.headers.get("Retry-After", "")),
+        )
+    if 400 <= status < 500:
+        raise FetchForbidden(
+            f"{where} is refused to this worker (HTTP {status}); sign the URL, or make it public."
+        )
+    raise FetchFailed(f"{where} answers HTTP {status} where 200 and the audio were expected.")
+
+
+async def _receive(response: ClientResponse, file: SpoolFile) -> None:
+    if response.content_length is not None:
+        file.check_size(response.content_length)
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding in {"identity", ""}:
+        async for data in response.content.iter_any():
+            await file.write(data)
+    elif encoding in {"gzip", "x-gzip", "deflate"}:
+        await _receive_compressed(response, file)
+    else:
+        raise FetchFailed(
+            f"{shown(str(response.url))} is compressed as {shown(encoding)!r}, which nobody asked "
+            "for; serve the audio as it is."
+        )
+
+
+async def _receive_compressed(response: ClientResponse, file: SpoolFile) -> None:
+    """Unpack in pieces of bounded size, so that a bomb meets the limit on bytes and not memory."""
+    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # gzip or zlib, whichever it is
+    try:
+        async for data in response.content.iter_any():
+            packed = data
+            while packed and not unpacker.eof:
+                await file.write(await asyncio.to_thread(unpacker.decompress, packed, WRITE_BYTES))
+                packed = unpacker.unconsumed_tail
+    except zlib.error as error:
+        raise FetchFailed(
+            f"{shown(str(response.url))} is not compressed as its Content-Encoding says."
+        ) from error
+    if not unpacker.eof:
+        raise FetchUnavailable(f"The compressed body of {shown(str(response.url))} ends early.")
+
+
+def retry_after_s(value: str) -> float | None:
+    """Seconds to wait by a Retry-After header, in seconds or as a date; None where it has none."""
+    text = value.strip()
+    if text.isascii() and text.isdigit() and len(text) < 10:
+        return float(text)
+    try:
+        moment = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())

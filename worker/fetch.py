@@ -1,0 +1,185 @@
+"""From an address to audio in the spool: the one way in for bytes from outside.
+
+Where audio comes from is told by the scheme: `downloads` (http, https), `object_stores` (s3, gs,
+az), `local_files` (file). What they share stands here: the spool, retries with backoff and jitter
+for what can pass, the deadline, the checksum.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import NamedTuple, Self
+
+from aiohttp.abc import AbstractResolver
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_any,
+    stop_before_delay,
+    wait_exponential_jitter,
+)
+
+from worker.addresses import shown
+from worker.downloads import Downloads
+from worker.errors import (
+    ChecksumMismatch,
+    FetchTimeout,
+    FetchUnavailable,
+    TimbreError,
+    UriUnsupported,
+)
+from worker.local_files import LocalFiles
+from worker.object_stores import ObjectStores
+from worker.settings import FetchSettings
+from worker.spool import Spool, SpooledAudio, SpoolFile
+
+__all__ = ["Fetcher", "SpooledAudio"]
+
+Copy = Callable[[str, SpoolFile], Awaitable[None]]
+
+
+class Fetcher:
+    """Fetches audio by URI, as many tracks at once as are asked for.
+
+    Parameters
+    ----------
+    on_retry
+        Told the code of the failure before each wait for another attempt.
+    on_bytes
+        Told the size of every piece of audio that arrives.
+    resolver
+        Turns names of HTTP servers into addresses; by default the system's way.
+    """
+
+    def __init__(
+        self,
+        settings: FetchSettings,
+        *,
+        on_retry: Callable[[str], None] | None = None,
+        on_bytes: Callable[[int], None] | None = None,
+        resolver: AbstractResolver | None = None,
+    ) -> None:
+        self._settings = settings
+        self._on_retry = on_retry
+        self._spool = Spool(
+            settings.spool_dir,
+            max_bytes=settings.spool_max_bytes,
+            max_file_bytes=settings.max_bytes,
+            on_bytes=on_bytes,
+        )
+        self._downloads = Downloads(settings, resolver)
+        stores = ObjectStores(settings)
+        self._copy: dict[str, Copy] = {
+            "http": self._downloads.copy,
+            "https": self._downloads.copy,
+            "s3": stores.copy,
+            "gs": stores.copy,
+            "az": stores.copy,
+            "file": LocalFiles(settings.file_roots).copy,
+        }
+        self._open = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as opening:
+            await asyncio.to_thread(self._spool.open)
+            opening.callback(self._spool.close)
+            await opening.enter_async_context(self._downloads)
+            self._open = opening.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._open.aclose()
+
+    @asynccontextmanager
+    async def fetch(
+        self, uri: str, *, expected_sha256: str | None = None, timeout_s: float | None = None
+    ) -> AsyncIterator[SpooledAudio]:
+        """Fetch into the spool; the file is there until the context is left, however it is left.
+
+        Parameters
+        ----------
+        expected_sha256
+            Hash in hex that the audio must have.
+        timeout_s
+            Seconds for everything, waits between attempts included; never more than the settings
+            allow.
+
+        Raises
+        ------
+        FetchFailed
+            A subclass of it. Retryable ones were retried as long as attempts and time allowed.
+        """
+        copy = self._copy.get(uri.partition(":")[0].lower())
+        if copy is None:
+            raise UriUnsupported(
+                f"{shown(uri)} is not fetched; use an address of https, http, s3, gs, az or file."
+            )
+        limit_s = min(timeout_s or self._settings.timeout_s, self._settings.timeout_s)
+        retrying = AsyncRetrying(
+            retry=retry_if_exception(_can_pass),
+            stop=stop_any(stop_after_attempt(self._settings.attempts), stop_before_delay(limit_s)),
+            wait=self._wait_s,
+            before_sleep=self._tell_retry,
+            reraise=True,
+        )
+        try:
+            async with asyncio.timeout(limit_s):
+                fetched: _Fetched = await retrying(self._attempt, copy, uri, expected_sha256)
+        except TimeoutError:
+            raise FetchTimeout(
+                f"{shown(uri)} did not arrive within {limit_s:g} s; see how fast its server sends, "
+                "or raise TIMBRE_FETCH__TIMEOUT_S."
+            ) from None
+        try:
+            yield fetched.audio
+        finally:
+            fetched.file.remove()
+
+    async def _attempt(self, copy: Copy, uri: str, expected_sha256: str | None) -> "_Fetched":
+        file = self._spool.file()
+        try:
+            await copy(uri, file)
+            audio = await file.finish()
+            _check_sha256(audio, expected_sha256, uri)
+        except BaseException:
+            file.remove()
+            raise
+        return _Fetched(file, audio)
+
+    def _wait_s(self, state: RetryCallState) -> float:
+        """Seconds before the next attempt: never sooner than the server asked for."""
+        backoff = wait_exponential_jitter(
+            initial=self._settings.backoff_initial_s,
+            max=self._settings.backoff_max_s,
+            jitter=self._settings.backoff_initial_s,
+        )
+        asked = error.retry_after_s if isinstance(error := _failure(state), FetchUnavailable) else 0
+        return max(backoff(state), asked or 0)
+
+    def _tell_retry(self, state: RetryCallState) -> None:
+        error = _failure(state)
+        if self._on_retry is not None and isinstance(error, TimbreError):
+            self._on_retry(error.code)
+
+
+class _Fetched(NamedTuple):
+    file: SpoolFile
+    audio: SpooledAudio
+
+
+def _check_sha256(audio: SpooledAudio, expected: str | None, uri: str) -> None:
+    if expected is not None and audio.sha256 != expected.lower():
+        raise ChecksumMismatch(
+            f"The bytes at {shown(uri)} have SHA-256 {audio.sha256}, not the one that the event "
+            "names; send the event of what lies there now."
+        )
+
+
+def _can_pass(error: BaseException) -> bool:
+    return isinstance(error, TimbreError) and error.retryable
+
+
+def _failure(state: RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome is not None else None

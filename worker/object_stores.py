@@ -1,0 +1,201 @@
+"""Audio from object stores: S3 and what speaks like it, Google Cloud Storage, Azure Blob."""
+
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import unquote
+
+import obstore
+from obstore.exceptions import (
+    BaseError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
+from obstore.store import AzureStore, GCSStore, S3Store
+
+from worker.addresses import shown
+from worker.errors import (
+    AudioNotFound,
+    FetchFailed,
+    FetchForbidden,
+    FetchTimeout,
+    FetchUnavailable,
+    UriUnsupported,
+)
+from worker.settings import FetchSettings
+from worker.spool import WRITE_BYTES, SpoolFile
+
+if TYPE_CHECKING:
+    from obstore.store import AzureConfig, ClientConfig, GCSConfig, RetryConfig, S3Config
+
+Store = S3Store | GCSStore | AzureStore
+
+URI = re.compile(r"(s3|gs|az)://([^/]*)/(.+?)(?:\?versionId=([^&?#]+))?", re.DOTALL | re.IGNORECASE)
+BUCKET = {
+    "s3": re.compile(r"[a-z0-9](?!.*\.\.)[a-z0-9.-]{1,61}[a-z0-9]"),
+    "gs": re.compile(r"[a-z0-9](?!.*\.\.)[a-z0-9._-]{1,220}[a-z0-9]"),
+    "az": re.compile(r"\$root|\$web|(?!.*--)[a-z0-9][a-z0-9-]{1,61}[a-z0-9]"),
+}
+MAX_KEY_BYTES = 1024
+MAX_STORES = 64  # events name buckets; clients for them are kept, but not without end
+PASSING = {408, 425, 429}
+STATUS = re.compile(r"status code: (\d{3})")
+TIMED_OUT = "kind: Timeout"
+NO_RETRIES: "RetryConfig" = {"max_retries": 0}
+
+
+class Location(NamedTuple):
+    """An object, by its store's own names."""
+
+    scheme: str
+    bucket: str
+    key: str
+    version: str | None
+
+
+class ObjectStores:
+    """Clients by bucket; credentials come from the settings, and without any requests are unsigned.
+
+    Retries are left to the fetch that all addresses have in common.
+    """
+
+    def __init__(self, settings: FetchSettings) -> None:
+        self._settings = settings
+        self._store: Callable[[str, str], Store] = lru_cache(MAX_STORES)(self._connect)
+
+    async def copy(self, uri: str, file: SpoolFile) -> None:
+        """Stream an object into `file`.
+
+        Raises
+        ------
+        FetchFailed
+            A subclass of it; retryable where the same request may pass later.
+        """
+        where = location(uri)
+        try:
+            store = self._store(where.scheme, where.bucket)
+            found = await obstore.get_async(
+                store, where.key, options={"version": where.version} if where.version else None
+            )
+            size_bytes = found.meta["size"]
+            file.check_size(size_bytes)
+            async for data in found.stream(min_chunk_size=WRITE_BYTES):
+                await file.write(memoryview(data))
+        except (BaseError, OSError, ValueError) as error:
+            raise _typed(error, uri) from error
+        if file.size_bytes != size_bytes:
+            raise FetchUnavailable(f"{shown(uri)} ended after {file.size_bytes} bytes.")
+
+    def _connect(self, scheme: str, bucket: str) -> Store:
+        connect: dict[str, Callable[[str], Store]] = {
+            "s3": self._s3,
+            "gs": self._gs,
+            "az": self._az,
+        }
+        return connect[scheme](bucket)
+
+    def _s3(self, bucket: str) -> S3Store:
+        region = self._settings.s3_region or "us-east-1"
+        endpoint = self._settings.s3_endpoint or f"https://s3.{region}.amazonaws.com"
+        config: S3Config = {"region": region, "endpoint": endpoint}
+        key, secret = self._settings.s3_access_key_id, self._settings.s3_secret_access_key
+        if key is not None and secret is not None:
+            config["access_key_id"] = key.get_secret_value()
+            config["secret_access_key"] = secret.get_secret_value()
+        else:
+            config["skip_signature"] = True
+        client = self._client(endpoint)
+        return S3Store(bucket, config=config, client_options=client, retry_config=NO_RETRIES)
+
+    def _gs(self, bucket: str) -> GCSStore:
+        endpoint = self._settings.gs_endpoint or "https://storage.googleapis.com"
+        config: GCSConfig = {"base_url": endpoint}
+        if (key := self._settings.gs_service_account_key) is not None:
+            config["service_account_key"] = key.get_secret_value()
+        else:
+            config["skip_signature"] = True
+        client = self._client(endpoint)
+        return GCSStore(bucket, config=config, client_options=client, retry_config=NO_RETRIES)
+
+    def _az(self, container: str) -> AzureStore:
+        account = self._settings.az_account_name
+        if account is None:
+            raise UriUnsupported(
+                "az addresses need an account; name it in TIMBRE_FETCH__AZ_ACCOUNT_NAME."
+            )
+        endpoint = self._settings.az_endpoint or f"https://{account}.blob.core.windows.net"
+        config: AzureConfig = {"account_name": account, "endpoint": endpoint}
+        if (key := self._settings.az_account_key) is not None:
+            config["account_key"] = key.get_secret_value()
+        else:
+            config["skip_signature"] = True
+        client = self._client(endpoint)
+        return AzureStore(container, config=config, client_options=client, retry_config=NO_RETRIES)
+
+    def _client(self, endpoint: str) -> "ClientConfig":
+        """How to speak to an endpoint; named explicitly, so that no environment variable wins."""
+        return {
+            "connect_timeout": timedelta(seconds=self._settings.connect_timeout_s),
+            "read_timeout": timedelta(seconds=self._settings.stall_timeout_s),
+            "timeout": timedelta(seconds=self._settings.timeout_s),
+            "allow_http": endpoint.startswith("http://"),
+        }
+
+
+def location(uri: str) -> Location:
+    """Read an object's URI: `scheme://bucket/key`, the key percent-encoded where it must be.
+
+    Raises
+    ------
+    UriUnsupported
+    """
+    match = URI.fullmatch(uri)
+    scheme = match[1].lower() if match else ""
+    if match is None or not BUCKET[scheme].fullmatch(match[2]):
+        raise UriUnsupported(
+            f"{shown(uri)} names no object; write s3://bucket/key, gs://bucket/key or "
+            "az://container/key."
+        )
+    try:
+        key = unquote(match[3], errors="strict")
+        version = unquote(match[4], errors="strict") if match[4] else None
+    except UnicodeDecodeError:
+        raise UriUnsupported(f"The key of {shown(uri)} is not UTF-8.") from None
+    if len(key.encode()) > MAX_KEY_BYTES or not all(
+        segment not in {"", ".", ".."} and segment.isprintable() for segment in key.split("/")
+    ):
+        raise UriUnsupported(
+            f"The key of {shown(uri)} has an empty or dotted part, an unprintable character, or "
+            f"more than {MAX_KEY_BYTES} bytes; copy the object to a plainer key."
+        )
+    return Location(scheme, match[2], key, version)
+
+
+def _typed(error: Exception, uri: str) -> FetchFailed:
+    """The failure that obstore means."""
+    where = shown(uri)
+    if isinstance(error, FileNotFoundError):
+        return AudioNotFound(f"There is no object at {where}.")
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+        return FetchForbidden(
+            f"The store refuses {where} to this worker; see its keys in TIMBRE_FETCH__*, "
+            "or the bucket's policy."
+        )
+    if isinstance(error, ValueError):
+        return UriUnsupported(f"The store has no client for {where}.")
+    return _typed_by_text(str(error), where)
+
+
+def _typed_by_text(text: str, where: str) -> FetchFailed:
+    """For most failures obstore has one type, and tells the cause in its text only."""
+    if "without LOCATION" in text:
+        return FetchFailed(f"{where} lies in another region; set TIMBRE_FETCH__S3_REGION.")
+    if TIMED_OUT in text:
+        return FetchTimeout(f"The store sent nothing of {where} for too long.")
+    status = STATUS.search(text)
+    if status and status[1][0] == "4" and int(status[1]) not in PASSING:
+        return FetchForbidden(f"The store refuses to read {where} (HTTP {status[1]}).")
+    answer = f"HTTP {status[1]}" if status else "the connection failed"
+    return FetchUnavailable(f"The store of {where} is not available at the moment ({answer}).")
