@@ -1,0 +1,200 @@
+"""The command `timbre`. Thin and quick to load: a command's own module is imported when it runs."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from worker.errors import SourceInvalid, TimbreError
+
+if TYPE_CHECKING:
+    from worker.settings import Settings
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Timbre tags tracks: new-track events in, genre tags out.",
+)
+services_app = typer.Typer(no_args_is_help=True, help="A local Kafka and Redis, without Docker.")
+dead_letters_app = typer.Typer(no_args_is_help=True, help="Events that could not be tagged.")
+app.add_typer(services_app, name="services")
+app.add_typer(dead_letters_app, name="dead-letters")
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+
+
+def main() -> None:
+    """The entry point: an error that Timbre knows is a sentence on standard error."""
+    try:
+        app()
+    except TimbreError as error:
+        sys.stderr.write(f"timbre: {error.message}\n")
+        sys.exit(1)
+
+
+@app.command()
+def worker() -> None:
+    """Tag the tracks of the event topics until SIGTERM.
+
+    Configured by the environment: TIMBRE_KAFKA__BOOTSTRAP_SERVERS, TIMBRE_REDIS__URL and others.
+    """
+    from worker.app import run_worker
+
+    raise typer.Exit(run_worker(_settings()))
+
+
+@app.command()
+def submit(
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Audio files, folders, URLs, or CSV tables (uri, track_id, ...)."),
+    ],
+    backfill: Annotated[
+        bool, typer.Option("--backfill", help="Send to the backfill topic, at lower priority.")
+    ] = False,
+) -> None:
+    """Publish a new-track event for every track, and wait until Kafka has them all."""
+    from worker.commands.submit import submit_tracks
+
+    raise typer.Exit(submit_tracks(_settings(), sources, backfill=backfill))
+
+
+@app.command()
+def watch(
+    from_beginning: Annotated[
+        bool, typer.Option("--from-beginning", help="Begin with the oldest result there is.")
+    ] = False,
+    count: Annotated[
+        int | None, typer.Option("--count", "-n", min=1, help="Stop after that many results.")
+    ] = None,
+    failures: Annotated[
+        bool, typer.Option("--failures", help="Show dead letters as well.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show results as they arrive, until Ctrl-C."""
+    from worker.commands.watch import watch_results
+
+    watch_results(
+        _settings(), from_beginning=from_beginning, failures=failures, count=count, as_json=as_json
+    )
+
+
+@app.command()
+def show(
+    track: Annotated[str, typer.Argument(help="The track's id.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what Redis holds of a track."""
+    from worker.commands.show import show_track
+
+    show_track(_settings(), track, as_json=as_json)
+
+
+@app.command()
+def tag(
+    files: Annotated[list[str], typer.Argument(help="Audio files, folders or URLs.")],
+    as_csv: Annotated[bool, typer.Option("--csv", help="A CSV row for every tag.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line and file, in the order given.")
+    ] = False,
+    plot: Annotated[
+        bool,
+        typer.Option(
+            "--plot",
+            help="Draw the taggram as a picture: FILE.taggram.png, or name a .png, .svg or .pdf "
+            "beside the files.",
+        ),
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Path or name of a model bundle.")
+    ] = None,
+) -> None:
+    """Tag files without Kafka or Redis. Exits with 1 when some could not be tagged."""
+    from worker.commands.tag import tag_tracks
+
+    if as_csv and as_json:
+        raise SourceInvalid("Choose one of --csv and --json.")
+    form = "csv" if as_csv else "json" if as_json else "table"
+    raise typer.Exit(tag_tracks(_settings(), files, form=form, plot=plot, bundle=model))
+
+
+@dead_letters_app.command("list")
+def list_dead_letters(
+    code: Annotated[str | None, typer.Option("--code", help="Only those of one reason.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", "-n", min=1, help="At most that many.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List dead letters, oldest first; the first column is the place that show and retry take."""
+    from worker.commands import dead_letters
+
+    dead_letters.list_all(_settings(), code=code, limit=limit, as_json=as_json)
+
+
+@dead_letters_app.command("show")
+def show_dead_letter(
+    place: Annotated[str, typer.Argument(help="PARTITION:OFFSET, as listed.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show one dead letter whole: reason, origin, and the original message."""
+    from worker.commands import dead_letters
+
+    dead_letters.show_one(_settings(), place, as_json=as_json)
+
+
+@dead_letters_app.command("retry")
+def retry_dead_letters(
+    places: Annotated[list[str] | None, typer.Argument(help="PARTITION:OFFSET, as listed.")] = None,
+    code: Annotated[str | None, typer.Option("--code", help="All of one reason.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All there are.")] = False,
+) -> None:
+    """Send the original events again, to the topic they came from."""
+    from worker.commands import dead_letters
+
+    dead_letters.retry_some(_settings(), places or [], code=code, everything=everything)
+
+
+@services_app.command()
+def up() -> None:
+    """Start Kafka and Redis to stay, and print their addresses for the shell to export."""
+    from worker.commands import services
+
+    services.up(_settings())
+
+
+@services_app.command()
+def down() -> None:
+    """Stop what `up` started and remove its data."""
+    from worker.commands import services
+
+    services.down(_settings())
+
+
+@app.command()
+def demo(
+    music: Annotated[
+        Path | None, typer.Option("--music", help="A folder with music of your own.")
+    ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave everything running until Ctrl-C.")
+    ] = False,
+) -> None:
+    """The whole way on this machine: Kafka, Redis, a worker, and music to tag."""
+    from worker.demo.run import run_demo
+
+    raise typer.Exit(run_demo(_settings(), music=music, keep=keep))
+
+
+def _settings() -> "Settings":
+    from worker.settings import load
+
+    return load()
+
+
+if __name__ == "__main__":
+    main()

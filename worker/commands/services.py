@@ -1,0 +1,58 @@
+"""`timbre services up|down`."""
+
+import asyncio
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from worker import console, services
+from worker.jars import Progress as Fetched
+from worker.settings import Settings
+
+PARTITIONS = 4
+
+
+def up(settings: Settings) -> None:
+    """Start both services with Timbre's topics, and print what to export."""
+    remarks = console.err()
+    with fetching() as fetched:
+        addresses, new = services.up(settings, fetched)
+    if new:
+        kafka = settings.kafka.model_copy(update={"bootstrap_servers": addresses.kafka})
+        asyncio.run(services.create_topics(kafka, services.topics_of(kafka, PARTITIONS)))
+    state = "Kafka and Redis are up" if new else "Kafka and Redis were up already"
+    remarks.print(f"{state}; `timbre services down` ends them. For the shell:", style="dim")
+    for name, value in addresses.environment().items():
+        sys.stdout.write(f"export {name}={shlex.quote(value)}\n")
+
+
+def down(settings: Settings) -> None:
+    """End them."""
+    ended = services.down(settings)
+    console.err().print("Kafka and Redis ended." if ended else "Nothing was up.", style="dim")
+
+
+@contextmanager
+def fetching() -> Iterator[Fetched]:
+    """Shows how far Kafka's download, the first time, has come; nothing where all is there."""
+    remarks = console.err()
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=remarks,
+        transient=True,
+        disable=not remarks.is_terminal,
+    ) as progress:
+
+        def fetched(done: int, total: int) -> None:
+            if done == 0:
+                remarks.print(f"Fetching Apache Kafka: {total} jars, this first time only")
+                progress.add_task("Fetching", total=total)
+            for task in progress.tasks:
+                progress.update(task.id, completed=done)
+
+        yield fetched

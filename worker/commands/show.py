@@ -1,0 +1,71 @@
+"""`timbre show`: what Redis holds of one track."""
+
+import asyncio
+import json
+import sys
+from dataclasses import dataclass
+from typing import cast
+
+from redis.exceptions import RedisError
+from rich.text import Text
+
+from schemas.events import TrackTags
+from worker import console
+from worker.cache import Keys, connect
+from worker.errors import ServicesUnavailable, TrackUnknown
+from worker.settings import RedisSettings, Settings
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A track's hash: the result, and the seconds until it expires (None: never)."""
+
+    result: TrackTags
+    expires_in_s: int | None
+
+
+def show_track(settings: Settings, track_id: str, *, as_json: bool) -> None:
+    """Print a track's result: for people, or the event as it went out."""
+    found = asyncio.run(stored(settings.redis, track_id))
+    result = found.result
+    if as_json:
+        sys.stdout.write(result.to_bytes().decode() + "\n")
+        return
+    out = console.out()
+    out.print(Text(result.track_id, style="bold"), Text(result.audio.uri, style="dim"))
+    out.print(console.facts(result))
+    out.print(console.tag_table(result))
+    timings = " · ".join(f"{s} {t:.3f} s" for s, t in result.processing.timings_s.items())
+    origin = "from the cache" if result.processing.cached else timings
+    out.print(Text(f"  {result.processing.processed_at:%Y-%m-%d %H:%M:%S} UTC · {origin}", "dim"))
+    if result.metadata:
+        out.print(Text(f"  {json.dumps(result.metadata, ensure_ascii=False)}", "dim"))
+    if found.expires_in_s is not None:
+        out.print(Text(f"  kept for {found.expires_in_s / 86400:.1f} days", "dim"))
+
+
+async def stored(settings: RedisSettings, track_id: str) -> Stored:
+    """The result of a track.
+
+    Raises
+    ------
+    TrackUnknown
+        There is none, or it expired.
+    ServicesUnavailable
+        Redis does not answer.
+    """
+    key = Keys(settings.prefix).track(track_id)
+    async with connect(settings) as redis:
+        try:
+            value = cast(bytes | None, await redis.hget(key, "result"))
+            ttl_s = await redis.ttl(key)
+        except (RedisError, OSError) as error:
+            raise ServicesUnavailable(
+                f"Redis does not answer ({error}); check that it runs, and TIMBRE_REDIS__URL."
+            ) from error
+    if value is None:
+        raise TrackUnknown(
+            f"Redis holds no result of {track_id}. It may be on its way (timbre watch), may have "
+            "failed (timbre dead-letters list), or the id is another (timbre submit prints ids)."
+        )
+    return Stored(TrackTags.from_bytes(value), ttl_s if ttl_s >= 0 else None)

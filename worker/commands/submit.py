@@ -1,0 +1,44 @@
+"""`timbre submit`."""
+
+import asyncio
+from collections.abc import Sequence
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from worker import console
+from worker.errors import SourceInvalid
+from worker.settings import Settings
+from worker.sources import tracks
+from worker.submit import submit
+
+IDS_SHOWN = 20
+
+
+def submit_tracks(settings: Settings, sources: Sequence[str], *, backfill: bool) -> int:
+    """Publish every track that `sources` name; 0 when Kafka has them all, 1 when some failed."""
+    found = list(tracks(sources, "backfill" if backfill else "upload"))
+    if not found:
+        raise SourceInvalid("There is nothing to submit: the tables are empty.")
+    remarks = console.err()
+    with Progress(
+        TextColumn("Submitting"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=remarks,
+        transient=True,
+        disable=not remarks.is_terminal,
+    ) as progress:
+        task = progress.add_task("", total=len(found))
+        submission = asyncio.run(
+            submit(settings.kafka, found, lambda track: progress.advance(task))
+        )
+    out = console.out()
+    if len(found) <= IDS_SHOWN:
+        for track in found:
+            out.print(f"{track.track_id}  [dim]{track.audio.uri}[/dim]")
+    for topic, count in submission.delivered.items():
+        out.print(f"Submitted {count} tracks to {topic}")
+    for track_id, reason in submission.failed:
+        remarks.print(f"[red]Not submitted[/red] {track_id}: {reason}")
+    return 1 if submission.failed else 0

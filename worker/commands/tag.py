@@ -1,0 +1,248 @@
+"""`timbre tag`: the worker's own fetch, decode, batch and vote, without Kafka and Redis."""
+
+import asyncio
+import csv
+import json
+import logging
+import sys
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from model.bundle import Bundle
+from schemas.events import Processing
+from worker import console
+from worker.errors import SourceInvalid, TimbreError, Unexpected
+from worker.plot import draw_taggrams
+from worker.settings import Settings
+from worker.sources import audio
+from worker.tagger import Analysis, Tagger, Timings
+
+log = logging.getLogger(__name__)
+
+PICTURE_SUFFIXES = frozenset({".png", ".svg", ".pdf"})
+ALL_FOLDERS = Path("/")
+CSV_COLUMNS = (
+    "source", "head", "label", "category", "score", "share", "uncertain", "error", "message",
+)  # fmt: skip
+
+Source = tuple[str, str | SourceInvalid]
+"""How a file is shown, and its address or why there is none."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one file: an analysis or an error, never both."""
+
+    source: str
+    analysis: Analysis | None
+    error: TimbreError | None
+    processing: Processing
+
+    def to_json(self) -> dict[str, Any]:
+        """The form of `--json`: the result as on the topic, with its source and its error."""
+        error, analysis = self.error, self.analysis
+        line: dict[str, Any] = {
+            "source": self.source,
+            "tags": [],
+            "uncertain": None,
+            "error": error and {"code": error.code, "message": error.message},
+        }
+        if analysis is not None:
+            result = analysis.model_dump(mode="json", exclude={"embedding"}, exclude_none=True)
+            line |= {"tags": result.pop("tags"), "uncertain": result.pop("uncertain"), **result}
+        return line | {"processing": self.processing.model_dump(mode="json")}
+
+
+class Report(Protocol):
+    """One way of showing outcomes, in the order the files were given."""
+
+    def add(self, outcome: Outcome) -> None:
+        """Show one outcome."""
+
+
+def tag_tracks(
+    settings: Settings,
+    files: Sequence[str],
+    *,
+    form: str = "table",
+    plot: bool = False,
+    bundle: str | None = None,
+) -> int:
+    """Tag `files` and report each; returns 0 when all were tagged, 1 when some were not.
+
+    Parameters
+    ----------
+    files
+        Audio files, folders or URLs. With `plot`, a name ending in .png, .svg or .pdf is where the
+        picture goes; without one each file's picture goes to the current folder.
+    form
+        `table`, `csv` or `json`.
+    bundle
+        Path or name of a model bundle; None takes the configured one.
+    """
+    picture = None
+    if plot:
+        pictures = [name for name in files if Path(name).suffix.lower() in PICTURE_SUFFIXES]
+        files = [name for name in files if name not in pictures]
+        picture = Path(pictures[0]) if pictures else None
+    if not files:
+        raise SourceInvalid("Name at least one audio file, folder or URL to tag.")
+    settings = settings.model_copy(
+        update={
+            # Whoever names a file here may read it anyway.
+            "fetch": settings.fetch.model_copy(update={"file_roots": (ALL_FOLDERS,)}),
+            "vote": settings.vote.model_copy(update={"taggram": plot or settings.vote.taggram}),
+        }
+    )
+    loaded = Bundle.load(bundle or settings.worker.bundle)
+    outcomes = asyncio.run(_tag_all(settings, loaded, files, _REPORTS[form]()))
+    if plot:
+        _draw(outcomes, loaded, settings.windows.hop_s, picture)
+    return 0 if all(outcome.error is None for outcome in outcomes) else 1
+
+
+async def _tag_all(
+    settings: Settings, bundle: Bundle, files: Sequence[str], report: Report
+) -> list[Outcome]:
+    sources = list(_sources(files))
+    outcomes = []
+    remarks = console.err()
+    with Progress(
+        TextColumn("Tagging"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=remarks,
+        transient=True,
+        disable=not remarks.is_terminal or len(sources) < 2,
+    ) as progress:
+        task = progress.add_task("", total=len(sources))
+        async with (
+            Tagger(settings, bundle) as tagger,
+            aclosing(_in_order(tagger, sources, settings.worker.max_in_flight)) as ordered,
+        ):
+            async for outcome in ordered:
+                report.add(outcome)
+                outcomes.append(outcome)
+                progress.advance(task)
+    return outcomes
+
+
+def _sources(files: Sequence[str]) -> Iterator[Source]:
+    for name in files:
+        try:
+            yield from audio(name)
+        except SourceInvalid as error:
+            yield name, error
+
+
+async def _in_order(
+    tagger: Tagger, sources: Iterable[Source], at_once: int
+) -> AsyncGenerator[Outcome, None]:
+    """Outcomes in the order of `sources`, while up to `at_once` are being worked on."""
+    pending: list[asyncio.Task[Outcome]] = []
+    try:
+        for source, uri in sources:
+            pending.append(asyncio.create_task(_tag_one(tagger, source, uri)))
+            if len(pending) >= at_once:
+                yield await pending.pop(0)
+        while pending:
+            yield await pending.pop(0)
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+
+
+async def _tag_one(tagger: Tagger, source: str, uri: str | SourceInvalid) -> Outcome:
+    timings = Timings()
+    analysis: Analysis | None = None
+    error: TimbreError | None = None
+    if isinstance(uri, SourceInvalid):
+        error = uri
+    else:
+        try:
+            analysis = await tagger.tag(uri, timings=timings)
+        except TimbreError as failure:
+            error = failure
+        except Exception as failure:
+            log.exception("Unexpected failure while tagging %s", source)
+            error = Unexpected(f"Timbre failed unexpectedly: {type(failure).__name__}: {failure}")
+    processing = Processing(
+        processed_at=datetime.now(UTC),
+        timings_s={stage: round(seconds, 6) for stage, seconds in timings.seconds.items()},
+        cached=False,
+        attempt=1,
+    )
+    return Outcome(source, analysis, error, processing)
+
+
+class _JsonReport:
+    """One object a line."""
+
+    def add(self, outcome: Outcome) -> None:
+        sys.stdout.write(json.dumps(outcome.to_json(), ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+
+
+class _CsvReport:
+    """A row for every tag; a file without tags has one row with its error."""
+
+    def __init__(self) -> None:
+        self._writer = csv.writer(sys.stdout, lineterminator="\n")
+        self._writer.writerow(CSV_COLUMNS)
+
+    def add(self, outcome: Outcome) -> None:
+        source, analysis, error = outcome.source, outcome.analysis, outcome.error
+        if analysis is not None:
+            for t in analysis.tags:
+                row = (t.head, t.label, t.category, t.score, t.share, analysis.uncertain)
+                self._writer.writerow((source, *row, "", ""))
+        if error is not None:
+            self._writer.writerow((source, *[""] * 6, error.code, error.message))
+        sys.stdout.flush()
+
+
+class _TableReport:
+    """A block for every file: its facts on a line, then a bar for every tag."""
+
+    def __init__(self) -> None:
+        self._console = console.out()
+
+    def add(self, outcome: Outcome) -> None:
+        self._console.print(Text(outcome.source, style="bold"))
+        if outcome.error is not None:
+            self._console.print(
+                Text.assemble("  ", (outcome.error.code, "red"), " ", outcome.error.message)
+            )
+        if outcome.analysis is not None:
+            self._console.print(console.facts(outcome.analysis))
+            self._console.print(console.tag_table(outcome.analysis))
+        self._console.print()
+
+
+_REPORTS: dict[str, type[_TableReport] | type[_CsvReport] | type[_JsonReport]] = {
+    "table": _TableReport,
+    "csv": _CsvReport,
+    "json": _JsonReport,
+}
+
+
+def _draw(outcomes: Sequence[Outcome], bundle: Bundle, hop_s: float, picture: Path | None) -> None:
+    """The taggrams as pictures: all in the one named, or each in one of its own."""
+    drawn = [(o.source, o.analysis) for o in outcomes if o.analysis is not None]
+    pictures = (
+        {picture: drawn}
+        if picture is not None
+        else {Path(f"{Path(source).stem}.taggram.png"): [(source, a)] for source, a in drawn}
+    )
+    for path, shown in pictures.items():
+        if shown:
+            draw_taggrams(path, shown, bundle, hop_s=hop_s)
+            console.err().print(f"Drew {path}")

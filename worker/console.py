@@ -1,0 +1,108 @@
+"""How results look in a terminal: one place for colours, bars and short texts."""
+
+import sys
+from typing import Protocol
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from schemas.events import AudioFacts, ModelRef, Tag, WindowCounts
+
+BAR_CELLS = 12
+BLOCKS = " ▏▎▍▌▋▊▉"
+PIPE_WIDTH = 160
+HEAD_STYLES = {"genre": "bold cyan"}
+
+
+class Result(Protocol):
+    """What a tagged track tells, be it an event or an analysis."""
+
+    @property
+    def audio(self) -> AudioFacts: ...
+    @property
+    def tags(self) -> list[Tag]: ...
+    @property
+    def uncertain(self) -> bool: ...
+    @property
+    def windows(self) -> WindowCounts: ...
+    @property
+    def model(self) -> ModelRef: ...
+
+
+def out() -> Console:
+    """Standard output; as wide as the terminal, or wide enough for any line into a pipe."""
+    return _console(stderr=False)
+
+
+def err() -> Console:
+    """Standard error, where progress and remarks go, so that results stay alone on the other."""
+    return _console(stderr=True)
+
+
+def bar(share: float, cells: int = BAR_CELLS) -> Text:
+    """A bar of `cells` cells filled to `share`, 0 to 1, in eighths of a cell."""
+    eighths = round(max(0.0, min(1.0, share)) * cells * 8)
+    full, part = divmod(eighths, 8)
+    drawn = "█" * full + (BLOCKS[part] if part else "")
+    return Text(drawn.ljust(cells), style="cyan")
+
+
+def label(tag: Tag) -> Text:
+    """A tag in short: its label and score."""
+    return Text.assemble(
+        (tag.label, HEAD_STYLES.get(tag.head, "")), " ", (f"{tag.score:.2f}", "dim")
+    )
+
+
+def best(tags: list[Tag], head: str, count: int) -> Text:
+    """The best tags of one head on a line."""
+    return Text("  ").join(label(tag) for tag in [t for t in tags if t.head == head][:count])
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, hours where there are any."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def facts(result: Result) -> Text:
+    """What the audio is, on a line."""
+    audio, windows = result.audio, result.windows
+    parts = [
+        clock(audio.duration_s),
+        f"{audio.codec} {audio.sample_rate_hz / 1000:g} kHz {audio.channels} ch",
+        f"{windows.total} windows" + (f", {windows.silent} silent" if windows.silent else ""),
+        f"{result.model.name}@{result.model.version[:8]}",
+    ]
+    line = Text("  " + " · ".join(parts), style="dim")
+    return line.append(" · uncertain", style="yellow") if result.uncertain else line
+
+
+def tag_table(result: Result) -> Table:
+    """Every tag with its score and its share of the votes."""
+    table = Table(box=None, padding=(0, 1), show_header=True, header_style="dim")
+    table.add_column("")
+    table.add_column("tag", min_width=14)
+    table.add_column("score", justify="right")
+    table.add_column("")
+    table.add_column("votes", justify="right")
+    head = ""
+    for t in result.tags:
+        shown, head = ("" if t.head == head else t.head), t.head
+        style = HEAD_STYLES.get(t.head, "")
+        table.add_row(
+            Text(f"  {shown}", style="dim"),
+            Text(t.label, style=style),
+            f"{t.score:.3f}",
+            bar(t.score),
+            f"{t.share:.0%}",
+        )
+    return table
+
+
+def _console(*, stderr: bool) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else PIPE_WIDTH
+    return Console(file=stream, width=width, highlight=False, soft_wrap=not stream.isatty())

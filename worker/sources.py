@@ -1,0 +1,143 @@
+"""What a person names on a command line, as new-track events: files, folders, URLs, CSV tables."""
+
+import csv
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from pydantic import JsonValue, ValidationError
+
+from schemas.events import AudioRef, NewTrack
+from worker.errors import SourceInvalid
+
+# fmt: off
+AUDIO_SUFFIXES = frozenset({
+    ".aac", ".aif", ".aiff", ".alac", ".amr", ".ape", ".au", ".caf", ".flac", ".m4a", ".m4b",
+    ".mka", ".mp2", ".mp3", ".mp4", ".mpc", ".oga", ".ogg", ".opus", ".ra", ".tta", ".wav",
+    ".weba", ".webm", ".wma", ".wv",
+})
+# fmt: on
+URI_COLUMNS = ("uri", "url", "path")
+SCHEMES = ("http", "https", "s3", "gs", "az", "file")
+MAX_NAME_CHARS = 80
+
+Priority = Literal["upload", "backfill"]
+
+
+def tracks(sources: Sequence[str], priority: Priority = "upload") -> Iterator[NewTrack]:
+    """The tracks that `sources` name, in order; folders in order of their files' names.
+
+    A source is an audio file, a folder (walked for audio), a URL, or a CSV table: a row a track,
+    with a column `uri` (or `url`, or `path`, relative to the table), optional `track_id` and
+    `sha256`, and any others as metadata.
+
+    Raises
+    ------
+    SourceInvalid
+        A source is not there, or a table can't be read; the message names it.
+    """
+    for source in sources:
+        path = Path(source)
+        if not is_url(source) and path.suffix.lower() == ".csv":
+            yield from _rows(path, priority)
+        else:
+            for _, uri in audio(source):
+                yield _track(uri, priority)
+
+
+def audio(source: str) -> Iterator[tuple[str, str]]:
+    """The audio that a file, a folder or a URL stands for: how it is shown, and its address.
+
+    Raises
+    ------
+    SourceInvalid
+        Nothing is there, or a folder holds no audio.
+    """
+    if is_url(source):
+        yield source, source
+        return
+    path = Path(source)
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
+        if not found:
+            raise SourceInvalid(f"{source} holds no audio files.")
+        yield from ((str(file), file.resolve().as_uri()) for file in found)
+    elif path.exists():
+        yield source, path.resolve().as_uri()
+    else:
+        raise SourceInvalid(f"{source} is not there: give a file, a folder, a URL or a CSV table.")
+
+
+def is_url(source: str) -> bool:
+    """Whether `source` is an address rather than a path."""
+    scheme, found, _ = source.partition("://")
+    return bool(found) and scheme.lower() in SCHEMES
+
+
+def track_id(uri: str) -> str:
+    """A name for the track at `uri`, the same each time: a readable part and a hash of it all."""
+    name = re.sub(r"[^a-z0-9]+", "-", _name(uri).lower()).strip("-")[:MAX_NAME_CHARS]
+    digest = hashlib.sha256(uri.encode()).hexdigest()[:8]
+    return f"{name}-{digest}" if name else digest
+
+
+def _name(uri: str) -> str:
+    return Path(uri.partition("?")[0].rstrip("/")).stem
+
+
+def _track(
+    uri: str,
+    priority: Priority,
+    name: str | None = None,
+    sha256: str | None = None,
+    metadata: dict[str, JsonValue] | None = None,
+) -> NewTrack:
+    return NewTrack(
+        track_id=name or track_id(uri),
+        audio=AudioRef(uri=uri, sha256=sha256),
+        uploaded_at=_changed_at(uri),
+        priority=priority,
+        metadata=metadata or {},
+    )
+
+
+def _changed_at(uri: str) -> datetime | None:
+    """A file's own time: submitting it again must make the same event."""
+    if not uri.startswith("file://"):
+        return None
+    path = Path(url2pathname(urlsplit(uri).path))
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC) if path.exists() else None
+
+
+def _rows(table: Path, priority: Priority) -> Iterator[NewTrack]:
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restval="")
+            column = next((c for c in URI_COLUMNS if c in (reader.fieldnames or ())), None)
+            if column is None:
+                raise SourceInvalid(f"{table} has no column named {', '.join(URI_COLUMNS)}.")
+            for row in reader:
+                yield _row(table, reader.line_num, row, column, priority)
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise SourceInvalid(f"{table} can't be read as a CSV table: {error}.") from error
+
+
+def _row(table: Path, line: int, row: dict[str, str], column: str, priority: Priority) -> NewTrack:
+    named = row.pop(column).strip()
+    extra = row.pop(None, None)  # type: ignore[call-overload]  # csv's key for too many cells
+    if not named or extra:
+        fault = "more cells than the header" if extra else f"no {column}"
+        raise SourceInvalid(f"{table}, line {line}: {fault}.")
+    uri = named if is_url(named) else (table.parent / named).resolve().as_uri()
+    name, sha256 = row.pop("track_id", ""), row.pop("sha256", "")
+    metadata: dict[str, JsonValue] = {key: value for key, value in row.items() if value}
+    try:
+        return _track(uri, priority, name or None, sha256 or None, metadata)
+    except ValidationError as error:
+        fault = "; ".join(f"{e['loc'][-1]}: {e['msg']}" for e in error.errors())
+        raise SourceInvalid(f"{table}, line {line}: {fault}.") from error
