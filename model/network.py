@@ -64,23 +64,27 @@ class Tagger(nn.Module):
 
 
 class Branch(BaseModel):
-    """A group of front filters `taps` frames long and `height` bands high."""
+    """A group of front filters `taps` frames long and `height` bands high.
+
+    `band_pool` neighbouring bands are averaged first; `band_stride` bands lie between positions.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     filters: int = Field(ge=1, le=1_024)
     taps: int = Field(ge=1, le=512)
     height: int = Field(ge=1, le=256)
-    time_stride: int = Field(1, ge=1, le=16)
+    band_pool: int = Field(1, ge=1, le=64)
     band_stride: int = Field(1, ge=1, le=64)
 
 
 class MusicnnConfig(BaseModel):
-    """Shape of a musicnn-like network; see `Musicnn`."""
+    """Shape of a musicnn-like network; see `Musicnn`. Pools of `frame_pool` frames are averaged."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     front_end: LogMelConfig = LogMelConfig()
+    frame_pool: int = Field(1, ge=1, le=16)
     branches: tuple[Branch, ...] = Field(min_length=1, max_length=16)
     mid_filters: int = Field(64, ge=1, le=1_024)
     mid_taps: int = Field(7, ge=1, le=64)
@@ -108,8 +112,9 @@ class FrontFilters(nn.Module):
 
     def forward(self, logmel: Tensor) -> Tensor:
         taps = self.branch.taps
-        padded = functional.pad(logmel, (0, 0, (taps - 1) // 2, taps // 2))
-        stride = (self.branch.time_stride, self.branch.band_stride)
+        pooled = functional.avg_pool2d(logmel, (1, self.branch.band_pool))
+        padded = functional.pad(pooled, (0, 0, (taps - 1) // 2, taps // 2))
+        stride = (1, self.branch.band_stride)
         highest = functional.conv2d(padded, self.weight, self.bias, stride).amax(-1)
         return self.sign * functional.relu(self.sign * highest)
 
@@ -135,12 +140,11 @@ class Musicnn(nn.Module):
     carries what constant filters give: zero-padding takes it away near the edges as it would them.
     """
 
-    input_scale: Tensor
-
     def __init__(self, config: MusicnnConfig) -> None:
         super().__init__()
+        self.frame_pool = config.frame_pool
         self.input_scale = nn.Parameter(torch.empty(2))
-        self.front = nn.ModuleList(FrontFilters(branch) for branch in config.branches)
+        self.front = nn.ModuleList([FrontFilters(branch) for branch in config.branches])
         channels = sum(branch.filters for branch in config.branches)
         mid = config.mid_filters
         self.mid = nn.ModuleList(
@@ -151,6 +155,14 @@ class Musicnn(nn.Module):
         self.shift = nn.Parameter(torch.empty(config.embedding_dim))
 
     def forward(self, logmel: Tensor) -> Tensor:
+        return self.embed(self.pool(logmel))
+
+    def pool(self, logmel: Tensor) -> Tensor:
+        """Log-mels at the frame rate of the filters; a short last pool is dropped."""
+        return functional.avg_pool2d(logmel.unsqueeze(1), (self.frame_pool, 1)).squeeze(1)
+
+    def embed(self, logmel: Tensor) -> Tensor:
+        """Embeddings of pooled log-mels."""
         scaled = (logmel * self.input_scale[0] + self.input_scale[1]).unsqueeze(1)
         front = torch.cat([branch(scaled) for branch in self.front], 1)
         first = self.mid[0](torch.cat([front, torch.ones_like(front[:, :1])], 1))
