@@ -244,6 +244,13 @@ class PublishFailed(TimbreError):
     retryable = True
 
 
+class ConsumerLost(TimbreError):
+    """The Kafka consumer died and could not be taken down cleanly."""
+
+    code = "consumer_lost"
+    retryable = True
+
+
 class ResultTooLarge(TimbreError):
     """Kafka takes no message of the result's size."""
 

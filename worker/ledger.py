@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class _Entry:
-    acknowledge: Callable[[], None]
+    acknowledge: Callable[[], object]
     finished: bool = False
 
 
@@ -41,7 +41,7 @@ class Ledger:
         """Wait until another event may be opened."""
         await self._room.wait()
 
-    def open(self, offset: int, acknowledge: Callable[[], None]) -> None:
+    def open(self, offset: int, acknowledge: Callable[[], object]) -> None:
         """Enter an event; offsets must rise.
 
         Raises

@@ -1,0 +1,173 @@
+import asyncio
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+
+from tests.conftest import MakeTopics
+from worker import kafka
+from worker.consumer import Consumer
+from worker.metrics import Metrics
+from worker.record import Record
+from worker.settings import KafkaSettings, Settings, WorkerSettings
+
+EVENTS = 200
+
+
+@asynccontextmanager
+async def consuming(
+    settings: Settings, handle: Callable[[Record], Awaitable[None]]
+) -> AsyncIterator[Consumer]:
+    consumer = Consumer(settings, handle, Metrics())
+    running = asyncio.create_task(consumer.run())
+    try:
+        yield consumer
+    finally:
+        consumer.stop()
+        await running
+
+
+def settings_of(own: KafkaSettings, **worker: object) -> Settings:
+    options = {"max_in_flight": 8, "rebalance_grace_s": 1.0, "stop_deadline_s": 5.0} | worker
+    return Settings(
+        kafka=own.model_copy(update={"session_timeout_s": 6.0}),
+        worker=WorkerSettings.model_validate(options),
+    )
+
+
+async def send(own: KafkaSettings, count: int = EVENTS, topic: str | None = None) -> None:
+    async with AIOKafkaProducer(**kafka.client_options(own)) as producer:
+        for number in range(count):
+            key = str(number).encode()
+            await producer.send(topic or own.topic_new, key, key=key, headers=[("n", key)])
+
+
+async def committed(own: KafkaSettings, partitions: int) -> int:
+    """The group's committed offsets, added up."""
+    tps = [TopicPartition(own.topic_new, number) for number in range(partitions)]
+    async with AIOKafkaConsumer(
+        **kafka.client_options(own), group_id=own.group, enable_auto_commit=False
+    ) as reader:
+        reader.assign(tps)
+        return sum([await reader.committed(tp) or 0 for tp in tps])
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.05)
+
+
+async def test_every_event_is_handled_once_and_committed_at_a_graceful_stop(
+    topics: MakeTopics,
+) -> None:
+    own = await topics(partitions=3)
+    seen = Counter[bytes | None]()
+
+    async def handle(record: Record) -> None:
+        await asyncio.sleep(random.uniform(0, 0.02))
+        assert record.headers == (("n", record.key),)
+        seen[record.value] += 1
+
+    await send(own)
+    async with consuming(settings_of(own), handle):
+        await until(lambda: seen.total() >= EVENTS)
+
+    assert set(seen.values()) == {1}
+    assert await committed(own, 3) == EVENTS
+
+
+async def test_what_hangs_at_a_stop_is_given_back_and_delivered_again(topics: MakeTopics) -> None:
+    own = await topics(partitions=1)
+    first, second = list[bytes | None](), list[bytes | None]()
+
+    async def hang_on_the_tenth(record: Record) -> None:
+        if record.offset == 10:
+            await asyncio.Event().wait()
+        first.append(record.value)
+
+    async def handle(record: Record) -> None:
+        second.append(record.value)
+
+    await send(own, 50)
+    async with consuming(settings_of(own, stop_deadline_s=3.0), hang_on_the_tenth):
+        await until(lambda: len(first) >= 40)
+    assert await committed(own, 1) == 10
+
+    async with consuming(settings_of(own), handle):
+        await until(lambda: len(set(first) | set(second)) == 50)
+    assert b"10" in second
+    assert await committed(own, 1) == 50
+
+
+async def test_a_partition_may_run_ahead_of_its_oldest_event_only_so_far(
+    topics: MakeTopics,
+) -> None:
+    own = await topics(partitions=1)
+    release = asyncio.Event()
+    done = list[int]()
+
+    async def hang_on_the_first(record: Record) -> None:
+        if record.offset == 0:
+            await release.wait()
+        done.append(record.offset)
+
+    await send(own, 100)
+    async with consuming(settings_of(own, max_ahead=20), hang_on_the_first):
+        await until(lambda: len(done) == 19)
+        await asyncio.sleep(1)
+        assert len(done) == 19
+        release.set()
+        await until(lambda: len(done) == 100)
+    assert await committed(own, 1) == 100
+
+
+async def test_backfill_that_hangs_does_not_hold_back_uploads(topics: MakeTopics) -> None:
+    own = await topics(partitions=1)
+    uploads = list[int]()
+
+    async def handle(record: Record) -> None:
+        if record.topic == own.topic_backfill:
+            await asyncio.Event().wait()
+        uploads.append(record.offset)
+
+    await send(own, 300, own.topic_backfill)
+    async with consuming(settings_of(own, stop_deadline_s=2.0), handle):
+        await asyncio.sleep(2)
+        await send(own, EVENTS)
+        await until(lambda: len(uploads) == EVENTS)
+
+
+async def test_an_event_whose_handling_raises_is_tried_again(topics: MakeTopics) -> None:
+    own = await topics(partitions=1)
+    attempts = Counter[int]()
+
+    async def fail_twice(record: Record) -> None:
+        attempts[record.offset] += 1
+        if record.offset == 3 and attempts[3] < 3:
+            raise RuntimeError("not this time")
+
+    await send(own, 10)
+    async with consuming(settings_of(own), fail_twice):
+        await until(lambda: attempts.total() == 12)
+    assert await committed(own, 1) == 10
+
+
+async def test_workers_that_join_and_leave_lose_nothing(topics: MakeTopics) -> None:
+    own = await topics(partitions=6)
+    seen = set[bytes | None]()
+
+    async def handle(record: Record) -> None:
+        await asyncio.sleep(random.uniform(0, 0.1))
+        seen.add(record.value)
+
+    settings = settings_of(own)
+    await send(own, 600)
+    async with consuming(settings, handle):
+        for _ in range(2):
+            async with consuming(settings, handle):
+                await asyncio.sleep(3)
+        await until(lambda: len(seen) == 600)
+    assert await committed(own, 6) == 600

@@ -1,0 +1,316 @@
+"""The worker: wires the stages. The only place that knows Kafka, Redis and the stages at once.
+
+An event's way: intake, cache, fetch, decode, batch, vote (the last four in `tagger`), publish,
+store. It ends in exactly one of two places, tags or dead letter; only then is it acknowledged.
+"""
+
+import asyncio
+import importlib.metadata
+import logging
+import os
+import signal
+import threading
+import time
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception,
+    stop_after_attempt,
+    wait_random_exponential,
+)
+
+from model.bundle import Bundle
+from schemas.events import NewTrack, Processing
+from worker import intake, logs, publish
+from worker.batch import BatchObserver
+from worker.cache import Cache
+from worker.consumer import Consumer
+from worker.errors import (
+    BundleInvalid,
+    ConsumerLost,
+    DecodeFailed,
+    FetchFailed,
+    InferenceFailed,
+    PublishFailed,
+    ResultTooLarge,
+    SettingsInvalid,
+    TimbreError,
+    TrackSilent,
+    Unexpected,
+)
+from worker.health import Health, HttpServer, LagProbe
+from worker.metrics import Metrics
+from worker.publish import Publisher
+from worker.record import Record
+from worker.settings import Settings
+from worker.tagger import Analysis, Priority, Tagger, Timings
+
+log = logging.getLogger(__name__)
+
+STAGES = (
+    (FetchFailed, "fetch"),
+    (DecodeFailed, "decode"),
+    (InferenceFailed, "batch"),
+    (TrackSilent, "vote"),
+    (ResultTooLarge, "publish"),
+)
+PUBLISH_BACKOFF_S = (0.2, 10.0)
+
+
+def run_worker(settings: Settings) -> int:
+    """Run until SIGTERM or SIGINT; returns the exit status."""
+    logs.configure(settings.worker)
+    try:
+        bundle = Bundle.load(settings.worker.bundle)
+        asyncio.run(_main(settings, bundle))
+    except (BundleInvalid, ConsumerLost, SettingsInvalid, PublishFailed) as error:
+        log.error("%s", error.message)  # noqa: TRY400  # the sentence says it; a traceback hides it
+        return 1
+    return 0
+
+
+async def _main(settings: Settings, bundle: Bundle) -> None:
+    async with Worker(settings, bundle) as worker:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, worker.stop)
+        await worker.run()
+
+
+class Worker:
+    """One process of the consumer group."""
+
+    def __init__(self, settings: Settings, bundle: Bundle) -> None:
+        self._settings = settings
+        self.metrics = Metrics()
+        self.metrics.build.info(
+            {
+                "version": importlib.metadata.version("timbre"),
+                "model": bundle.name,
+                "model_version": bundle.version,
+            }
+        )
+        self._tagger = Tagger(
+            settings,
+            bundle,
+            batch_observer=_Observer(self),
+            on_retry=lambda code: self.metrics.retries.labels("fetch", code).inc(),
+            on_bytes=self.metrics.fetched_bytes.inc,
+        )
+        self._cache = Cache(settings.redis, self._tagger.analysis_key, self.metrics)
+        self._publisher = Publisher(settings.kafka)
+        self.consumer = Consumer(settings, self.handle, self.metrics)
+        self._probe = LagProbe(settings, self.consumer, self.metrics)
+        self._health = Health(
+            settings.worker.stalled_after_s,
+            self._probe,
+            self.consumer,
+            device_healthy=lambda: self._tagger.batcher.healthy,
+        )
+        self.http = HttpServer(settings.http, self.metrics, self._health)
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> "Worker":
+        async with AsyncExitStack() as stack:
+            for part in (self.http, self._publisher, self._cache, self._tagger, self._probe):
+                await stack.enter_async_context(part)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._stack.aclose()
+
+    async def run(self) -> None:
+        """Work on events until `stop`."""
+        kafka, model = self._settings.kafka, self._tagger.model
+        log.info(
+            "Tagging %s with %s@%s; metrics and health on port %d",
+            kafka.topic_new, model.name, model.version, self.http.port,
+        )  # fmt: skip
+        await self.consumer.run()
+        log.info("Stopped")
+
+    def stop(self) -> None:
+        """Take nothing new, finish or give back what is in flight, and end inside the deadline."""
+        if self._health.stopping:
+            return
+        log.info("Stopping: no new events; %d in flight", self.consumer.in_flight)
+        self._health.stopping = True
+        self.consumer.stop()
+        # What is left by then hangs for good (a device, a socket) and is delivered again.
+        watchdog = threading.Timer(self._settings.worker.stop_deadline_s, os._exit, args=(0,))
+        watchdog.daemon = True
+        watchdog.start()
+
+    async def handle(self, record: Record) -> None:
+        """Take one record to its end."""
+        try:
+            tracks = intake.read(record, self._settings.kafka)
+        except TimbreError as error:
+            await self._dead_letter(record, error, stage="intake")
+            return
+        for track in tracks:
+            await self._handle_track(record, track)
+
+    async def _handle_track(self, record: Record, track: NewTrack) -> None:
+        started_s = time.perf_counter()
+        timings = Timings()
+        priority = self._priority(record, track)
+        attempts = 1
+
+        def count(state: RetryCallState) -> None:
+            nonlocal attempts
+            attempts = state.attempt_number
+            self.consumer.progressed()
+
+        try:
+            analysis, cached = await self._analyse(track, priority, timings, count)
+            processing = Processing(
+                processed_at=datetime.now(UTC),
+                timings_s={stage: round(s, 6) for stage, s in timings.seconds.items()},
+                cached=cached,
+                attempt=attempts,
+            )
+            tags, features = publish.results(track, analysis, self._tagger.model, processing)
+            async with timings.measure("publish"):
+                await self._until_delivered(lambda: self._publisher.publish(tags, features))
+        except TimbreError as error:
+            await self._dead_letter(record, error, attempts=attempts, track=track)
+            return
+        async with timings.measure("store"):
+            await self._cache.store(tags, analysis)
+        timings.seconds["total"] = time.perf_counter() - started_s
+        self._count(record, priority, analysis, cached, timings)
+
+    async def _analyse(
+        self,
+        track: NewTrack,
+        priority: Priority,
+        timings: Timings,
+        count: "Callable[[RetryCallState], None]",
+    ) -> tuple[Analysis, bool]:
+        """The analysis and whether it came from the cache; retried where that can help."""
+        known = await self._cache.by_event(publish.event_id(track, self._tagger.model))
+        if known is None and track.audio.sha256 is not None:
+            known = await self._cache.by_audio(track.audio.sha256)
+        if known is not None:
+            self.metrics.cache.labels("hit").inc()
+            return known, True
+
+        found = False
+
+        async def lookup(sha256: str) -> Analysis | None:
+            nonlocal found
+            analysis = await self._cache.by_audio(sha256)
+            found = analysis is not None
+            self.metrics.cache.labels("hit" if found else "miss").inc()
+            return analysis
+
+        async def attempt() -> Analysis:
+            try:
+                return await self._tagger.tag(
+                    track.audio.uri,
+                    priority=priority,
+                    expected_sha256=track.audio.sha256,
+                    timings=timings,
+                    lookup=lookup,
+                )
+            except TimbreError:
+                raise
+            except Exception as error:
+                log.exception("Unexpected failure while tagging")
+                raise Unexpected(
+                    f"Timbre failed unexpectedly ({type(error).__name__}); see the worker's log."
+                ) from error
+
+        options = self._settings.worker
+        retrying = AsyncRetrying(
+            retry=retry_if_exception(lambda e: isinstance(e, TimbreError) and e.retryable),
+            stop=stop_after_attempt(options.attempts),
+            wait=wait_random_exponential(options.backoff_initial_s, options.backoff_max_s),
+            before=count,
+            before_sleep=self._count_retry,
+            reraise=True,
+        )
+        return await retrying(attempt), found
+
+    async def _until_delivered(self, send: "Callable[[], Awaitable[None]]") -> None:
+        """Repeat until Kafka has confirmed: there is no other place for a result."""
+        pause = wait_random_exponential(*PUBLISH_BACKOFF_S)
+        retrying = AsyncRetrying(
+            retry=retry_if_exception(lambda e: isinstance(e, PublishFailed)),
+            wait=pause,
+            before_sleep=self._count_retry,
+            reraise=True,
+        )
+        await retrying(send)
+
+    async def _dead_letter(
+        self,
+        record: Record,
+        error: TimbreError,
+        *,
+        stage: str | None = None,
+        attempts: int = 1,
+        track: NewTrack | None = None,
+    ) -> None:
+        await self._until_delivered(
+            lambda: self._publisher.dead_letter(
+                record,
+                error,
+                stage=stage or _stage(error),
+                attempts=attempts,
+                track_id=track.track_id if track else None,
+                model=self._tagger.model,
+            )
+        )
+        priority = self._priority(record, track)
+        self.metrics.dead_letters.labels(error.code).inc()
+        self.metrics.tracks.labels("dead_letter", priority).inc()
+
+    def _priority(self, record: Record, track: NewTrack | None) -> Priority:
+        if record.topic == self._settings.kafka.topic_backfill:
+            return "backfill"
+        return track.priority if track else "upload"
+
+    def _count_retry(self, state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        assert isinstance(error, TimbreError)  # nothing else is retried
+        self.metrics.retries.labels(_stage(error), error.code).inc()
+
+    def _count(
+        self,
+        record: Record,
+        priority: Priority,
+        analysis: Analysis,
+        cached: bool,
+        timings: Timings,
+    ) -> None:
+        metrics = self.metrics
+        metrics.tracks.labels("cached" if cached else "tagged", priority).inc()
+        for stage, seconds in timings.seconds.items():
+            metrics.stage_seconds.labels(stage).observe(seconds)
+        metrics.end_to_end_seconds.labels(priority).observe(
+            max(0.0, time.time() - record.timestamp_s)
+        )
+        best: dict[str, str] = {}
+        for tag in analysis.tags:
+            best.setdefault(tag.head, tag.label)
+        for head, label in best.items():
+            metrics.labels.labels(head, label).inc()
+        if analysis.uncertain:
+            metrics.uncertain.inc()
+        if not cached:
+            windows = analysis.windows
+            metrics.audio_seconds.inc(analysis.audio.duration_s)
+            metrics.windows.labels("silent").inc(windows.silent)
+            metrics.windows.labels("voted").inc(windows.total - windows.silent)
+
+
+def _stage(error: TimbreError) -> str:
+    if isinstance(error, PublishFailed):
+        return "publish"
+    return next((stage for kind, stage in STAGES if isinstance(error, kind)), "track")

@@ -1,0 +1,236 @@
+"""Redis: results by track, analyses by audio, tracks by genre. The only place with Redis's keys.
+
+| key | kind | what |
+|---|---|---|
+| `{prefix}track:{track_id}` | hash | event_id, genre, score, uncertain, result (the tags event), \
+embedding (float32, little-endian) |
+| `{prefix}cache:{sha256}:{analysis_key}` | string | the analysis of that audio by that model |
+| `{prefix}event:{event_id}` | string | SHA-256 of the audio that the event turned out to name |
+| `{prefix}genre:{label}` | sorted set | track ids whose best genre it is, by score |
+
+Redis is never waited for: while it is down, tags still flow, and what it missed is kept (up to
+`catch_up_max` results) and stored once it is back.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import numpy as np
+from pydantic import ValidationError
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from schemas.events import TrackTags
+from worker.errors import SettingsInvalid
+from worker.metrics import Metrics
+from worker.settings import RedisSettings
+from worker.tagger import Analysis
+
+log = logging.getLogger(__name__)
+
+DOWN_FOR_S = 1.0
+CATCH_UP_BACKOFF_S = (0.5, 5.0)
+GENRE_HEAD = "genre"
+
+
+def connect(settings: RedisSettings) -> Redis:
+    """A client of its own connection pool; it connects at the first command.
+
+    Raises
+    ------
+    SettingsInvalid
+        The URL is not one of Redis's.
+    """
+    options: dict[str, Any] = {}
+    if settings.password is not None:
+        options["password"] = settings.password.get_secret_value()
+    if settings.ssl_ca_file is not None:
+        options["ssl_ca_certs"] = str(settings.ssl_ca_file)
+    try:
+        return Redis.from_url(
+            settings.url.get_secret_value(),
+            **options,
+            socket_timeout=settings.timeout_s,
+            socket_connect_timeout=settings.timeout_s,
+            retry=Retry(NoBackoff(), 1),
+        )
+    except ValueError:
+        raise SettingsInvalid(
+            "TIMBRE_REDIS__URL is not an address of Redis; give redis://host:6379/0, rediss://... "
+            "for TLS or unix://path."
+        ) from None
+
+
+class Keys:
+    """Names of keys."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+
+    def track(self, track_id: str) -> str:
+        return f"{self._prefix}track:{track_id}"
+
+    def analysis(self, sha256: str, analysis_key: str) -> str:
+        return f"{self._prefix}cache:{sha256}:{analysis_key}"
+
+    def event(self, event_id: str) -> str:
+        return f"{self._prefix}event:{event_id}"
+
+    def genre(self, label: str) -> str:
+        return f"{self._prefix}genre:{label}"
+
+
+@dataclass(frozen=True)
+class _Result:
+    event: TrackTags
+    analysis: Analysis
+
+
+class Cache:
+    """What was found before, and what is to be kept.
+
+    Parameters
+    ----------
+    analysis_key
+        Says which model and which settings made an analysis; others' are not found.
+    """
+
+    def __init__(self, settings: RedisSettings, analysis_key: str, metrics: Metrics) -> None:
+        self._settings = settings
+        self._analysis_key = analysis_key
+        self._metrics = metrics
+        self._keys = Keys(settings.prefix)
+        self._redis = connect(settings)
+        self._down_until_s = 0.0
+        self._missed: OrderedDict[str, _Result] = OrderedDict()
+        self._missing = asyncio.Event()
+        self._catching_up: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._catching_up = asyncio.create_task(self._catch_up(), name="redis catch-up")
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        assert self._catching_up is not None
+        self._catching_up.cancel()
+        await asyncio.gather(self._catching_up, return_exceptions=True)
+        for result in list(self._missed.values()):
+            if not await self._try_to_store(result):
+                log.warning("Redis is down: %d results were not stored there", len(self._missed))
+                break
+        await self._redis.aclose()
+
+    async def by_event(self, event_id: str) -> Analysis | None:
+        """The analysis that answered the same event before."""
+        if (missed := self._missed.get(event_id)) is not None:
+            return missed.analysis
+        sha256 = await self._get(self._keys.event(event_id))
+        return None if sha256 is None else await self.by_audio(sha256.decode())
+
+    async def by_audio(self, sha256: str) -> Analysis | None:
+        """The analysis of the same audio by the same model."""
+        stored = await self._get(self._keys.analysis(sha256, self._analysis_key))
+        if stored is None:
+            return None
+        try:
+            return Analysis.from_bytes(stored)
+        except ValidationError:
+            log.warning("Redis holds an analysis that can't be read; it is made anew")
+            self._metrics.cache.labels("error").inc()
+            return None
+
+    async def store(self, event: TrackTags, analysis: Analysis) -> None:
+        """Keep a result: now, or once Redis is back."""
+        result = _Result(event, analysis)
+        if self._missed or not await self._try_to_store(result):
+            self._miss(result)
+
+    async def _get(self, key: str) -> bytes | None:
+        if time.monotonic() < self._down_until_s:
+            return None
+        try:
+            value = await self._redis.get(key)
+        except (RedisError, OSError) as error:
+            self._is_down(error)
+            return None
+        return cast(bytes | None, value)
+
+    async def _try_to_store(self, result: _Result) -> bool:
+        if time.monotonic() < self._down_until_s:
+            return False
+        try:
+            await self._write(result)
+        except (RedisError, OSError) as error:
+            self._is_down(error)
+            return False
+        return True
+
+    async def _write(self, result: _Result) -> None:
+        event, analysis, keys = result.event, result.analysis, self._keys
+        settings = self._settings
+        genre = next((tag for tag in event.tags if tag.head == GENRE_HEAD), event.tags[0])
+        track_key = keys.track(event.track_id)
+        before = cast(bytes | None, await self._redis.hget(track_key, "genre"))
+        async with self._redis.pipeline(transaction=True) as commands:
+            if before is not None and before.decode() != genre.label:
+                commands.zrem(keys.genre(before.decode()), event.track_id)
+            commands.hset(
+                track_key,
+                mapping={
+                    "event_id": event.event_id,
+                    "genre": genre.label,
+                    "score": repr(genre.score),
+                    "uncertain": int(event.uncertain),
+                    "result": event.to_bytes(),
+                    "embedding": np.asarray(analysis.embedding, "<f4").tobytes(),
+                },
+            )
+            genre_key = keys.genre(genre.label)
+            commands.zadd(genre_key, {event.track_id: genre.score})
+            analysis_key = keys.analysis(analysis.audio.sha256, self._analysis_key)
+            commands.set(analysis_key, analysis.to_bytes(), ex=settings.cache_ttl_s or None)
+            commands.set(
+                keys.event(event.event_id), analysis.audio.sha256, ex=settings.cache_ttl_s or None
+            )
+            if settings.track_ttl_s:
+                commands.expire(track_key, settings.track_ttl_s)
+            if settings.genre_ttl_s:
+                commands.expire(genre_key, settings.genre_ttl_s)
+            await commands.execute()
+
+    def _is_down(self, error: Exception) -> None:
+        if time.monotonic() >= self._down_until_s:
+            log.warning("Redis does not answer (%s); going on without it", type(error).__name__)
+        self._down_until_s = time.monotonic() + DOWN_FOR_S
+        self._metrics.cache.labels("error").inc()
+
+    def _miss(self, result: _Result) -> None:
+        self._missed[result.event.event_id] = result
+        while len(self._missed) > self._settings.catch_up_max:
+            self._missed.popitem(last=False)
+            self._metrics.redis_dropped.inc()
+        self._metrics.redis_backlog.set(len(self._missed))
+        self._missing.set()
+
+    async def _catch_up(self) -> None:
+        """Store what Redis missed, oldest first, once it answers again."""
+        pause_s, longest_s = CATCH_UP_BACKOFF_S
+        while True:
+            await self._missing.wait()
+            while self._missed:
+                event_id, result = next(iter(self._missed.items()))
+                if await self._try_to_store(result):
+                    self._missed.pop(event_id, None)
+                    self._metrics.redis_backlog.set(len(self._missed))
+                    pause_s = CATCH_UP_BACKOFF_S[0]
+                else:
+                    await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
+                    pause_s = min(2 * pause_s, longest_s)
+            self._missing.clear()

@@ -1,0 +1,330 @@
+"""Events in, acknowledged in offset order: the only module that knows faust.
+
+Every partition has a ledger and a pump of its own. Faust's agent hands events over and never waits,
+so a partition that is held back (by its ledger or by the limit in flight) is paused at the broker
+instead of holding back the others. Before a rebalance and at a stop, what is in flight gets a while
+to finish; the rest is given back unacknowledged, and Kafka delivers it again.
+"""
+
+import asyncio
+import logging
+import random
+import tempfile
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import faust
+from faust.types import TP, EventT
+
+from worker.errors import ConsumerLost
+from worker.kafka import faust_credentials
+from worker.ledger import Ledger
+from worker.metrics import Metrics
+from worker.record import Record
+from worker.settings import Settings
+
+log = logging.getLogger(__name__)
+
+PAUSE_ABOVE = 32
+RESUME_BELOW = 8
+POLL_RECORDS = 64
+COMMIT_INTERVAL_S = 0.5
+RESTART_BACKOFF_S = (0.5, 30.0)
+HEARTBEATS_PER_SESSION = 6
+
+Handle = Callable[[Record], Awaitable[None]]
+
+
+class _App(faust.App):
+    """A faust app that gives back what doesn't finish in time instead of waiting for it."""
+
+    before_rebalance: Callable[[], Awaitable[None]]
+
+    async def _consumer_wait_empty(self, consumer: Any, logger: Any) -> None:
+        await self.before_rebalance()
+        # What was given back is never acknowledged here, so faust must not wait for it.
+        consumer._unacked_messages.clear()
+        await super()._consumer_wait_empty(consumer, logger)
+
+
+class _Partition:
+    """One assigned partition: events waiting, events in flight, and the ledger over both."""
+
+    def __init__(self, tp: TP, consumer: "Consumer", gate: asyncio.Semaphore) -> None:
+        self.tp = tp
+        self.ledger = Ledger(consumer.settings.worker.max_ahead)
+        self.waiting: deque[EventT[Any]] = deque()
+        self.running: set[asyncio.Task[None]] = set()
+        self.paused = False
+        self.last_offset = -1
+        self._consumer = consumer
+        self._gate = gate
+        self._wake = asyncio.Event()
+        self._pump = asyncio.create_task(self._run(), name=f"pump {tp.topic}-{tp.partition}")
+
+    def add(self, event: EventT[Any]) -> None:
+        self.last_offset = event.message.offset
+        self.waiting.append(event)
+        self._wake.set()
+        if len(self.waiting) > PAUSE_ABOVE:
+            self.paused = True
+            self._consumer.pause(self.tp)
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            while self.waiting:
+                await self.ledger.room()
+                await self._gate.acquire()
+                event = self.waiting.popleft()
+                self.ledger.open(event.message.offset, event.ack)
+                task = asyncio.create_task(self._work(event))
+                self.running.add(task)
+                task.add_done_callback(self._done)
+                if self.paused and len(self.waiting) < RESUME_BELOW:
+                    self.paused = False
+                    self._consumer.resume(self.tp)
+            self._wake.clear()
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self.running.discard(task)
+        self._gate.release()
+
+    async def _work(self, event: EventT[Any]) -> None:
+        await self._consumer.work(_record(event))
+        self.ledger.finish(event.message.offset)
+        self._consumer.progressed()
+
+    async def give_back(self, grace_s: float) -> None:
+        """Take nothing more, wait for what is in flight, then leave the rest unacknowledged."""
+        self._pump.cancel()
+        self.waiting.clear()
+        if self.running:
+            _, late = await asyncio.wait(self.running, timeout=grace_s)
+            for task in late:
+                task.cancel()
+            if late:
+                log.warning("Gave back %d unfinished events of %s", len(late), self.tp)
+                await asyncio.wait(late)
+        self.ledger.close()
+
+
+class Consumer:
+    """Reads the event topics and calls `handle` for every record, many at once.
+
+    Parameters
+    ----------
+    settings
+        Topics, group, and the limits in flight.
+    handle
+        Works on one record to its end, tags or dead letter. Whatever it raises, short of being
+        cancelled, it is called again: an event may be given back, never dropped.
+    """
+
+    def __init__(self, settings: Settings, handle: Handle, metrics: Metrics) -> None:
+        self.settings = settings
+        self._handle = handle
+        self._metrics = metrics
+        kafka, worker = settings.kafka, settings.worker
+        self._gates = {
+            kafka.topic_new: asyncio.Semaphore(worker.max_in_flight),
+            kafka.topic_backfill: asyncio.Semaphore(worker.max_backfill_in_flight),
+        }
+        self._partitions: dict[TP, _Partition] = {}
+        self._app: _App | None = None
+        self._stop = asyncio.Event()
+        self._grace_s = min(worker.rebalance_grace_s, worker.stop_deadline_s)
+        self.last_progress_s = time.monotonic()
+        self.assigned = False
+
+    def progressed(self) -> None:
+        """Note that an event came to its end, or that work on one moved on."""
+        self.last_progress_s = time.monotonic()
+
+    def positions(self) -> Iterator[tuple[str, int, int | None]]:
+        """Topic, partition and first unfinished offset (None: nothing read yet) of what is ours."""
+        app = self._app
+        if app is None or not self.assigned:
+            return
+        for tp in sorted(app.consumer.assignment()):
+            partition = self._partitions.get(tp)
+            yield (
+                tp.topic,
+                tp.partition,
+                partition.ledger.next_offset if partition else None,
+            )
+
+    @property
+    def in_flight(self) -> int:
+        """Events being worked on."""
+        return sum(len(partition.running) for partition in self._partitions.values())
+
+    async def work(self, record: Record) -> None:
+        """Handle one record, whatever it takes."""
+        self._metrics.events.labels(record.topic).inc()
+        gauge = self._metrics.in_flight.labels(record.topic)
+        pause_s, longest_s = RESTART_BACKOFF_S
+        with gauge.track_inprogress():
+            while True:
+                try:
+                    return await self._handle(record)
+                except Exception:
+                    self._metrics.retries.labels("handle", "internal_error").inc()
+                    log.exception(
+                        "Event %s-%d@%d could not be handled; trying again",
+                        record.topic, record.partition, record.offset,
+                    )  # fmt: skip
+                    await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
+                    pause_s = min(2 * pause_s, longest_s)
+
+    def pause(self, tp: TP) -> None:
+        """Ask the broker for no more of a partition for now.
+
+        Not by faust's `pause_partitions`, which drops records already fetched and then commits
+        past them.
+        """
+        if self._app is not None:
+            self._app.consumer.on_buffer_full(tp)
+
+    def resume(self, tp: TP) -> None:
+        """Undo `pause`."""
+        if self._app is not None and tp in self._app.consumer.assignment():
+            self._app.consumer.on_buffer_drop(tp)
+
+    async def run(self) -> None:
+        """Consume until `stop`; a consumer that dies is built anew, with backoff."""
+        pause_s, longest_s = RESTART_BACKOFF_S
+        while not self._stop.is_set():
+            started_s = time.monotonic()
+            clean = await self._run_once()
+            if self._stop.is_set():
+                return
+            if not clean:
+                # Its remains may still be a member of the group and hold partitions.
+                raise ConsumerLost(
+                    "The Kafka consumer died and could not be taken down; the process ends so that "
+                    "its supervisor starts a new one. Nothing is lost."
+                )
+            if time.monotonic() - started_s > longest_s:
+                pause_s = RESTART_BACKOFF_S[0]
+            self._metrics.consumer_restarts.inc()
+            log.warning("The Kafka consumer ended; a new one starts in about %.1f s", pause_s)
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
+            pause_s = min(2 * pause_s, longest_s)
+
+    async def _run_once(self) -> bool:
+        app = self._app = self._make_app()
+        stopping = asyncio.create_task(self._stop.wait())
+        running = asyncio.create_task(self._run_app(app))
+        try:
+            await asyncio.wait({stopping, running}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+            clean = await self._end(app)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            self._app = None
+        return clean
+
+    @staticmethod
+    async def _run_app(app: _App) -> None:
+        try:
+            await app.start()
+            await app.wait_until_stopped()
+        except Exception:
+            log.exception("The Kafka consumer failed")
+
+    async def _end(self, app: _App) -> bool:
+        self._grace_s = self.settings.worker.stop_deadline_s * 0.6
+        try:
+            async with asyncio.timeout(self.settings.worker.stop_deadline_s * 0.9):
+                await self._give_back()
+                await app.stop()
+                return True
+        except TimeoutError:
+            log.warning("The Kafka consumer did not stop in time; what it held is delivered again")
+        except Exception:
+            log.exception("The Kafka consumer did not stop cleanly; its events are delivered again")
+        finally:
+            self._grace_s = self.settings.worker.rebalance_grace_s
+        return False
+
+    def stop(self) -> None:
+        """Take no new events; `run` returns once those in flight ended or were given back."""
+        self._stop.set()
+
+    def _make_app(self) -> _App:
+        kafka = self.settings.kafka
+        app = _App(
+            kafka.group,
+            broker=[f"kafka://{server.strip()}" for server in kafka.bootstrap_servers.split(",")],
+            broker_credentials=faust_credentials(kafka),
+            broker_session_timeout=kafka.session_timeout_s,
+            broker_heartbeat_interval=kafka.session_timeout_s / HEARTBEATS_PER_SESSION,
+            broker_request_timeout=max(kafka.request_timeout_s, kafka.session_timeout_s + 5),
+            broker_max_poll_records=POLL_RECORDS,
+            broker_commit_interval=COMMIT_INTERVAL_S,
+            consumer_max_fetch_size=kafka.max_event_bytes + 64 * 1024,
+            consumer_auto_offset_reset="earliest",
+            stream_buffer_maxsize=2 * POLL_RECORDS,
+            stream_wait_empty=True,
+            topic_allow_declare=False,
+            topic_disable_leader=True,
+            reply_create_topic=False,
+            web_enabled=False,
+            store="memory://",
+            datadir=str(Path(tempfile.gettempdir()) / "timbre-faust"),
+            loghandlers=[],
+        )
+        app.before_rebalance = self._give_back
+        app.on_partitions_assigned.connect(self._on_assigned, weak=False)
+        for topic in self._gates:
+            source = app.topic(
+                topic,
+                key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw",
+            )  # fmt: skip
+            app.agent(source, name=f"timbre.{topic}")(self._take)
+        return app
+
+    async def _take(self, stream: Any) -> None:
+        async for event in stream.noack().events():
+            # What faust calls a TP here is aiokafka's, which faust itself refuses elsewhere.
+            tp = TP(event.message.topic, event.message.partition)
+            partition = self._partitions.get(tp)
+            if partition is not None and event.message.offset <= partition.last_offset:
+                # Kafka went back to an earlier offset: begin again from there.
+                del self._partitions[tp]
+                await partition.give_back(grace_s=0)
+                partition = None
+            if partition is None:
+                partition = self._partitions[tp] = _Partition(tp, self, self._gates[tp.topic])
+            partition.add(event)
+
+    async def _on_assigned(self, _app: Any, assigned: set[TP], *_: Any, **__: Any) -> None:
+        self.assigned = True
+        self.progressed()
+        log.info("Assigned %d partitions", len(assigned))
+
+    async def _give_back(self) -> None:
+        partitions = list(self._partitions.values())
+        self._partitions.clear()
+        self.assigned = False
+        await asyncio.gather(*(partition.give_back(self._grace_s) for partition in partitions))
+
+
+def _record(event: EventT[Any]) -> Record:
+    message = event.message
+    headers: Any = message.headers or ()
+    pairs = headers.items() if isinstance(headers, dict) else headers
+    return Record(
+        topic=message.topic,
+        partition=message.partition,
+        offset=message.offset,
+        timestamp_s=message.timestamp,
+        key=message.key,
+        value=message.value,
+        headers=tuple((name, value or b"") for name, value in pairs),
+    )

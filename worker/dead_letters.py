@@ -1,0 +1,194 @@
+"""What an operator does with dead letters: list them, look at one, send them again."""
+
+import asyncio
+from base64 import b64encode
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+from datetime import UTC, datetime
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.structs import ConsumerRecord
+
+from schemas.events import DeadLetter, FailureReason, ModelRef, Origin, OriginalMessage
+from worker import kafka
+from worker.errors import DeadLetterNotFound
+from worker.publish import HEADER
+from worker.settings import KafkaSettings, Settings
+
+Place = tuple[int, int]
+"""Partition and offset of a dead letter in its topic."""
+POLL_MS = 500
+IDLE_POLLS = 10
+
+
+async def list_dead_letters(
+    settings: Settings, *, code: str | None = None, limit: int | None = None
+) -> AsyncGenerator[tuple[Place, DeadLetter], None]:
+    """Every dead letter there is now, oldest first within a partition; `code` keeps one reason."""
+    found = 0
+    async with aclosing(_read(settings.kafka)) as messages:
+        async for message in messages:
+            letter = parse(message)
+            if code is not None and letter.reason.code != code:
+                continue
+            yield (message.partition, message.offset), letter
+            found += 1
+            if found == limit:
+                return
+
+
+async def show(settings: Settings, place: Place) -> DeadLetter:
+    """The dead letter at a place.
+
+    Raises
+    ------
+    DeadLetterNotFound
+        Nothing stands there (any more).
+    """
+    return parse(await _at(settings.kafka, place))
+
+
+async def retry(
+    settings: Settings, places: Sequence[Place] = (), *, code: str | None = None
+) -> list[Place]:
+    """Send dead letters to the topic they came from, as they were; returns those sent.
+
+    `places` picks single ones; without it all are sent again, or all of one reason `code`. A
+    letter stays in its topic: it is a log, and the event's id stays the same.
+    """
+    sent = list[Place]()
+    async with (
+        kafka.producer(settings.kafka) as producer,
+        aclosing(_chosen(settings.kafka, places)) as messages,
+    ):
+        async for message in messages:
+            letter = parse(message)
+            if code is not None and letter.reason.code != code:
+                continue
+            if _header(message, "value-omitted-bytes") is not None:
+                continue  # the value is only at its origin
+            headers = [(n, v) for n, v in message.headers if not n.startswith(HEADER)]
+            await producer.send_and_wait(
+                letter.origin.topic, message.value, key=message.key, headers=headers
+            )
+            sent.append((message.partition, message.offset))
+    return sent
+
+
+def parse(message: "ConsumerRecord[bytes, bytes]") -> DeadLetter:
+    """The letter as one object: reason and origin from the headers, the rest as it was."""
+
+    def text(name: str, default: str = "") -> str:
+        value = _header(message, name)
+        return default if value is None else value.decode(errors="replace")
+
+    def number(name: str, default: int) -> int:
+        given = text(name)
+        return int(given) if given.isascii() and given.isdigit() else default
+
+    def moment(name: str) -> datetime:
+        with suppress(ValueError):
+            return datetime.fromisoformat(text(name))
+        return datetime.fromtimestamp(message.timestamp / 1000, UTC)
+
+    name, _, version = text("model").partition("@")
+    return DeadLetter(
+        reason=FailureReason(
+            code=text("reason-code", "unknown"),
+            message=text("reason", "Not written by Timbre: there is no reason in the headers."),
+            stage=text("stage", "unknown"),
+            retryable=text("retryable") == "true",
+        ),
+        attempts=number("attempts", 1),
+        origin=Origin(
+            topic=text("origin-topic", message.topic),
+            partition=number("origin-partition", message.partition),
+            offset=number("origin-offset", message.offset),
+            timestamp=moment("origin-timestamp"),
+        ),
+        original=OriginalMessage(
+            key_b64=_b64(message.key),
+            value_b64=_b64(message.value),
+            headers=[
+                (name, b64encode(value or b"").decode())
+                for name, value in message.headers
+                if not name.startswith(HEADER)
+            ],
+        ),
+        track_id=text("track-id") or None,
+        failed_at=moment("failed-at"),
+        model=ModelRef(name=name, version=version) if version else None,
+    )
+
+
+def _b64(value: bytes | None) -> str | None:
+    return None if value is None else b64encode(value).decode()
+
+
+def _header(message: "ConsumerRecord[Any, Any]", name: str) -> bytes | None:
+    return next((v for n, v in reversed(message.headers) if n == HEADER + name), None)
+
+
+async def _chosen(
+    settings: KafkaSettings, places: Sequence[Place]
+) -> AsyncGenerator["ConsumerRecord[bytes, bytes]", None]:
+    if places:
+        for place in places:
+            yield await _at(settings, place)
+        return
+    async with aclosing(_read(settings)) as messages:
+        async for message in messages:
+            yield message
+
+
+async def _at(settings: KafkaSettings, place: Place) -> "ConsumerRecord[bytes, bytes]":
+    async with aclosing(_read(settings, place)) as messages:
+        async for message in messages:
+            if (message.partition, message.offset) == place:
+                return message
+            break
+    raise DeadLetterNotFound(
+        f"No dead letter stands at {place[0]}:{place[1]} of {settings.topic_dead_letter}; "
+        "`timbre dead-letters list` names those that are there."
+    )
+
+
+async def _read(
+    settings: KafkaSettings, start: Place | None = None
+) -> AsyncGenerator["ConsumerRecord[bytes, bytes]", None]:
+    """The topic from its beginning, or one partition from an offset, to what is its end now."""
+    consumer = AIOKafkaConsumer(
+        **kafka.client_options(settings), group_id=None, enable_auto_commit=False
+    )
+    async with consumer:
+        partitions = await _partitions(consumer, settings.topic_dead_letter)
+        if start is not None:
+            partitions = [tp for tp in partitions if tp.partition == start[0]]
+        if not partitions:
+            return
+        consumer.assign(partitions)
+        begins = await consumer.beginning_offsets(partitions)
+        ends = await consumer.end_offsets(partitions)
+        for tp in partitions:
+            consumer.seek(tp, max(begins[tp], start[1]) if start else begins[tp])
+        left = {tp for tp in partitions if await consumer.position(tp) < ends[tp]}
+        idle = 0
+        while left and idle < IDLE_POLLS:
+            batch = await consumer.getmany(*left, timeout_ms=POLL_MS)
+            idle = 0 if batch else idle + 1
+            for tp, messages in batch.items():
+                for message in messages:
+                    if message.offset < ends[tp]:
+                        yield message
+            left = {tp for tp in left if await consumer.position(tp) < ends[tp]}
+
+
+async def _partitions(consumer: AIOKafkaConsumer, topic: str) -> list[TopicPartition]:
+    await consumer._client.force_metadata_update()
+    for _ in range(IDLE_POLLS):
+        if numbers := consumer.partitions_for_topic(topic):
+            return [TopicPartition(topic, number) for number in sorted(numbers)]
+        await asyncio.sleep(0.1)
+        await consumer.topics()
+    return []

@@ -1,0 +1,176 @@
+"""The worker's own port: `/metrics`, `/health/live`, `/health/ready`, and nothing else.
+
+Live means progress while there is lag: a worker whose consumer died silently answers HTTP, has
+events to work on, and finishes none. Lag is therefore asked of the broker, by a client of its own.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+from aiohttp import web
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from worker import kafka
+from worker.consumer import Consumer
+from worker.metrics import Metrics
+from worker.settings import HttpSettings, Settings
+
+log = logging.getLogger(__name__)
+
+LAG_INTERVAL_S = 5.0
+PROBE_TIMEOUT_S = 10.0
+
+
+class LagProbe:
+    """Measures how far behind the assigned partitions are, and whether anything moves.
+
+    `lag` is the number of events behind the partitions' ends, unfinished ones included.
+    """
+
+    def __init__(self, settings: Settings, consumer: Consumer, metrics: Metrics) -> None:
+        self._settings = settings
+        self._consumer = consumer
+        self._metrics = metrics
+        self._task: asyncio.Task[None] | None = None
+        self._shown: set[tuple[str, int]] = set()
+        self.lag = 0
+        self._lagging_since_s: float | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run(), name="consumer lag")
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    def stalled_s(self) -> float:
+        """Seconds for which there was lag and no progress; 0 while all is well."""
+        if self._lagging_since_s is None:
+            return 0.0
+        return time.monotonic() - max(self._lagging_since_s, self._consumer.last_progress_s)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._watch()
+            except (KafkaError, OSError, TimeoutError) as error:
+                log.warning("Consumer lag can't be measured now (%s)", type(error).__name__)
+            await asyncio.sleep(LAG_INTERVAL_S)
+
+    async def _watch(self) -> None:
+        group = AIOKafkaConsumer(
+            **kafka.client_options(self._settings.kafka),
+            group_id=self._settings.kafka.group,
+            enable_auto_commit=False,
+        )
+        async with group:
+            while True:
+                async with asyncio.timeout(PROBE_TIMEOUT_S):
+                    self._note(await self._measure(group))
+                await asyncio.sleep(LAG_INTERVAL_S)
+
+    async def _measure(self, group: AIOKafkaConsumer) -> dict[tuple[str, int], int]:
+        positions = {(topic, number): at for topic, number, at in self._consumer.positions()}
+        partitions = [TopicPartition(*place) for place in positions]
+        if not partitions:
+            return {}
+        group.assign(partitions)
+        ends = await group.end_offsets(partitions)
+        lags = {}
+        for tp in partitions:
+            at = positions[tp]
+            if at is None:  # nothing read since the assignment: the group's offset tells
+                at = await group.committed(tp)
+            if at is None:
+                at = (await group.beginning_offsets([tp]))[tp]
+            lags[tp.topic, tp.partition] = max(0, ends[tp] - at)
+        return lags
+
+    def _note(self, lags: dict[tuple[str, int], int]) -> None:
+        for topic, number in self._shown - lags.keys():
+            self._metrics.consumer_lag.remove(topic, str(number))
+        for (topic, number), lag in lags.items():
+            self._metrics.consumer_lag.labels(topic, str(number)).set(lag)
+        self._shown = set(lags)
+        self.lag = sum(lags.values())
+        if self.lag == 0:
+            self._lagging_since_s = None
+        elif self._lagging_since_s is None:
+            self._lagging_since_s = time.monotonic()
+
+
+@dataclass
+class Health:
+    """What makes the worker live and ready; each reason is a sentence, None means all is well."""
+
+    stalled_after_s: float
+    probe: LagProbe
+    consumer: Consumer
+    device_healthy: Callable[[], bool]
+    stopping: bool = False
+
+    def why_not_live(self) -> str | None:
+        if not self.device_healthy():
+            return "batches hang on the device"
+        stalled_s = self.probe.stalled_s()
+        if stalled_s > self.stalled_after_s:
+            return f"no progress for {stalled_s:.0f} s with {self.probe.lag} events of lag"
+        return None
+
+    def why_not_ready(self) -> str | None:
+        if self.stopping:
+            return "stopping"
+        if not self.consumer.assigned:
+            return "no partitions assigned (yet, or during a rebalance)"
+        return self.why_not_live()
+
+
+class HttpServer:
+    """Serves metrics and health on `settings.host:settings.port`; `port` tells the one taken."""
+
+    def __init__(self, settings: HttpSettings, metrics: Metrics, health: Health) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._health = health
+        app = web.Application()
+        app.router.add_get("/metrics", self._get_metrics)
+        app.router.add_get("/health/live", self._get_live)
+        app.router.add_get("/health/ready", self._get_ready)
+        self._runner = web.AppRunner(app, access_log=None)
+        self.port = settings.port
+
+    async def __aenter__(self) -> Self:
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, self._settings.host, self._settings.port)
+        await site.start()
+        self.port = self._runner.addresses[0][1]
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._runner.cleanup()
+
+    async def _get_metrics(self, _: web.Request) -> web.Response:
+        return web.Response(
+            body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST}
+        )
+
+    async def _get_live(self, _: web.Request) -> web.Response:
+        return _answer(self._health.why_not_live())
+
+    async def _get_ready(self, _: web.Request) -> web.Response:
+        return _answer(self._health.why_not_ready())
+
+
+def _answer(trouble: str | None) -> web.Response:
+    return web.json_response(
+        {"status": "ok" if trouble is None else "unavailable", "reason": trouble},
+        status=200 if trouble is None else 503,
+    )

@@ -1,0 +1,78 @@
+"""How Timbre speaks to Kafka: one place turns settings into what each client library wants."""
+
+import ssl
+from typing import Any
+
+from aiokafka import AIOKafkaProducer
+from faust.auth import SASLCredentials, SSLCredentials
+
+from worker.errors import SettingsInvalid
+from worker.settings import KafkaSettings
+
+MAX_REQUEST_OVERHEAD_BYTES = 1024 * 1024
+
+
+def ssl_context(kafka: KafkaSettings) -> ssl.SSLContext | None:
+    """The TLS context, or None where the protocol is plain text.
+
+    Raises
+    ------
+    SettingsInvalid
+        A certificate or key file can't be read.
+    """
+    if "SSL" not in kafka.security_protocol:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=kafka.ssl_ca_file)
+        if kafka.ssl_cert_file is not None:
+            context.load_cert_chain(kafka.ssl_cert_file, kafka.ssl_key_file)
+    except OSError as error:
+        raise SettingsInvalid(
+            f"Kafka's TLS files can't be read ({error}); check TIMBRE_KAFKA__SSL_CA_FILE, "
+            "TIMBRE_KAFKA__SSL_CERT_FILE and TIMBRE_KAFKA__SSL_KEY_FILE."
+        ) from None
+    return context
+
+
+def client_options(kafka: KafkaSettings) -> dict[str, Any]:
+    """Keyword arguments that every aiokafka client takes."""
+    options: dict[str, Any] = {
+        "bootstrap_servers": kafka.bootstrap_servers,
+        "security_protocol": kafka.security_protocol,
+        "ssl_context": ssl_context(kafka),
+        "request_timeout_ms": int(kafka.request_timeout_s * 1000),
+    }
+    if kafka.security_protocol.startswith("SASL"):
+        assert kafka.sasl_password is not None  # the settings' validator saw to it
+        options |= {
+            "sasl_mechanism": kafka.sasl_mechanism,
+            "sasl_plain_username": kafka.sasl_username,
+            "sasl_plain_password": kafka.sasl_password.get_secret_value(),
+        }
+    return options
+
+
+def faust_credentials(kafka: KafkaSettings) -> SASLCredentials | SSLCredentials | None:
+    """The same as `client_options`, in faust's own terms."""
+    context = ssl_context(kafka)
+    if kafka.security_protocol.startswith("SASL"):
+        assert kafka.sasl_password is not None  # the settings' validator saw to it
+        return SASLCredentials(
+            username=kafka.sasl_username,
+            password=kafka.sasl_password.get_secret_value(),
+            mechanism=kafka.sasl_mechanism,
+            ssl_context=context,
+        )
+    return None if context is None else SSLCredentials(context)
+
+
+def producer(kafka: KafkaSettings) -> AIOKafkaProducer:
+    """A producer that reports delivery only once every in-sync replica has the message."""
+    return AIOKafkaProducer(
+        **client_options(kafka),
+        acks="all",
+        enable_idempotence=True,
+        compression_type="gzip",
+        linger_ms=5,
+        max_request_size=8 * kafka.max_event_bytes + MAX_REQUEST_OVERHEAD_BYTES,
+    )

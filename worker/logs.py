@@ -1,0 +1,46 @@
+"""Log lines for people (`text`) or machines (`json`, one object a line), on standard error."""
+
+import json
+import logging
+from datetime import UTC, datetime
+
+from worker.settings import WorkerSettings
+
+# What the libraries tell in the course of things is no news to an operator.
+QUIET = {
+    "faust": logging.ERROR,
+    "mode": logging.ERROR,
+    "aiokafka": logging.ERROR,
+    "kafka": logging.ERROR,
+}
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def configure(settings: WorkerSettings) -> None:
+    """Set up logging for this process."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        JsonFormatter()
+        if settings.log_format == "json"
+        else logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%H:%M:%S")
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(settings.log_level.upper())
+    if settings.log_level != "debug":
+        for name, level in QUIET.items():
+            logging.getLogger(name).setLevel(level)

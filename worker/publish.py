@@ -1,0 +1,191 @@
+"""Results out: tags and embedding to their topics, failures to the dead-letter topic.
+
+Every send waits until all in-sync replicas have the message. What Kafka can't take now is raised as
+`PublishFailed`; what it never will (too large) as `ResultTooLarge`.
+"""
+
+import asyncio
+import hashlib
+import json
+import uuid
+from datetime import UTC, datetime
+from typing import Self
+
+from aiokafka.errors import (
+    KafkaError,
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+)
+
+from schemas.events import ModelRef, NewTrack, Processing, TrackFeatures, TrackTags
+from worker import kafka
+from worker.errors import PublishFailed, ResultTooLarge, TimbreError
+from worker.record import Record
+from worker.settings import KafkaSettings
+from worker.tagger import Analysis
+
+EVENT_NAMESPACE = uuid.UUID("6f1d8f2c-6a3c-5b0e-9a57-2b8f0c6f3f0d")
+TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
+HEADER = "timbre-"
+
+Headers = list[tuple[str, bytes]]
+
+
+def event_id(track: NewTrack, model: ModelRef) -> str:
+    """The same event and model give the same id, however often and wherever it is delivered."""
+    audio = track.audio
+    identity = [
+        track.track_id,
+        audio.uri,
+        audio.sha256,
+        audio.etag,
+        track.uploaded_at.isoformat() if track.uploaded_at else None,
+        track.source_event_id,
+        model.name,
+        model.version,
+    ]
+    return str(uuid.uuid5(EVENT_NAMESPACE, json.dumps(identity)))
+
+
+def results(
+    track: NewTrack, analysis: Analysis, model: ModelRef, processing: Processing
+) -> tuple[TrackTags, TrackFeatures]:
+    """The two events that answer a new-track event."""
+    identity = event_id(track, model)
+    tags = TrackTags(
+        event_id=identity,
+        track_id=track.track_id,
+        audio=analysis.audio.model_copy(update={"uri": track.audio.uri}),
+        tags=analysis.tags,
+        uncertain=analysis.uncertain,
+        windows=analysis.windows,
+        vote=analysis.vote,
+        model=analysis.model,
+        taggram=analysis.taggram,
+        metadata=track.metadata,
+        processing=processing,
+    )
+    features = TrackFeatures(
+        event_id=identity,
+        track_id=track.track_id,
+        model=analysis.model,
+        embedding=analysis.embedding,
+        dims=len(analysis.embedding),
+        processing=processing,
+    )
+    return tags, features
+
+
+class Publisher:
+    """One producer for all that goes out."""
+
+    def __init__(self, settings: KafkaSettings) -> None:
+        self._settings = settings
+        self._producer = kafka.producer(settings)
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._producer.start()
+        except KafkaError as error:
+            await self._producer.stop()
+            raise PublishFailed(
+                f"Kafka at {self._settings.bootstrap_servers} can't be reached "
+                f"({type(error).__name__}); check TIMBRE_KAFKA__BOOTSTRAP_SERVERS."
+            ) from error
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._producer.stop()
+
+    async def publish(self, tags: TrackTags, features: TrackFeatures) -> None:
+        """Deliver a track's tags and embedding.
+
+        Raises
+        ------
+        PublishFailed
+            Kafka did not confirm; the events may or may not be there, under the same event id.
+        ResultTooLarge
+            Kafka takes no message of that size.
+        """
+        key = tags.track_id.encode()
+        await asyncio.gather(
+            self._send(self._settings.topic_tags, key, tags.to_bytes()),
+            self._send(self._settings.topic_features, key, features.to_bytes()),
+        )
+
+    async def dead_letter(
+        self,
+        record: Record,
+        error: TimbreError,
+        *,
+        stage: str,
+        attempts: int,
+        track_id: str | None,
+        model: ModelRef,
+    ) -> None:
+        """Deliver the original message, byte for byte, with the reason in added headers.
+
+        A message that Kafka takes no more with its headers added goes without its value; the
+        headers then give the value's size and hash beside its origin.
+
+        Raises
+        ------
+        PublishFailed
+            Kafka did not confirm.
+        """
+        reason = {
+            "reason-code": error.code,
+            "reason": error.message,
+            "retryable": str(error.retryable).lower(),
+            "stage": stage,
+            "attempts": str(attempts),
+            "origin-topic": record.topic,
+            "origin-partition": str(record.partition),
+            "origin-offset": str(record.offset),
+            "origin-timestamp": _iso(record.timestamp_s),
+            "failed-at": datetime.now(UTC).isoformat(),
+            "model": f"{model.name}@{model.version}",
+        }
+        if track_id is not None:
+            reason["track-id"] = track_id
+        kept = [(name, value) for name, value in record.headers if not name.startswith(HEADER)]
+        headers = kept + _headers(reason)
+        topic = self._settings.topic_dead_letter
+        try:
+            await self._send(topic, record.key, record.value, headers)
+        except ResultTooLarge:
+            value = record.value or b""
+            omitted = _headers(
+                {
+                    "value-omitted-bytes": str(len(value)),
+                    "value-omitted-sha256": hashlib.sha256(value).hexdigest(),
+                }
+            )
+            await self._send(topic, record.key, None, _headers(reason) + omitted)
+
+    async def _send(
+        self, topic: str, key: bytes | None, value: bytes | None, headers: Headers | None = None
+    ) -> None:
+        try:
+            async with asyncio.timeout(2 * self._settings.request_timeout_s):
+                await self._producer.send_and_wait(topic, value, key=key, headers=headers or [])
+        except TOO_LARGE as error:
+            raise ResultTooLarge(
+                f"Kafka takes no message of this size on {topic} ({len(value or b'')} bytes); "
+                "raise the topic's max.message.bytes, or switch the taggram off."
+            ) from error
+        except (KafkaError, TimeoutError, OSError) as error:
+            raise PublishFailed(
+                f"Kafka did not confirm a message on {topic} ({type(error).__name__}); "
+                "check the broker, and that the topic exists."
+            ) from error
+
+
+def _headers(fields: dict[str, str]) -> Headers:
+    return [
+        (HEADER + name, value.encode(errors="backslashreplace")) for name, value in fields.items()
+    ]
+
+
+def _iso(timestamp_s: float) -> str:
+    return datetime.fromtimestamp(timestamp_s, UTC).isoformat()

@@ -1,0 +1,308 @@
+"""One track's way from its address to its tags: fetch, decode, batch, vote. No Kafka, no Redis."""
+
+import asyncio
+import hashlib
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.bundle import Bundle
+from schemas.events import AudioFacts, ModelRef, Part, Tag, WindowCounts
+from worker.batch import Batcher, BatchObserver, Ticket, WindowOutputs
+from worker.decode import Block, DecodedFacts, DecoderPool
+from worker.errors import DeadlineExceeded
+from worker.fetch import Fetcher, SpooledAudio
+from worker.settings import Settings
+from worker.vote import vote
+
+Priority = Literal["upload", "backfill"]
+Floats = NDArray[np.float32]
+Flags = NDArray[np.bool_]
+T = TypeVar("T")
+
+BLOCKS_AHEAD = 2  # one in the batcher, one being queued; the decoder fills the next meanwhile
+TAGGRAM_DECIMALS = 4
+EMBEDDING_DECIMALS = 6
+
+
+class Analysis(Part):
+    """All that is known of a track's audio: what the events say of it, and what the cache keeps."""
+
+    audio: AudioFacts
+    """The audio that was tagged"""
+    tags: list[Tag]
+    """Tags, best first"""
+    uncertain: bool
+    """Whether no genre is clear enough to rely on"""
+    windows: WindowCounts
+    """Windows counted"""
+    vote: str
+    """How windows became tags"""
+    model: ModelRef
+    """The model that tagged"""
+    taggram: dict[str, list[list[float]]] | None
+    """By head, a table (windows, labels) of probabilities; present only where configured"""
+    embedding: list[float]
+    """The track as a vector of length 1 (L2)"""
+
+
+@dataclass
+class Timings:
+    """Seconds spent by stage; a stage entered again adds up."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @asynccontextmanager
+    async def measure(self, stage: str) -> AsyncIterator[None]:
+        started_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed_s = time.perf_counter() - started_s
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed_s
+
+
+Lookup = Callable[[str], Awaitable[Analysis | None]]
+
+
+class Tagger:
+    """The stages of one process, shared by all its tracks.
+
+    Parameters
+    ----------
+    settings
+        Sections fetch, decode, windows, batch, vote and worker.
+    bundle
+        The model; its sample rate and window decide how tracks are decoded and cut.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        bundle: Bundle,
+        *,
+        batch_observer: BatchObserver | None = None,
+        on_retry: Callable[[str], None] | None = None,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._bundle = bundle
+        self.model = ModelRef(name=bundle.name, version=bundle.version)
+        self.fetcher = Fetcher(settings.fetch, on_retry=on_retry, on_bytes=on_bytes)
+        self.decoders = DecoderPool(settings.decode, settings.windows, bundle)
+        self.batcher = Batcher(bundle, settings.batch, observer=batch_observer)
+        self._stack = AsyncExitStack()
+        self._uncertain_below = (
+            bundle.uncertain_threshold
+            if settings.vote.uncertain_below is None
+            else settings.vote.uncertain_below
+        )
+        decisive = repr((bundle.name, bundle.version, settings.windows, settings.vote))
+        self.analysis_key = hashlib.sha256(decisive.encode()).hexdigest()[:16]
+        """Changes whenever the same audio would be analysed to another result."""
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            for stage in (self.fetcher, self.batcher, self.decoders):
+                await stack.enter_async_context(stage)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._stack.aclose()
+
+    async def tag(
+        self,
+        uri: str,
+        *,
+        priority: Priority = "upload",
+        expected_sha256: str | None = None,
+        timings: Timings | None = None,
+        lookup: Lookup | None = None,
+    ) -> Analysis:
+        """Tag the audio at `uri`.
+
+        Parameters
+        ----------
+        expected_sha256
+            Other bytes are refused.
+        timings
+            Seconds by stage are added to it, also where the track fails.
+        lookup
+            Asked for an earlier analysis once the audio's SHA-256 is known.
+
+        Raises
+        ------
+        TimbreError
+            What went wrong in any stage, or DeadlineExceeded after `worker.track_deadline_s`.
+        """
+        deadline_s = self._settings.worker.track_deadline_s
+        timings = timings or Timings()
+        try:
+            async with asyncio.timeout(deadline_s) as scope:
+                async with AsyncExitStack() as stack:
+                    async with timings.measure("fetch"):
+                        spooled = await stack.enter_async_context(
+                            self.fetcher.fetch(
+                                uri,
+                                expected_sha256=expected_sha256,
+                                timeout_s=self._settings.fetch.timeout_s,
+                            )
+                        )
+                    if lookup is not None and (known := await lookup(spooled.sha256)):
+                        return known.model_copy(
+                            update={"audio": known.audio.model_copy(update={"uri": uri})}
+                        )
+                    ticket = Ticket(uri, asyncio.get_running_loop().time() + deadline_s)
+                    heard = await self._listen(spooled.path, ticket, priority, timings)
+                async with timings.measure("vote"):
+                    return self._conclude(uri, spooled, heard)
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise DeadlineExceeded(
+                f"The track was not done within {deadline_s:g} s; if tracks are long or the worker "
+                "is loaded, raise TIMBRE_WORKER__TRACK_DEADLINE_S."
+            ) from None
+
+    async def _listen(
+        self, path: Path, ticket: Ticket, priority: Priority, timings: Timings
+    ) -> "_Heard":
+        """Decode and predict block by block, so that memory doesn't grow with the track."""
+        pending: deque[asyncio.Task[_BlockOutputs]] = deque()
+        outputs: list[_BlockOutputs] = []
+        try:
+            async with self.decoders.decode(
+                path, timeout_s=self._settings.decode.timeout_s
+            ) as decoding:
+                blocks = aiter(decoding)
+                while True:
+                    async with timings.measure("decode"):
+                        block = await anext(blocks, None)
+                    if block is None:
+                        break
+                    pending.append(asyncio.create_task(self._predict(block, ticket, priority)))
+                    if len(pending) > BLOCKS_AHEAD:
+                        async with timings.measure("batch"):
+                            outputs.append(await pending.popleft())
+            async with timings.measure("batch"):
+                while pending:
+                    outputs.append(await pending.popleft())
+        finally:
+            if pending:
+                ticket.cancel()
+                for task in pending:
+                    task.cancel()
+                await asyncio.gather(*pending, return_exceptions=True)
+        return _Heard(outputs, decoding.facts)
+
+    async def _predict(self, block: Block, ticket: Ticket, priority: Priority) -> "_BlockOutputs":
+        """Outputs of a block's windows that are not silent; the others cost no compute."""
+        silent = block.silent.copy()
+        voting = ~silent
+        if not voting.any():
+            block.release()
+            return _BlockOutputs(silent, None)
+        windows = block.windows if voting.all() else block.windows[voting]
+        outputs = await self.batcher.predict(
+            windows, priority=priority, ticket=ticket, copied=block.release
+        )
+        return _BlockOutputs(silent, outputs)
+
+    def _conclude(self, uri: str, spooled: SpooledAudio, heard: "_Heard") -> Analysis:
+        options = self._settings.vote
+        probabilities = {
+            head.name: heard.probabilities(head.name, len(head.labels))
+            for head in self._bundle.heads
+        }
+        verdict = vote(
+            probabilities,
+            ~heard.silent,
+            self._bundle.heads,
+            method=options.method,
+            uncertain_below=self._uncertain_below,
+        )
+        tags, counts = list[Tag](), dict[str, int]()
+        for voted in verdict.tags:
+            count = counts[voted.head] = counts.get(voted.head, 0) + 1
+            # The best tag of a head always stands, however low its score.
+            if count == 1 or (count <= options.max_tags and voted.score >= options.min_score):
+                tags.append(
+                    Tag(
+                        head=voted.head,
+                        label=voted.label,
+                        category=voted.category,
+                        score=min(voted.score, 1.0),
+                        share=voted.share,
+                    )
+                )
+        facts = heard.facts
+        return Analysis(
+            audio=AudioFacts(
+                uri=uri,
+                sha256=spooled.sha256,
+                size_bytes=spooled.size_bytes,
+                container=facts.container,
+                codec=facts.codec,
+                sample_rate_hz=facts.sample_rate_hz,
+                channels=facts.channels,
+                duration_s=round(facts.duration_s, 3),
+            ),
+            tags=tags,
+            uncertain=verdict.uncertain,
+            windows=WindowCounts(total=len(heard.silent), silent=int(heard.silent.sum())),
+            vote=options.method,
+            model=self.model,
+            taggram=_taggram(probabilities) if options.taggram else None,
+            embedding=heard.embedding(),
+        )
+
+
+@dataclass(frozen=True)
+class _BlockOutputs:
+    """`silent` has a flag for every window, `outputs` rows for those that are not silent."""
+
+    silent: Flags
+    outputs: WindowOutputs | None
+
+
+class _Heard:
+    """The outputs of a whole track."""
+
+    def __init__(self, blocks: list[_BlockOutputs], facts: DecodedFacts) -> None:
+        self.facts = facts
+        self.silent: Flags = np.concatenate([block.silent for block in blocks])
+        self._outputs = [block.outputs for block in blocks if block.outputs is not None]
+
+    def probabilities(self, head: str, labels: int) -> Floats:
+        """(windows, labels); rows of silent windows are zero."""
+        table = np.zeros((len(self.silent), labels), np.float32)
+        if self._outputs:
+            table[~self.silent] = np.concatenate([o.probabilities[head] for o in self._outputs])
+        return table
+
+    def embedding(self) -> list[float]:
+        """Mean of the voting windows' embeddings, each of length 1 before and the mean after."""
+        windows = np.concatenate([o.embedding for o in self._outputs]).astype(np.float64)
+        mean = _unit(_unit(windows).mean(axis=0, keepdims=True))[0]
+        return [round(float(value), EMBEDDING_DECIMALS) for value in mean]
+
+
+def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    unit: NDArray[np.float64] = vectors / np.maximum(lengths, 1e-12)
+    return unit
+
+
+def _taggram(probabilities: dict[str, Floats]) -> dict[str, list[list[float]]]:
+    return {
+        head: [[round(float(value), TAGGRAM_DECIMALS) for value in row] for row in table]
+        for head, table in probabilities.items()
+    }
