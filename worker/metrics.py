@@ -101,7 +101,7 @@ class Metrics:
             "timbre_queue_windows", "Windows waiting for a batch", registry=registry
         )
         self.in_flight = Gauge(
-            "timbre_in_flight", "Events being worked on", ["priority"], registry=registry
+            "timbre_in_flight", "Events being worked on", ["topic"], registry=registry
         )
         self.consumer_lag = Gauge(
             "timbre_consumer_lag",
