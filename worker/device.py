@@ -238,6 +238,9 @@ class Engine:
         if self._streams is None:
             # Chunks run side by side instead; docs/batching.md has the figures.
             torch.set_num_threads(1)
+        elif self.autocast is None:
+            # Otherwise convolutions would round float32 to TF32.
+            torch.backends.cudnn.allow_tf32 = False
         (self.empty,) = await self._runners.run([self._warm_up])
 
     def close(self) -> None:

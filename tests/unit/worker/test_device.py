@@ -1,0 +1,310 @@
+"""The engine: chunks, buffers, memory that runs out, threads that hang, devices that break."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from worker.device import (
+    Crew,
+    Engine,
+    WindowOutputs,
+    buckets,
+    choose_autocast,
+    choose_device,
+    cut,
+    pad_to_bucket,
+)
+from worker.errors import DeviceHung, DeviceLost, DeviceOutOfMemory, SettingsInvalid
+from worker.settings import BatchSettings
+
+SAMPLES = 64
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@dataclass
+class Answer:
+    probabilities: dict[str, Tensor]
+    embedding: Tensor
+
+
+class SmallNet(nn.Module):
+    """A real network, small: one convolution, mean and maximum over time, one dense layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.conv = nn.Conv1d(1, 8, 9, stride=4)
+            self.dense = nn.Linear(16, 3)
+        self.sizes: list[int] = []
+        self.dtypes: set[torch.dtype] = set()
+
+    def forward(self, samples: Tensor) -> Answer:
+        self.sizes.append(len(samples))
+        features = self.conv(samples.unsqueeze(1)).relu()
+        self.dtypes.add(features.dtype)
+        embedding = torch.cat([features.amax(-1), features.mean(-1)], 1)
+        return Answer({"genre": self.dense(embedding).float().softmax(-1)}, embedding.float())
+
+
+class Cramped(SmallNet):
+    """Runs out of memory above `room` windows, as a crowded GPU does."""
+
+    room = 3
+
+    def forward(self, samples: Tensor) -> Answer:
+        if len(samples) > self.room:
+            raise torch.OutOfMemoryError(f"CUDA out of memory at {len(samples)} windows")
+        return super().forward(samples)
+
+
+class Stalling(SmallNet):
+    """Waits for `go` as a device that hangs would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+        self.go.set()
+
+    def forward(self, samples: Tensor) -> Answer:
+        assert self.go.wait(60)
+        return super().forward(samples)
+
+
+@asynccontextmanager
+async def engine_of(network: nn.Module, **settings: object) -> AsyncIterator[Engine]:
+    options = {"device": "cpu", "threads": 1, **settings}
+    engine = Engine(network, SAMPLES, BatchSettings.model_validate(options))
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+async def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+    for _ in range(int(within_s / 0.01)):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"not so within {within_s:g} s")
+
+
+def noise(windows: int, seed: int = 0) -> np.ndarray:
+    samples = np.random.default_rng(seed).standard_normal((windows, SAMPLES))
+    return samples.astype(np.float32)
+
+
+def expected(windows: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        answer = SmallNet()(torch.from_numpy(windows))
+    table: np.ndarray = answer.probabilities["genre"].numpy()
+    return table
+
+
+async def outputs_of(engine: Engine, *parts: np.ndarray) -> WindowOutputs:
+    buffer, held = await engine.stage(parts)
+    try:
+        rows = sum(len(part) for part, whole in zip(parts, held, strict=True) if whole)
+        return await engine.compute(buffer, 0, rows)
+    finally:
+        engine.release(buffer)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("windows", [1, 8, 9, 40])
+async def test_outputs_come_in_the_order_of_the_windows(threads: int, windows: int) -> None:
+    samples = noise(windows)
+    async with engine_of(SmallNet(), threads=threads) as engine:
+        outputs = await outputs_of(engine, samples[:1], samples[1:])
+    np.testing.assert_allclose(outputs.probabilities["genre"], expected(samples), atol=1e-5)
+    assert outputs.embedding.shape == (windows, 16)
+
+
+async def test_on_a_cpu_batches_are_cut_into_chunks_and_never_padded() -> None:
+    network = SmallNet()
+    async with engine_of(network, threads=2) as engine:
+        network.sizes.clear()
+        await outputs_of(engine, noise(21))
+    assert sum(network.sizes) == 21
+    assert max(network.sizes) <= 8
+
+
+async def test_the_network_is_warm_for_every_size_once_started() -> None:
+    network = SmallNet()
+    async with engine_of(network) as engine:
+        assert network.sizes == [8, 4, 2, 1]
+        assert engine.empty.probabilities["genre"].shape == (0, 3)
+        assert engine.empty.embedding.shape == (0, 16)
+
+
+async def test_a_part_that_is_not_finite_is_left_out_of_the_buffer() -> None:
+    good, bad = noise(3), noise(2, seed=1)
+    bad[1, 7] = np.inf
+    async with engine_of(SmallNet()) as engine:
+        buffer, held = await engine.stage([good[:1], bad, good[1:]])
+        assert held == [True, False, True]
+        outputs = await engine.compute(buffer, 0, 3)
+    np.testing.assert_allclose(outputs.probabilities["genre"], expected(good), atol=1e-5)
+
+
+async def test_running_out_of_memory_halves_the_batch_and_goes_on() -> None:
+    network = Cramped()
+    samples = noise(16)
+    async with engine_of(network) as engine:
+        assert engine.out_of_memory_total == 2  # 8 and 4 windows, when warming up
+        network.sizes.clear()
+        outputs = await outputs_of(engine, samples)
+        assert set(network.sizes) == {2}
+        assert engine.out_of_memory_total == 2  # it remembers
+    np.testing.assert_allclose(outputs.probabilities["genre"], expected(samples), atol=1e-5)
+
+
+async def test_larger_batches_are_tried_again_after_a_while() -> None:
+    network = Cramped()
+    async with engine_of(network) as engine:
+        network.room = 8
+        for _ in range(60):
+            await outputs_of(engine, noise(16))
+        network.sizes.clear()
+        await outputs_of(engine, noise(16))
+        assert set(network.sizes) == {8}
+
+
+async def test_a_single_window_that_does_not_fit_is_device_out_of_memory() -> None:
+    network = Cramped()
+    network.room = 0
+    with pytest.raises(DeviceOutOfMemory, match="single window"):
+        async with engine_of(network):
+            pass
+
+
+async def test_a_cpu_allocation_that_fails_counts_as_out_of_memory() -> None:
+    class Greedy(SmallNet):
+        def forward(self, samples: Tensor) -> Answer:
+            if len(samples) > 2:
+                torch.empty(2**50)
+            return super().forward(samples)
+
+    async with engine_of(Greedy()) as engine:
+        outputs = await outputs_of(engine, noise(5))
+        assert engine.out_of_memory_total == 2
+    np.testing.assert_allclose(outputs.probabilities["genre"], expected(noise(5)), atol=1e-5)
+
+
+async def test_a_hung_thread_is_left_behind_and_others_go_on() -> None:
+    network = Stalling()
+    async with engine_of(network, timeout_s=0.3, threads=2) as engine:
+        network.go.clear()
+        with pytest.raises(DeviceHung, match=r"0\.3 s"):
+            await outputs_of(engine, noise(4))
+        assert engine.stuck == 1
+        network.go.set()
+        outputs = await outputs_of(engine, noise(4))
+        np.testing.assert_allclose(outputs.probabilities["genre"], expected(noise(4)), atol=1e-5)
+        await eventually(lambda: engine.stuck == 0)  # it came back after all
+
+
+async def test_the_threads_end_with_the_engine() -> None:
+    before = set(threading.enumerate())
+    async with engine_of(SmallNet(), threads=3) as engine:
+        await outputs_of(engine, noise(20))
+        assert len(set(threading.enumerate()) - before) == 4
+    await eventually(lambda: not set(threading.enumerate()) - before)
+
+
+async def test_a_broken_device_is_lost_for_good() -> None:
+    class Breaking(SmallNet):
+        def forward(self, samples: Tensor) -> Answer:
+            if len(samples) == 5:
+                raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+            return super().forward(samples)
+
+    async with engine_of(Breaking()) as engine:
+        with pytest.raises(DeviceLost, match="device-side assert"):
+            await outputs_of(engine, noise(5))
+        assert engine.lost
+
+
+async def test_calls_of_a_crew_run_side_by_side_and_the_first_error_is_told() -> None:
+    crew = Crew("test", 2, timeout_s=10)
+    meet = threading.Barrier(2, timeout=5)
+    try:
+        assert sorted(await crew.run([meet.wait, meet.wait])) == [0, 1]
+
+        def fail() -> int:
+            raise KeyError("here")
+
+        with pytest.raises(KeyError, match="here"):
+            await crew.run([lambda: 1, fail, lambda: 2])
+        assert await crew.run([lambda: time.monotonic_ns() > 0]) == [True]
+    finally:
+        crew.close()
+
+
+def test_buckets_are_powers_of_two_up_to_the_most() -> None:
+    assert buckets(1) == [1]
+    assert buckets(8) == [1, 2, 4, 8]
+    assert buckets(48) == [1, 2, 4, 8, 16, 32, 48]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16, 17, 64, 100])
+@pytest.mark.parametrize("threads", [1, 2, 7, 64])
+def test_cuts_cover_all_rows_in_near_equal_chunks(rows: int, threads: int) -> None:
+    cuts = cut(5, 5 + rows, 8, threads)
+    sizes = np.diff(cuts)
+    assert (cuts[0], cuts[-1]) == (5, 5 + rows)
+    assert 0 < sizes.min() <= sizes.max() <= 8
+    assert sizes.max() - sizes.min() <= 1
+    assert rows <= 8 or len(sizes) % threads == 0 or len(sizes) == rows
+
+
+def test_padding_reaches_the_bucket_also_at_the_buffers_end() -> None:
+    samples = torch.arange(8.0).unsqueeze(1)
+    assert pad_to_bucket(samples, 0, 3, [1, 2, 4, 8])[:, 0].tolist() == [0, 1, 2, 3]
+    assert pad_to_bucket(samples, 5, 8, [1, 2, 4, 8])[:, 0].tolist() == [5, 6, 7, 0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_that_is_absent_is_refused_with_what_to_do() -> None:
+    assert choose_device("auto").type == choose_device("cpu").type == "cpu"
+    with pytest.raises(SettingsInvalid, match="TIMBRE_BATCH__DEVICE is cuda, but"):
+        choose_device("cuda")
+
+
+def test_a_cpu_computes_in_float32_whatever_the_precision() -> None:
+    for precision in ("auto", "bfloat16", "float16", "float32"):
+        assert choose_autocast(precision, torch.device("cpu")) is None
+
+
+@needs_cuda
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+async def test_cuda_answers_as_a_cpu_does(precision: str) -> None:
+    network, samples = SmallNet(), noise(37)
+    async with engine_of(
+        network, device="cuda", precision=precision, max_windows=64, threads=0
+    ) as engine:
+        network.sizes.clear()
+        outputs = await outputs_of(engine, samples)
+        assert network.sizes == [64]  # padded to its bucket
+    atol = 1e-5 if precision == "float32" else 2e-2
+    np.testing.assert_allclose(outputs.probabilities["genre"], expected(samples), atol=atol)
+    assert outputs.embedding.dtype == np.float32
+    assert network.dtypes == {getattr(torch, precision)}
+
+
+@needs_cuda
+async def test_on_cuda_batches_in_flight_do_not_mix() -> None:
+    parts = [noise(16, seed) for seed in range(12)]
+    async with engine_of(SmallNet(), device="cuda", precision="float32") as engine:
+        outputs = await asyncio.gather(*(outputs_of(engine, part) for part in parts))
+    for part, got in zip(parts, outputs, strict=True):
+        np.testing.assert_allclose(got.probabilities["genre"], expected(part), atol=1e-5)
