@@ -5,7 +5,7 @@ and evaluation use `decode_samples` and get the samples that the worker gets.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from io import FileIO
@@ -38,8 +38,10 @@ MAX_CHANNELS = 64
 # Samples beyond full scale by more than a lossy codec's overshoot are nonsense, and their squares
 # would overflow in the network.
 LOUDEST = 8.0
-# Twice the resampler's default length: flat within 0.1 dB to 0.9 of the Nyquist frequency.
-FILTER_TAPS = 64
+# Sharper than libswresample's own choice for little more time: from 44.1 to 16 kHz flat within
+# 0.1 dB up to 7 kHz, and what lies above 8.6 kHz comes back below -60 dB.
+FILTER_TAPS = 40
+KAISER_BETA = 7
 # Small frames are packed before they are filtered, which one by one costs as much time as decoding
 # them; a packed frame is bounded, since low rates and many channels would make it gigabytes.
 FRAME_S = 0.5
@@ -149,7 +151,7 @@ class Decoder:
             codec=self._codec,
             sample_rate_hz=self._rate_hz,
             channels=self._channels,
-            duration_s=self._duration_s,
+            duration_s=round(self._duration_s, 6),
             damaged_packets=self._damaged,
         )
 
@@ -158,8 +160,6 @@ class Decoder:
             file = self._path.open("rb", buffering=0)
         except OSError as error:
             raise DecodeFailed(f"The spooled audio can't be opened: {error.strerror}.") from error
-        if not os.fstat(file.fileno()).st_size:
-            raise AudioEmpty("The file is empty.")
         empty = True
         with file, _open(file) as container:
             stream = _audio_stream(container)
@@ -255,7 +255,11 @@ class _Resampler:
                 "apad", pad_len=str(ceil(FILTER_TAPS * max(1.0, rate_hz / sample_rate_hz)))
             ),
             self._graph.add(
-                "aresample", sample_rate=str(sample_rate_hz), filter_size=str(FILTER_TAPS)
+                "aresample",
+                sample_rate=str(sample_rate_hz),
+                filter_size=str(FILTER_TAPS),
+                filter_type="kaiser",
+                kaiser_beta=str(KAISER_BETA),
             ),
             self._graph.add("abuffersink"),
         ).configure()
@@ -263,17 +267,20 @@ class _Resampler:
     def takes(self, frame: AudioFrame) -> bool:
         return _kind(frame) == self._kind
 
-    def push(self, frame: AudioFrame) -> Iterator[Samples]:
+    def push(self, frame: AudioFrame) -> Iterable[Samples]:
         frame.pts = None  # the samples follow one another, whatever the time stamps say
         self._received += frame.samples
         self._fifo.write(frame)
-        while self._fifo.samples >= self._frame_samples:
-            yield from self._filtered(self._fifo.read(self._frame_samples))
+        return self._drain() if self._fifo.samples >= self._frame_samples else ()
 
     def flush(self) -> Iterator[Samples]:
         if (rest := self._fifo.read()) is not None:
             yield from self._filtered(rest)
         yield from self._filtered(None)
+
+    def _drain(self) -> Iterator[Samples]:
+        while self._fifo.samples >= self._frame_samples:
+            yield from self._filtered(self._fifo.read(self._frame_samples))
 
     @property
     def _due(self) -> int:
@@ -288,7 +295,8 @@ class _Resampler:
             except (av.BlockingIOError, av.EOFError):  # wants more, or is flushed
                 return
             assert isinstance(filtered, AudioFrame)
-            mono = filtered.to_ndarray()[0].astype(np.float32, copy=False)
+            # Planes have the buffer protocol, which their stubs don't tell.
+            mono = np.frombuffer(filtered.planes[0], np.float32, filtered.samples)  # type: ignore[call-overload]
             samples = mono[: self._due - self._given]
             self._given += samples.size
             yield samples
@@ -299,6 +307,8 @@ def _kind(frame: AudioFrame) -> tuple[int, int, str]:
 
 
 def _open(file: FileIO) -> InputContainer:
+    if not os.fstat(file.fileno()).st_size:
+        raise AudioEmpty("The file is empty.")
     try:
         return av.open(
             _Nameless(file),
@@ -349,6 +359,7 @@ def _short_name(names: str) -> str:
 
 def _sane(samples: Samples) -> Samples:
     """Floating-point files may hold anything: no sample leaves here infinite or not a number."""
-    if not np.isfinite(samples).all():
-        samples = np.nan_to_num(samples, nan=0.0, posinf=0.0, neginf=0.0)
-    return np.clip(samples, -LOUDEST, LOUDEST)
+    if np.abs(samples).max(initial=0.0) <= LOUDEST:  # not true of NaN
+        return samples
+    numbers = np.nan_to_num(samples, nan=0.0, posinf=0.0, neginf=0.0)
+    return np.clip(numbers, -LOUDEST, LOUDEST)
