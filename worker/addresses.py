@@ -43,6 +43,7 @@ V4_MAPPED = ip_network("::ffff:0:0/96")
 V4_COMPATIBLE = ip_network("::/96")
 ISATAP = (0x0000_5EFE, 0x0200_5EFE)
 
+HOST = re.compile(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]+(?:%.*)?")  # a name as DNS has it, or IPv6
 # What inet_aton would take for an address: 2130706433, 0x7f.1, 0177.0.0.1, 127.1.
 NUMERIC_HOST = re.compile(r"(?:.*\.)?(?:\d+|0x[0-9a-f]*)\.?", re.IGNORECASE)
 DOTTED_QUAD = re.compile(r"(?:(?:0|[1-9]\d{0,2})\.){3}(?:0|[1-9]\d{0,2})")
@@ -121,21 +122,20 @@ def check_url(url: URL) -> None:
         raise UriUnsupported(
             f"Scheme {shown(url.scheme)!r} is not fetched; use https, http, s3, gs, az or file."
         )
-    if not url.raw_host or url.port == 0:
+    if not HOST.fullmatch(url.raw_host or "") or url.port == 0:
         raise UriUnsupported("The URL names no host to fetch from; write https://host/path.")
     if url.raw_user is not None or url.raw_password is not None:
         raise AddressRefused(
             "The URL carries credentials, which would end up in logs and events; "
             "use a signed URL or a configured object store."
         )
-    if "%" in url.raw_host:
+    host = url.raw_host or ""
+    if "%" in host:
         raise AddressRefused("The URL's host names an interface of this machine.")
-    if ":" in url.raw_host:
-        return  # IPv6
-    if NUMERIC_HOST.fullmatch(url.raw_host) and not DOTTED_QUAD.fullmatch(url.raw_host):
+    if ":" not in host and NUMERIC_HOST.fullmatch(host) and not DOTTED_QUAD.fullmatch(host):
         raise AddressRefused(
-            f"The host {shown(url.raw_host)} is a number in disguise; write a name or a dotted "
-            "address such as 192.0.2.1."
+            f"The host {shown(host)} is a number in disguise; write a name or a dotted address "
+            "such as 192.0.2.1."
         )
 
 

@@ -91,8 +91,8 @@ class Downloads:
             A subclass of it; retryable where the same request may pass later.
         """
         try:
-            await self._follow(URL(uri), file)
-        except (InvalidURL, UnicodeError, ValueError) as error:
+            await self._follow(_parsed(uri), file)
+        except (InvalidURL, UnicodeError) as error:  # names that DNS has no form for
             raise UriUnsupported(f"{shown(uri)} is not a URL; write https://host/path.") from error
         except ClientConnectorCertificateError as error:
             raise FetchFailed(
@@ -124,6 +124,13 @@ class Downloads:
             f"More than {self._settings.max_redirects} redirects; send the final address, or raise "
             "TIMBRE_FETCH__MAX_REDIRECTS."
         )
+
+
+def _parsed(uri: str) -> URL:
+    try:
+        return URL(uri)
+    except ValueError as error:
+        raise UriUnsupported(f"{shown(uri)} is not a URL; write https://host/path.") from error
 
 
 def _redirected(response: ClientResponse) -> URL:

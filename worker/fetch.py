@@ -18,7 +18,8 @@ from tenacity import (
     stop_after_attempt,
     stop_any,
     stop_before_delay,
-    wait_exponential_jitter,
+    wait_exponential,
+    wait_random,
 )
 
 from worker.addresses import shown
@@ -150,11 +151,8 @@ class Fetcher:
 
     def _wait_s(self, state: RetryCallState) -> float:
         """Seconds before the next attempt: never sooner than the server asked for."""
-        backoff = wait_exponential_jitter(
-            initial=self._settings.backoff_initial_s,
-            max=self._settings.backoff_max_s,
-            jitter=self._settings.backoff_initial_s,
-        )
+        initial_s, max_s = self._settings.backoff_initial_s, self._settings.backoff_max_s
+        backoff = wait_exponential(multiplier=initial_s, max=max_s) + wait_random(0, initial_s)
         asked = error.retry_after_s if isinstance(error := _failure(state), FetchUnavailable) else 0
         return max(backoff(state), asked or 0)
 

@@ -1,0 +1,657 @@
+"""The fetcher against a real server that misbehaves in every way HTTP allows."""
+
+import asyncio
+import gzip
+import hashlib
+import socket
+import ssl
+import struct
+import time
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from worker.errors import (
+    AddressRefused,
+    AudioNotFound,
+    AudioTooLarge,
+    ChecksumMismatch,
+    FetchFailed,
+    FetchForbidden,
+    FetchTimeout,
+    FetchUnavailable,
+    RedirectLimit,
+    SpoolFull,
+    TimbreError,
+    UriUnsupported,
+)
+from worker.fetch import Fetcher
+from worker.settings import FetchSettings
+
+AUDIO = bytes(range(256)) * 2000
+SHA256 = hashlib.sha256(AUDIO).hexdigest()
+LOOPBACK = ip_network("127.0.0.0/8")
+STALL_S = 0.3
+
+Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]
+
+
+@dataclass
+class Server:
+    """A server of raw answers by path; `requests` are the heads it received."""
+
+    port: int = 0
+    scheme: str = "http"
+    answers: dict[str, list[Answer]] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+    at_s: list[float] = field(default_factory=list)
+
+    def answer(self, path: str, *answers: Answer) -> str:
+        """Give these answers to requests for a path, the last one again and again; its URL."""
+        self.answers[path] = list(answers)
+        return f"{self.scheme}://127.0.0.1:{self.port}{path}"
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            self.requests.append(head)
+            self.at_s.append(time.monotonic())
+            answers = self.answers[head.split()[1]]
+            await (answers.pop(0) if len(answers) > 1 else answers[0])(writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass  # the client has heard enough
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def running(context: ssl.SSLContext | None = None) -> AsyncIterator[Server]:
+    server = Server(scheme="https" if context else "http")
+    handlers: set[asyncio.Task[None]] = set()
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(server.serve(reader, writer))
+        handlers.add(task)
+        task.add_done_callback(handlers.discard)
+
+    listening = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=context)
+    server.port = listening.sockets[0].getsockname()[1]
+    try:
+        yield server
+    finally:
+        listening.close()
+        for task in handlers:
+            task.cancel()
+        await asyncio.gather(*handlers, return_exceptions=True)
+        await listening.wait_closed()
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    async with running() as made:
+        yield made
+
+
+@pytest.fixture
+def configured(tmp_path: Path) -> Callable[..., FetchSettings]:
+    """Small limits, so that faults are met quickly."""
+
+    def configure(**changes: Any) -> FetchSettings:
+        defaults: dict[str, Any] = {
+            "spool_dir": tmp_path / "spool",
+            "allowed_networks": (LOOPBACK,),
+            "stall_timeout_s": STALL_S,
+            "connect_timeout_s": 2.0,
+            "timeout_s": 10.0,
+            "max_bytes": 2 * len(AUDIO),
+            "attempts": 3,
+            "backoff_initial_s": 0.01,
+            "backoff_max_s": 0.05,
+        }
+        return FetchSettings(**{**defaults, **changes})
+
+    return configure
+
+
+@pytest.fixture
+async def fetcher(configured: Callable[..., FetchSettings]) -> AsyncIterator[Fetcher]:
+    async with Fetcher(configured()) as made:
+        yield made
+
+
+def spooled_files(settings: FetchSettings) -> list[Path]:
+    return [path for path in settings.spool_dir.rglob("*/*") if path.is_file()]
+
+
+async def fetched(fetcher: Fetcher, uri: str, **options: Any) -> bytes:
+    async with fetcher.fetch(uri, **options) as audio:
+        data = audio.path.read_bytes()
+        assert audio.sha256 == hashlib.sha256(data).hexdigest()
+        assert audio.size_bytes == len(data)
+        assert audio.path.stat().st_mode & 0o777 == 0o600
+    assert not audio.path.exists()
+    return data
+
+
+async def failure(fetcher: Fetcher, uri: str, **options: Any) -> TimbreError:
+    with pytest.raises(TimbreError) as raised:
+        await fetched(fetcher, uri, **options)
+    assert len(raised.value.message) < 500
+    return raised.value
+
+
+def raw(*pieces: bytes | float, reset: bool = False) -> Answer:
+    """Send pieces as they are, numbers being pauses in seconds; end with FIN or with RST."""
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        for piece in pieces:
+            if isinstance(piece, float):
+                await asyncio.sleep(piece)
+            else:
+                writer.write(piece)
+                await writer.drain()
+        if reset:
+            connection = writer.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+
+    return answer
+
+
+def head(line: str = "200 OK", /, **headers: object) -> bytes:
+    lines = [f"HTTP/1.1 {line}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+def whole(body: bytes = AUDIO, /, **headers: object) -> Answer:
+    return raw(head(content_length=len(body), **headers) + body)
+
+
+def status(line: str, /, **headers: object) -> Answer:
+    return raw(head(line, content_length=0, **headers))
+
+
+def redirect(to: str, line: str = "302 Found") -> Answer:
+    return status(line, location=to)
+
+
+class TestWhatArrives:
+    async def test_a_file_with_its_length(self, server: Server, fetcher: Fetcher) -> None:
+        assert await fetched(fetcher, server.answer("/a", whole())) == AUDIO
+
+    async def test_no_length(self, server: Server, fetcher: Fetcher) -> None:
+        assert await fetched(fetcher, server.answer("/a", raw(head(), AUDIO))) == AUDIO
+
+    async def test_chunks(self, server: Server, fetcher: Fetcher) -> None:
+        chunks = b"".join(b"400\r\n" + AUDIO[:1024] + b"\r\n" for _ in range(3)) + b"0\r\n\r\n"
+        url = server.answer("/a", raw(head(transfer_encoding="chunked") + chunks))
+        assert await fetched(fetcher, url) == AUDIO[:1024] * 3
+
+    async def test_an_empty_body(self, server: Server, fetcher: Fetcher) -> None:
+        assert await fetched(fetcher, server.answer("/a", whole(b""))) == b""
+
+    @pytest.mark.parametrize(
+        ("encoding", "body"),
+        [
+            ("gzip", gzip.compress(AUDIO)),
+            ("x-gzip", gzip.compress(AUDIO)),
+            ("deflate", zlib.compress(AUDIO)),
+            ("identity", AUDIO),
+        ],
+    )
+    async def test_a_body_compressed_though_nobody_asked(
+        self, server: Server, fetcher: Fetcher, encoding: str, body: bytes
+    ) -> None:
+        url = server.answer("/a", whole(body, content_encoding=encoding))
+        assert await fetched(fetcher, url) == AUDIO
+
+    async def test_nothing_but_the_address_is_told(self, server: Server, fetcher: Fetcher) -> None:
+        first = server.answer("/a", status("302 Found", location="/b", set_cookie="id=1; Path=/"))
+        server.answer("/b", whole())
+        await fetched(fetcher, first)
+        await fetched(fetcher, first)
+        names = {line.partition(":")[0] for line in server.requests[-1].split("\r\n")[1:] if line}
+        assert names == {"Host", "Accept", "Accept-Encoding", "User-Agent"}
+        assert "Accept-Encoding: identity" in server.requests[-1]
+
+    async def test_bytes_and_retries_are_told(
+        self, server: Server, configured: Callable[..., FetchSettings]
+    ) -> None:
+        sizes: list[int] = []
+        codes: list[str] = []
+        url = server.answer("/a", status("503 Busy"), whole())
+        async with Fetcher(configured(), on_bytes=sizes.append, on_retry=codes.append) as fetcher:
+            await fetched(fetcher, url)
+        assert sum(sizes) == len(AUDIO)
+        assert codes == ["fetch_unavailable"]
+
+    async def test_many_at_once(self, server: Server, fetcher: Fetcher) -> None:
+        urls = [server.answer(f"/{number}", whole()) for number in range(40)]
+        assert await asyncio.gather(*(fetched(fetcher, url) for url in urls)) == [AUDIO] * 40
+
+    async def test_the_checksum_in_either_case(self, server: Server, fetcher: Fetcher) -> None:
+        url = server.answer("/a", whole())
+        assert await fetched(fetcher, url, expected_sha256=SHA256.upper()) == AUDIO
+        error = await failure(fetcher, url, expected_sha256="0" * 64)
+        assert isinstance(error, ChecksumMismatch)
+        assert len(server.requests) == 2
+
+
+class TestWhatPasses:
+    """Failures that are tried again, and pass."""
+
+    @pytest.mark.parametrize(
+        "first",
+        [
+            status("429 Slow Down"),
+            status("500 Oops"),
+            status("502 Bad Gateway"),
+            status("503 Busy", retry_after=0),
+            status("408 Timeout"),
+            status("425 Too Early"),
+            raw(),
+            raw(reset=True),
+            raw(b"HTT"),
+            raw(b"not http at all\r\n\r\n"),
+            raw(head(content_length=len(AUDIO)), AUDIO[:1000]),
+            raw(head(content_length=len(AUDIO)), AUDIO[:1000], reset=True),
+            raw(head(transfer_encoding="chunked"), b"400\r\n" + AUDIO[:1024] + b"\r\n"),
+            raw(head(transfer_encoding="chunked"), b"zzz\r\n"),
+            raw(head(content_length="many"), AUDIO),
+            raw(head(content_encoding="gzip"), gzip.compress(AUDIO)[:-9]),
+            raw(2 * STALL_S),
+            raw(b"HTTP/1.1 2", 2 * STALL_S),
+            raw(head(content_length=10), 2 * STALL_S),
+            raw(head(content_length=len(AUDIO)), AUDIO[:1], 2 * STALL_S),
+            raw(head(content_length=len(AUDIO)), AUDIO[:-1], 2 * STALL_S),
+        ],
+    )
+    async def test_second_attempt(self, server: Server, fetcher: Fetcher, first: Answer) -> None:
+        assert await fetched(fetcher, server.answer("/a", first, whole())) == AUDIO
+        assert len(server.requests) == 2
+
+    @pytest.mark.parametrize("at", [0, 1, 5, 12, 17, 30, 40, 60, 85])
+    async def test_a_stall_at_any_byte_ends_in_time(
+        self, server: Server, fetcher: Fetcher, at: int
+    ) -> None:
+        full = head(content_length=50) + AUDIO[:50]
+        url = server.answer("/a", raw(full[:at], 60.0))
+        started = time.monotonic()
+        assert isinstance(await failure(fetcher, url), FetchTimeout)
+        assert time.monotonic() - started < 3 * STALL_S + 1
+        assert len(server.requests) == 3
+
+    async def test_attempts_are_limited(self, server: Server, fetcher: Fetcher) -> None:
+        error = await failure(fetcher, server.answer("/a", status("503 Busy")))
+        assert isinstance(error, FetchUnavailable)
+        assert error.retryable
+        assert len(server.requests) == 3
+
+    async def test_nobody_listens(self, fetcher: Fetcher) -> None:
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{unused.getsockname()[1]}/a"
+            assert isinstance(await failure(fetcher, url), FetchUnavailable)
+
+    async def test_the_waits_grow(
+        self, server: Server, configured: Callable[..., FetchSettings]
+    ) -> None:
+        url = server.answer("/a", status("503 Busy"))
+        async with Fetcher(configured(backoff_initial_s=0.1, backoff_max_s=5.0)) as fetcher:
+            await failure(fetcher, url)
+        first, second = (b - a for a, b in zip(server.at_s, server.at_s[1:], strict=False))
+        assert 0.1 <= first <= 0.3
+        assert 0.2 <= second <= 0.5
+
+
+class TestRetryAfter:
+    @pytest.mark.parametrize("line", ["429 Slow Down", "503 Busy"])
+    async def test_seconds_are_honoured(self, server: Server, fetcher: Fetcher, line: str) -> None:
+        await fetched(fetcher, server.answer("/a", status(line, retry_after=1), whole()))
+        assert server.at_s[1] - server.at_s[0] >= 1
+
+    async def test_a_date_is_honoured(self, server: Server, fetcher: Fetcher) -> None:
+        moment = datetime.now(UTC) + timedelta(seconds=2)
+        busy = status("503 Busy", retry_after=format_datetime(moment, usegmt=True))
+        await fetched(fetcher, server.answer("/a", busy, whole()))
+        assert server.at_s[1] - server.at_s[0] >= 0.9
+
+    @pytest.mark.parametrize("value", ["soon", "-5", "1e9", "", "9" * 400, "Fri, 99 Foo"])
+    async def test_nonsense_is_not(self, server: Server, fetcher: Fetcher, value: str) -> None:
+        await fetched(fetcher, server.answer("/a", status("503 Busy", retry_after=value), whole()))
+        assert server.at_s[1] - server.at_s[0] < 0.5
+
+    async def test_a_wait_beyond_the_deadline_ends_the_fetch_at_once(
+        self, server: Server, fetcher: Fetcher
+    ) -> None:
+        url = server.answer("/a", status("503 Busy", retry_after=86400))
+        started = time.monotonic()
+        error = await failure(fetcher, url)
+        assert isinstance(error, FetchUnavailable)
+        assert error.retry_after_s == 86400
+        assert time.monotonic() - started < 1
+
+
+class TestWhatDoesNotPass:
+    @pytest.mark.parametrize(
+        ("answer", "kind"),
+        [
+            (status("404 Not Found"), AudioNotFound),
+            (status("410 Gone"), AudioNotFound),
+            (status("401 Unauthorized"), FetchForbidden),
+            (status("403 Forbidden"), FetchForbidden),
+            (status("400 Bad Request"), FetchForbidden),
+            (status("451 Unavailable For Legal Reasons"), FetchForbidden),
+            (status("204 No Content"), FetchFailed),
+            (status("206 Partial Content"), FetchFailed),
+            (status("304 Not Modified"), FetchFailed),
+            (status("300 Multiple Choices"), FetchFailed),
+            (whole(content_encoding="br"), FetchFailed),
+            (whole(content_encoding="gzip, gzip"), FetchFailed),
+            (whole(content_encoding="gzip"), FetchFailed),
+            (raw(head(content_length=10**15), AUDIO), AudioTooLarge),
+        ],
+    )
+    async def test_is_not_tried_again(
+        self, server: Server, fetcher: Fetcher, answer: Answer, kind: type[TimbreError]
+    ) -> None:
+        error = await failure(fetcher, server.answer("/a", answer))
+        assert type(error) is kind
+        assert not error.retryable
+        assert len(server.requests) == 1
+
+    @pytest.mark.parametrize(
+        "uri",
+        [
+            "",
+            "track.mp3",
+            "ftp://h/a",
+            "javascript:alert(1)",
+            "data:audio/mpeg;base64,AAAA",
+            "http://",
+            "http:///a",
+            "http://[::1/",
+            "http://h:99999/",
+            "http://h:0/",
+            "http://" + "a" * 300 + ".example/",
+            "http://exa mple/",
+            "http://a..b/",
+            "http://\u2100.example/",
+        ],
+    )
+    async def test_what_is_no_address(self, fetcher: Fetcher, uri: str) -> None:
+        assert isinstance(await failure(fetcher, uri), UriUnsupported)
+
+
+class TestLimits:
+    async def endless(self, writer: asyncio.StreamWriter) -> None:
+        writer.write(head())
+        while True:
+            writer.write(AUDIO)
+            await writer.drain()
+
+    async def test_an_endless_body(self, server: Server, fetcher: Fetcher) -> None:
+        assert isinstance(await failure(fetcher, server.answer("/a", self.endless)), AudioTooLarge)
+        assert len(server.requests) == 1
+
+    async def test_a_gzip_bomb_costs_no_more_than_the_limit(
+        self, server: Server, configured: Callable[..., FetchSettings]
+    ) -> None:
+        bomb = gzip.compress(bytes(300_000_000))
+        sizes: list[int] = []
+        settings = configured(stall_timeout_s=5.0)
+        async with Fetcher(settings, on_bytes=sizes.append) as fetcher:
+            url = server.answer("/a", whole(bomb, content_encoding="gzip"))
+            assert isinstance(await failure(fetcher, url), AudioTooLarge)
+        assert sum(sizes) <= settings.max_bytes
+        assert max(sizes) <= 256 * 1024
+
+    async def test_a_slow_drip_ends_at_the_deadline(self, server: Server, fetcher: Fetcher) -> None:
+        drip = [piece for _ in range(500) for piece in (b"x", 0.05)]
+        url = server.answer("/a", raw(head(content_length=500), *drip))
+        started = time.monotonic()
+        error = await failure(fetcher, url, timeout_s=1.0)
+        assert isinstance(error, FetchTimeout)
+        assert time.monotonic() - started < 1.5
+
+    async def test_dripping_headers_end_at_the_deadline(
+        self, server: Server, fetcher: Fetcher
+    ) -> None:
+        drip = [piece for _ in range(500) for piece in (b"x: y\r\n", 0.05)]
+        url = server.answer("/a", raw(b"HTTP/1.1 200 OK\r\n", *drip))
+        assert isinstance(await failure(fetcher, url, timeout_s=1.0), FetchTimeout)
+
+    async def test_endless_headers(self, server: Server, fetcher: Fetcher) -> None:
+        url = server.answer("/a", raw(b"HTTP/1.1 200 OK\r\n", b"x: y\r\n" * 100_000))
+        assert isinstance(await failure(fetcher, url), FetchUnavailable)
+
+    async def test_the_spool_is_bounded(
+        self, server: Server, configured: Callable[..., FetchSettings]
+    ) -> None:
+        url = server.answer("/a", whole())
+        async with Fetcher(configured(spool_max_bytes=len(AUDIO) * 3 // 2)) as fetcher:
+            async with fetcher.fetch(url):
+                assert isinstance(await failure(fetcher, url), SpoolFull)
+            assert await fetched(fetcher, url) == AUDIO
+
+    async def test_nothing_stays_behind(
+        self, server: Server, configured: Callable[..., FetchSettings]
+    ) -> None:
+        settings = configured()
+        half = raw(head(content_length=len(AUDIO)), AUDIO[: len(AUDIO) // 2], 60.0)
+        slow, good = server.answer("/slow", half), server.answer("/good", whole())
+        async with Fetcher(settings) as fetcher:
+            hanging = asyncio.create_task(fetched(fetcher, slow))
+            await asyncio.sleep(0.2)
+            hanging.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await hanging
+            with pytest.raises(ZeroDivisionError):
+                async with fetcher.fetch(good):
+                    raise ZeroDivisionError
+            await failure(fetcher, slow, timeout_s=0.2)
+            assert spooled_files(settings) == []
+        assert list(settings.spool_dir.iterdir()) == []
+
+
+class TestRedirects:
+    @pytest.mark.parametrize(
+        "line", ["301 Moved", "302 Found", "303 See", "307 Temporary", "308 Permanent"]
+    )
+    async def test_are_followed(self, server: Server, fetcher: Fetcher, line: str) -> None:
+        server.answer("/b", whole())
+        assert await fetched(fetcher, server.answer("/a", redirect("/b", line))) == AUDIO
+
+    async def test_a_loop_ends(self, server: Server, fetcher: Fetcher) -> None:
+        error = await failure(fetcher, server.answer("/a", redirect("/a")))
+        assert isinstance(error, RedirectLimit)
+        assert len(server.requests) == 6
+
+    @pytest.mark.parametrize(
+        "answer", [status("302 Found"), redirect(""), redirect("http://[bad/")]
+    )
+    async def test_without_a_usable_target(
+        self, server: Server, fetcher: Fetcher, answer: Answer
+    ) -> None:
+        assert isinstance(await failure(fetcher, server.answer("/a", answer)), RedirectLimit)
+
+    @pytest.mark.parametrize(
+        "target",
+        [
+            "http://10.0.0.1/",
+            "http://169.254.169.254/latest/meta-data/",
+            "http://[::1]/",
+            "http://[::ffff:10.0.0.1]/",
+            "http://2130706433/",
+            "//192.168.0.1/",
+            "file:///etc/passwd",
+            "s3://bucket/key",
+            "ftp://example.com/",
+            "http://user:secret@127.0.0.1/",
+        ],
+    )
+    async def test_inward_are_refused(self, server: Server, fetcher: Fetcher, target: str) -> None:
+        error = await failure(fetcher, server.answer("/a", redirect(target)))
+        assert isinstance(error, AddressRefused)
+        assert len(server.requests) == 1
+
+    async def test_from_https_to_http_are_refused(
+        self,
+        server: Server,
+        configured: Callable[..., FetchSettings],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        authority = trustme.CA()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1").configure_cert(context)
+        plain = server.answer("/plain", whole())
+        async with running(context) as secure:
+            url = secure.answer("/a", redirect(plain))
+            good = secure.answer("/good", whole())
+            async with Fetcher(configured()) as fetcher:
+                error = await failure(fetcher, good)
+                assert type(error) is FetchFailed  # nobody vouches for the certificate
+                assert "certificate" in error.message
+            trust = ssl.create_default_context()
+            authority.configure_trust(trust)
+            monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", trust)
+            async with Fetcher(configured()) as fetcher:
+                assert await fetched(fetcher, good) == AUDIO
+                assert isinstance(await failure(fetcher, url), AddressRefused)
+        assert server.requests == []
+
+
+class Changing(AbstractResolver):
+    """A name server that answers each question differently."""
+
+    def __init__(self, *answers: list[str]) -> None:
+        self.answers = list(answers)
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        addresses = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        return [
+            ResolveResult(
+                hostname=host, host=address, port=port, family=socket.AF_INET, proto=0, flags=0
+            )
+            for address in addresses
+        ]
+
+    async def close(self) -> None:
+        pass
+
+
+class TestAddresses:
+    """Only loopback is at hand, so `allowed_networks` holds one address of it: 127.0.0.1."""
+
+    @pytest.fixture
+    async def public_only(self, configured: Callable[..., FetchSettings]) -> AsyncIterator[Fetcher]:
+        async with Fetcher(configured(allowed_networks=())) as made:
+            yield made
+
+    @pytest.mark.parametrize(
+        "host",
+        [
+            "127.0.0.1",
+            "127.0.0.2",
+            "localhost",
+            "LOCALHOST",
+            "2130706433",
+            "017700000001",
+            "0x7f000001",
+            "0x7f.0.0.1",
+            "0177.0.0.1",
+            "127.1",
+            "0",
+            "0.0.0.0",
+            "[::]",
+            "[::1]",
+            "[::ffff:127.0.0.1]",
+            "[::ffff:7f00:1]",
+            "[::127.0.0.1]",
+            "[64:ff9b::7f00:1]",
+            "[2002:7f00:1::]",
+            "[fe80::1]",
+            "[fe80::1%25lo]",
+            "10.0.0.1",
+            "172.16.0.1",
+            "192.168.1.1",
+            "100.64.0.1",
+            "169.254.169.254",
+            "168.63.129.16",
+            "[fd00:ec2::254]",
+            "224.0.0.1",
+            "255.255.255.255",
+            "user:secret@127.0.0.1",
+            "１２７.0.0.1",
+            "ⓛⓞⓒⓐⓛⓗⓞⓢⓣ",
+            "127。0。0。1",
+        ],
+    )
+    async def test_inward_ones_are_refused(
+        self, server: Server, public_only: Fetcher, host: str
+    ) -> None:
+        server.answer("/a", whole())
+        error = await failure(public_only, f"http://{host}:{server.port}/a")
+        assert isinstance(error, AddressRefused)
+        assert "secret" not in error.message
+        assert server.requests == []
+
+    async def test_refusals_are_not_tried_again(
+        self, configured: Callable[..., FetchSettings]
+    ) -> None:
+        codes: list[str] = []
+        async with Fetcher(configured(allowed_networks=()), on_retry=codes.append) as fetcher:
+            await failure(fetcher, "http://127.0.0.1/")
+        assert codes == []
+
+    @pytest.fixture
+    def only_one(self, configured: Callable[..., FetchSettings]) -> FetchSettings:
+        return configured(allowed_networks=(ip_network("127.0.0.1/32"),))
+
+    async def test_a_name_that_resolves_inward(
+        self, server: Server, only_one: FetchSettings
+    ) -> None:
+        server.answer("/a", whole())
+        async with Fetcher(only_one, resolver=Changing(["127.0.0.2"])) as fetcher:
+            error = await failure(fetcher, f"http://name.example:{server.port}/a")
+        assert isinstance(error, AddressRefused)
+        assert "name.example" in error.message
+
+    async def test_of_a_mix_only_the_allowed_are_connected_to(
+        self, server: Server, only_one: FetchSettings
+    ) -> None:
+        server.answer("/a", whole())
+        resolver = Changing(["127.0.0.2", "10.0.0.1", "127.0.0.1"])
+        async with Fetcher(only_one, resolver=resolver) as fetcher:
+            assert await fetched(fetcher, f"http://name.example:{server.port}/a") == AUDIO
+
+    async def test_a_name_that_changes_its_mind_gains_nothing(
+        self, server: Server, only_one: FetchSettings
+    ) -> None:
+        for path in ("/a", "/b"):
+            server.answer(path, redirect(f"http://b.example:{server.port}/b"))
+        resolver = Changing(["127.0.0.1"], ["127.0.0.2"])
+        async with Fetcher(only_one, resolver=resolver) as fetcher:
+            error = await failure(fetcher, f"http://a.example:{server.port}/a")
+        assert isinstance(error, AddressRefused)
+        assert len(server.requests) == 1
+
+    async def test_proxies_of_the_environment_are_not_used(
+        self, server: Server, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9/")
+        assert await fetched(fetcher, server.answer("/a", whole())) == AUDIO
