@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 
@@ -18,6 +19,7 @@ from tenacity import (
     AsyncRetrying,
     RetryCallState,
     retry_if_exception,
+    retry_if_exception_type,
     stop_after_attempt,
     wait_random_exponential,
 )
@@ -25,7 +27,6 @@ from tenacity import (
 from model.bundle import Bundle
 from schemas.events import NewTrack, Processing
 from worker import intake, logs, publish
-from worker.batch import BatchObserver
 from worker.cache import Cache
 from worker.consumer import Consumer
 from worker.errors import (
@@ -40,6 +41,7 @@ from worker.errors import (
     TimbreError,
     TrackSilent,
     Unexpected,
+    WorkerStopping,
 )
 from worker.health import Health, HttpServer, LagProbe
 from worker.metrics import Metrics
@@ -96,7 +98,7 @@ class Worker:
         self._tagger = Tagger(
             settings,
             bundle,
-            batch_observer=_Observer(self),
+            batch_observer=_BatchMetrics(self.metrics, self._progressed),
             on_retry=lambda code: self.metrics.retries.labels("fetch", code).inc(),
             on_bytes=self.metrics.fetched_bytes.inc,
         )
@@ -108,7 +110,7 @@ class Worker:
             settings.worker.stalled_after_s,
             self._probe,
             self.consumer,
-            device_healthy=lambda: self._tagger.batcher.healthy,
+            self._tagger.batcher,
         )
         self.http = HttpServer(settings.http, self.metrics, self._health)
         self._stack = AsyncExitStack()
@@ -145,10 +147,13 @@ class Worker:
         watchdog.daemon = True
         watchdog.start()
 
+    def _progressed(self) -> None:
+        self.consumer.progressed()
+
     async def handle(self, record: Record) -> None:
         """Take one record to its end."""
         try:
-            tracks = intake.read(record, self._settings.kafka)
+            tracks = intake.read(record, max_bytes=self._settings.kafka.max_event_bytes)
         except TimbreError as error:
             await self._dead_letter(record, error, stage="intake")
             return
@@ -177,6 +182,8 @@ class Worker:
             tags, features = publish.results(track, analysis, self._tagger.model, processing)
             async with timings.measure("publish"):
                 await self._until_delivered(lambda: self._publisher.publish(tags, features))
+        except WorkerStopping:
+            raise  # not the track's fault: it stays unacknowledged
         except TimbreError as error:
             await self._dead_letter(record, error, attempts=attempts, track=track)
             return
@@ -190,7 +197,7 @@ class Worker:
         track: NewTrack,
         priority: Priority,
         timings: Timings,
-        count: "Callable[[RetryCallState], None]",
+        count: Callable[[RetryCallState], None],
     ) -> tuple[Analysis, bool]:
         """The analysis and whether it came from the cache; retried where that can help."""
         known = await self._cache.by_event(publish.event_id(track, self._tagger.model))
@@ -237,16 +244,17 @@ class Worker:
         )
         return await retrying(attempt), found
 
-    async def _until_delivered(self, send: "Callable[[], Awaitable[None]]") -> None:
+    async def _until_delivered(self, send: Callable[[], Awaitable[None]]) -> None:
         """Repeat until Kafka has confirmed: there is no other place for a result."""
-        pause = wait_random_exponential(*PUBLISH_BACKOFF_S)
         retrying = AsyncRetrying(
-            retry=retry_if_exception(lambda e: isinstance(e, PublishFailed)),
-            wait=pause,
+            retry=retry_if_exception_type(PublishFailed),
+            wait=wait_random_exponential(*PUBLISH_BACKOFF_S),
             before_sleep=self._count_retry,
             reraise=True,
         )
-        await retrying(send)
+        async for attempt in retrying:
+            with attempt:
+                await send()
 
     async def _dead_letter(
         self,
@@ -314,3 +322,24 @@ def _stage(error: TimbreError) -> str:
     if isinstance(error, PublishFailed):
         return "publish"
     return next((stage for kind, stage in STAGES if isinstance(error, kind)), "track")
+
+
+class _BatchMetrics:
+    """Tells the metrics what the batcher does; every batch is progress."""
+
+    def __init__(self, metrics: Metrics, progressed: Callable[[], None]) -> None:
+        self._metrics = metrics
+        self._progressed = progressed
+
+    def on_batch(self, windows: int, fill: float, wait_s: float, compute_s: float) -> None:
+        self._metrics.batch_windows.observe(windows)
+        self._metrics.batch_fill.observe(fill)
+        self._metrics.batch_wait_seconds.observe(wait_s)
+        self._metrics.batch_compute_seconds.observe(compute_s)
+        self._progressed()
+
+    def on_queue(self, depth: int) -> None:
+        self._metrics.queue_windows.set(depth)
+
+    def on_fault(self, kind: str) -> None:
+        self._metrics.batch_faults.labels(kind).inc()

@@ -41,6 +41,7 @@ Handle = Callable[[Record], Awaitable[None]]
 class _App(faust.App):
     """A faust app that gives back what doesn't finish in time instead of waiting for it."""
 
+    logger = logging.getLogger("faust.app")
     before_rebalance: Callable[[], Awaitable[None]]
 
     async def _consumer_wait_empty(self, consumer: Any, logger: Any) -> None:
@@ -303,7 +304,8 @@ class Consumer:
                 partition = self._partitions[tp] = _Partition(tp, self, self._gates[tp.topic])
             partition.add(event)
 
-    async def _on_assigned(self, _app: Any, assigned: set[TP], *_: Any, **__: Any) -> None:
+    async def _on_assigned(self, _app: Any, /, *args: Any, **_: Any) -> None:
+        (assigned,) = args
         self.assigned = True
         self.progressed()
         log.info("Assigned %d partitions", len(assigned))

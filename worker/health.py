@@ -7,7 +7,6 @@ events to work on, and finishes none. Lag is therefore asked of the broker, by a
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -17,6 +16,7 @@ from aiokafka.errors import KafkaError
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from worker import kafka
+from worker.batch import Batcher
 from worker.consumer import Consumer
 from worker.metrics import Metrics
 from worker.settings import HttpSettings, Settings
@@ -114,12 +114,12 @@ class Health:
     stalled_after_s: float
     probe: LagProbe
     consumer: Consumer
-    device_healthy: Callable[[], bool]
+    batcher: Batcher
     stopping: bool = False
 
     def why_not_live(self) -> str | None:
-        if not self.device_healthy():
-            return "batches hang on the device"
+        if not self.batcher.live:
+            return "the device is lost: batches hang on it or fail"
         stalled_s = self.probe.stalled_s()
         if stalled_s > self.stalled_after_s:
             return f"no progress for {stalled_s:.0f} s with {self.probe.lag} events of lag"
@@ -130,6 +130,8 @@ class Health:
             return "stopping"
         if not self.consumer.assigned:
             return "no partitions assigned (yet, or during a rebalance)"
+        if not self.batcher.healthy:
+            return "the last batch hung on the device"
         return self.why_not_live()
 
 

@@ -6,13 +6,8 @@ from datetime import UTC, datetime
 
 from worker.settings import WorkerSettings
 
-# What the libraries tell in the course of things is no news to an operator.
-QUIET = {
-    "faust": logging.ERROR,
-    "mode": logging.ERROR,
-    "aiokafka": logging.ERROR,
-    "kafka": logging.ERROR,
-}
+# What these tell while they reconnect and rebalance is no news: failures that matter are raised.
+QUIET = {"faust": logging.ERROR, "mode": logging.ERROR, "aiokafka": logging.CRITICAL}
 
 
 class JsonFormatter(logging.Formatter):

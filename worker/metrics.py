@@ -11,6 +11,7 @@ from prometheus_client import (
     Info,
     PlatformCollector,
     ProcessCollector,
+    disable_created_metrics,
     generate_latest,
 )
 
@@ -26,6 +27,7 @@ class Metrics:
     """The worker's metrics on a registry of their own."""
 
     def __init__(self) -> None:
+        disable_created_metrics()
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -57,7 +59,7 @@ class Metrics:
         )  # fmt: skip
         self.stage_seconds = Histogram(
             "timbre_stage_seconds",
-            "Seconds of one track in a stage: fetch, decode, batch, vote, publish, store, total",
+            "Seconds of one track in a stage: fetch, wait, decode, batch, vote, publish, store, total",
             ["stage"],
             buckets=STAGE_BUCKETS_S,
             registry=registry,

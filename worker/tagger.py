@@ -179,9 +179,11 @@ class Tagger:
         pending: deque[asyncio.Task[_BlockOutputs]] = deque()
         outputs: list[_BlockOutputs] = []
         try:
-            async with self.decoders.decode(
-                path, timeout_s=self._settings.decode.timeout_s
-            ) as decoding:
+            async with AsyncExitStack() as stack:
+                async with timings.measure("wait"):  # for a free decoder
+                    decoding = await stack.enter_async_context(
+                        self.decoders.decode(path, timeout_s=self._settings.worker.track_deadline_s)
+                    )
                 blocks = aiter(decoding)
                 while True:
                     async with timings.measure("decode"):
