@@ -19,7 +19,7 @@ from worker.errors import (
 from worker.spool import SpoolFile, in_thread
 
 READ_BYTES = 1024 * 1024
-FILE_URI = re.compile(r"file:(?://(?:localhost)?(?=/))?(/.*)", re.IGNORECASE | re.DOTALL)
+FILE_URI = re.compile(r"file:(?://(?:localhost)?(?=/)|(?!//))(/.*)", re.IGNORECASE | re.DOTALL)
 
 
 class LocalFiles:

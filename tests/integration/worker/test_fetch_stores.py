@@ -1,0 +1,251 @@
+"""The fetcher against object stores: moto's S3, and raw answers in the forms of all three."""
+
+import asyncio
+import hashlib
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import boto3  # type: ignore[import-untyped]
+import pytest
+from aiohttp import web
+from moto.server import ThreadedMotoServer
+
+from worker.errors import (
+    AudioNotFound,
+    AudioTooLarge,
+    FetchFailed,
+    FetchForbidden,
+    FetchTimeout,
+    FetchUnavailable,
+    TimbreError,
+    UriUnsupported,
+)
+from worker.fetch import Fetcher
+from worker.settings import FetchSettings
+
+AUDIO = os.urandom(700_000)
+KEYS = ["a.mp3", "deep/er/b.flac", "two words+ü%20#?.ogg", "a=b&c~(1)*'!.mp3"]
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """A real S3 API with a bucket of tracks; its endpoint."""
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    client = s3_client(endpoint)
+    client.create_bucket(Bucket="music")
+    for key in KEYS:
+        client.put_object(Bucket="music", Key=key, Body=AUDIO, ACL="public-read")
+    client.put_object(Bucket="music", Key="private.mp3", Body=AUDIO)
+    yield endpoint
+    server.stop()
+
+
+def s3_client(endpoint: str) -> Any:
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id="key",
+        aws_secret_access_key="secret",
+    )
+
+
+@pytest.fixture
+def configured(tmp_path: Path) -> Callable[..., FetchSettings]:
+    def configure(**changes: Any) -> FetchSettings:
+        defaults: dict[str, Any] = {
+            "spool_dir": tmp_path / "spool",
+            "stall_timeout_s": 0.5,
+            "connect_timeout_s": 2.0,
+            "timeout_s": 10.0,
+            "attempts": 2,
+            "backoff_initial_s": 0.01,
+            "backoff_max_s": 0.05,
+            "max_bytes": 10**6,
+        }
+        return FetchSettings(**{**defaults, **changes})
+
+    return configure
+
+
+async def failure(fetcher: Fetcher, uri: str) -> TimbreError:
+    with pytest.raises(TimbreError) as raised:
+        async with fetcher.fetch(uri):
+            pass
+    assert "secret" not in raised.value.message
+    assert len(raised.value.message) < 500
+    return raised.value
+
+
+class TestS3:
+    @pytest.fixture(params=["signed", "anonymous"])
+    async def fetcher(
+        self, s3: str, configured: Callable[..., FetchSettings], request: pytest.FixtureRequest
+    ) -> AsyncIterator[Fetcher]:
+        keys = {"s3_access_key_id": "key", "s3_secret_access_key": "secret"}
+        settings = configured(s3_endpoint=s3, **(keys if request.param == "signed" else {}))
+        async with Fetcher(settings) as made:
+            yield made
+
+    @pytest.mark.parametrize("key", KEYS)
+    async def test_objects_arrive_whatever_their_keys(self, fetcher: Fetcher, key: str) -> None:
+        async with fetcher.fetch(f"s3://music/{quote(key)}") as audio:
+            assert audio.path.read_bytes() == AUDIO
+            assert audio.sha256 == hashlib.sha256(AUDIO).hexdigest()
+        assert not audio.path.exists()
+
+    @pytest.mark.parametrize("uri", ["s3://music/none.mp3", "s3://no-bucket/a.mp3"])
+    async def test_what_is_not_there(self, fetcher: Fetcher, uri: str) -> None:
+        assert isinstance(await failure(fetcher, uri), AudioNotFound)
+
+    async def test_the_version_that_the_event_names(self, s3: str, fetcher: Fetcher) -> None:
+        client = s3_client(s3)
+        client.create_bucket(Bucket="versions")
+        enabled = {"Status": "Enabled"}
+        client.put_bucket_versioning(Bucket="versions", VersioningConfiguration=enabled)
+        track = {"Bucket": "versions", "Key": "a.mp3", "ACL": "public-read"}
+        old = client.put_object(**track, Body=b"old")["VersionId"]
+        client.put_object(**track, Body=b"new")
+        async with fetcher.fetch(f"s3://versions/a.mp3?versionId={old}") as audio:
+            assert audio.path.read_bytes() == b"old"
+        async with fetcher.fetch("s3://versions/a.mp3") as audio:
+            assert audio.path.read_bytes() == b"new"
+
+    async def test_private_objects_need_keys(
+        self, s3: str, configured: Callable[..., FetchSettings]
+    ) -> None:
+        async with Fetcher(configured(s3_endpoint=s3)) as anonymous:
+            assert isinstance(await failure(anonymous, "s3://music/private.mp3"), FetchForbidden)
+
+    async def test_too_large_ones_are_refused_by_their_size(
+        self, s3: str, configured: Callable[..., FetchSettings]
+    ) -> None:
+        sizes: list[int] = []
+        settings = configured(s3_endpoint=s3, max_bytes=len(AUDIO) - 1)
+        async with Fetcher(settings, on_bytes=sizes.append) as fetcher:
+            assert isinstance(await failure(fetcher, "s3://music/a.mp3"), AudioTooLarge)
+        assert sizes == []
+
+    async def test_the_environment_names_no_endpoint(
+        self, configured: Callable[..., FetchSettings], monkeypatch: pytest.MonkeyPatch, s3: str
+    ) -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        monkeypatch.setenv("AWS_ENDPOINT", "http://127.0.0.1:9")
+        async with (
+            Fetcher(configured(s3_endpoint=s3)) as fetcher,
+            fetcher.fetch("s3://music/a.mp3") as audio,
+        ):
+            assert audio.size_bytes == len(AUDIO)
+
+
+@pytest.fixture
+async def endpoint() -> AsyncIterator[str]:
+    """A server of any bucket: `a.mp3` is there, a number is a status, the rest is a fault."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        name = request.path.rpartition("/")[2]
+        if name.isdigit():
+            return web.Response(status=int(name))
+        headers = {"ETag": '"x"', "Last-Modified": "Sat, 31 Jan 2026 12:00:00 GMT"}
+        if name == "a.mp3":
+            return web.Response(body=AUDIO, headers=headers)
+        response = web.StreamResponse(headers={**headers, "Content-Length": str(len(AUDIO))})
+        await response.prepare(request)
+        await response.write(AUDIO[:1000])
+        if name == "stalled":
+            await asyncio.sleep(30)
+        assert request.transport is not None
+        request.transport.abort()
+        return response
+
+    app = web.Application()
+    app.router.add_get("/{path:.*}", answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    await runner.cleanup()
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
+class TestAnyStore:
+    @pytest.fixture
+    async def fetcher(
+        self, endpoint: str, configured: Callable[..., FetchSettings]
+    ) -> AsyncIterator[Fetcher]:
+        endpoints = {f"{scheme}_endpoint": endpoint for scheme in ("s3", "gs", "az")}
+        async with Fetcher(configured(**endpoints, az_account_name="account")) as made:
+            yield made
+
+    async def test_objects_arrive(self, fetcher: Fetcher, scheme: str) -> None:
+        async with fetcher.fetch(f"{scheme}://music/a.mp3") as audio:
+            assert audio.path.read_bytes() == AUDIO
+
+    @pytest.mark.parametrize(
+        ("name", "kind"),
+        [
+            ("404", AudioNotFound),
+            ("401", FetchForbidden),
+            ("403", FetchForbidden),
+            ("400", FetchForbidden),
+            ("301", FetchFailed),
+            ("429", FetchUnavailable),
+            ("500", FetchUnavailable),
+            ("503", FetchUnavailable),
+            ("reset", FetchUnavailable),
+            ("stalled", FetchTimeout),
+        ],
+    )
+    async def test_failures_are_typed(
+        self, fetcher: Fetcher, scheme: str, name: str, kind: type[TimbreError]
+    ) -> None:
+        assert type(await failure(fetcher, f"{scheme}://music/{name}")) is kind
+
+    async def test_nobody_listens(
+        self, configured: Callable[..., FetchSettings], scheme: str
+    ) -> None:
+        endpoint = {f"{scheme}_endpoint": "http://127.0.0.1:9", "az_account_name": "account"}
+        async with Fetcher(configured(**endpoint)) as fetcher:
+            error = await failure(fetcher, f"{scheme}://music/a.mp3")
+        assert isinstance(error, FetchUnavailable)
+
+    @pytest.mark.parametrize(
+        "rest",
+        [
+            "",
+            "music",
+            "music/",
+            "/a.mp3",
+            "MUSIC/a.mp3",
+            "mu..sic/a.mp3",
+            "-music/a.mp3",
+            "user:secret@music/a.mp3",
+            "music:80/a.mp3",
+            "127.0.0.1:9000@x/a.mp3",
+            "m/a.mp3",
+            "music/../other/a.mp3",
+            "music/./a.mp3",
+            "music//a.mp3",
+            "music/a/",
+            "music/%2e%2e/a.mp3",
+            "music/a%00b",
+            "music/a%0d%0ab",
+            "music/%ff",
+            "music/" + "x" * 1025,
+        ],
+    )
+    async def test_what_names_no_object(self, fetcher: Fetcher, scheme: str, rest: str) -> None:
+        assert isinstance(await failure(fetcher, f"{scheme}://{rest}"), UriUnsupported)
+
+
+async def test_azure_needs_an_account(configured: Callable[..., FetchSettings]) -> None:
+    async with Fetcher(configured()) as fetcher:
+        error = await failure(fetcher, "az://music/a.mp3")
+    assert isinstance(error, UriUnsupported)
+    assert "AZ_ACCOUNT_NAME" in error.message
