@@ -32,6 +32,8 @@ Floats = NDArray[np.float32]
 
 # On a CPU a batch is cut into chunks that stay in its cache; docs/batching.md has the figures.
 CPU_CHUNK_WINDOWS = 8
+# A device's first use may load a driver and compile kernels.
+START_TIMEOUT_S = 180.0
 # Forward passes without running out of memory until a larger batch is tried again.
 PASSES_BEFORE_GROWING = 100
 OUT_OF_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
@@ -109,11 +111,10 @@ class Buffer:
 
 
 class Crew:
-    """A few threads that share a queue of calls, each call within a time limit."""
+    """A few threads that share a queue of calls and are replaced when a call hangs."""
 
-    def __init__(self, name: str, threads: int, timeout_s: float) -> None:
+    def __init__(self, name: str, threads: int) -> None:
         self._name = name
-        self._timeout_s = timeout_s
         self._threads = threads
         self._left_behind: list[threading.Thread] = []
         self._recruit()
@@ -124,13 +125,13 @@ class Crew:
         self._left_behind = [thread for thread in self._left_behind if thread.is_alive()]
         return len(self._left_behind)
 
-    async def run(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+    async def run(self, calls: Sequence[Callable[[], T]], timeout_s: float) -> list[T]:
         """Results of all calls, in their order, or the first error once all have ended.
 
-        Raises DeviceHung when some have not ended in time; new threads then take over.
+        Raises DeviceHung when some have not ended after `timeout_s`; new threads then take over.
         """
         futures = [asyncio.wrap_future(self._submit(call)) for call in calls]
-        done, late = await asyncio.wait(futures, timeout=self._timeout_s)
+        done, late = await asyncio.wait(futures, timeout=timeout_s)
         if late:
             for future in late:
                 future.cancel()
@@ -138,7 +139,7 @@ class Crew:
                 future.exception()  # seen; what hung is the error
             self._replace()
             raise DeviceHung(
-                f"The device did not finish within {self._timeout_s:g} s; if it is only slow, "
+                f"The device did not finish within {timeout_s:g} s; if it is only slow, "
                 "raise TIMBRE_BATCH__TIMEOUT_S."
             )
         errors = [error for future in futures if (error := future.exception())]
@@ -212,6 +213,7 @@ class Engine:
         self._network = network
         self._window_samples = window_samples
         self._max_windows = settings.max_windows
+        self._timeout_s = settings.timeout_s
         on_cpu = self.device.type == "cpu"
         self._threads = (settings.threads or len(os.sched_getaffinity(0))) if on_cpu else 1
         self._chunk = min(CPU_CHUNK_WINDOWS, self._max_windows) if on_cpu else self._max_windows
@@ -219,8 +221,8 @@ class Engine:
         self._fits = self._chunk
         self._passes = 0
         self._buffers: list[Buffer] = []
-        self._copiers = Crew("timbre-copy", 1, settings.timeout_s)
-        self._runners = Crew("timbre-network", self._threads, settings.timeout_s)
+        self._copiers = Crew("timbre-copy", 1)
+        self._runners = Crew("timbre-network", self._threads)
         self._streams = None if on_cpu else Streams(self.device)
         self.empty = WindowOutputs({}, np.zeros((0, 0), np.float32))
         """Outputs of no window at all, once started"""
@@ -241,7 +243,7 @@ class Engine:
         elif self.autocast is None:
             # Otherwise convolutions would round float32 to TF32.
             torch.backends.cudnn.allow_tf32 = False
-        (self.empty,) = await self._runners.run([self._warm_up])
+        (self.empty,) = await self._runners.run([self._warm_up], START_TIMEOUT_S)
 
     def close(self) -> None:
         """Let the threads end; those that hang are left to the end of the process."""
@@ -255,7 +257,9 @@ class Engine:
         that is not finite is left out.
         """
         free = self._buffers.pop() if self._buffers else None
-        ((buffer, held),) = await self._copiers.run([partial(self._fill, free, parts)])
+        ((buffer, held),) = await self._copiers.run(
+            [partial(self._fill, free, parts)], self._timeout_s
+        )
         return buffer, held
 
     def release(self, buffer: Buffer) -> None:
@@ -278,7 +282,7 @@ class Engine:
         """
         cuts = cut(start, stop, self._chunk, self._threads)
         calls = [partial(self._run, buffer, first, last) for first, last in pairwise(cuts)]
-        return WindowOutputs.join(await self._runners.run(calls))
+        return WindowOutputs.join(await self._runners.run(calls, self._timeout_s))
 
     # From here on: in the engine's threads.
 

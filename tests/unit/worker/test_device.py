@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -202,9 +201,9 @@ async def test_a_cpu_allocation_that_fails_counts_as_out_of_memory() -> None:
 
 async def test_a_hung_thread_is_left_behind_and_others_go_on() -> None:
     network = Stalling()
-    async with engine_of(network, timeout_s=0.3, threads=2) as engine:
+    async with engine_of(network, timeout_s=0.5, threads=2) as engine:
         network.go.clear()
-        with pytest.raises(DeviceHung, match=r"0\.3 s"):
+        with pytest.raises(DeviceHung, match=r"0\.5 s"):
             await outputs_of(engine, noise(4))
         assert engine.stuck == 1
         network.go.set()
@@ -235,17 +234,17 @@ async def test_a_broken_device_is_lost_for_good() -> None:
 
 
 async def test_calls_of_a_crew_run_side_by_side_and_the_first_error_is_told() -> None:
-    crew = Crew("test", 2, timeout_s=10)
+    crew = Crew("test", 2)
     meet = threading.Barrier(2, timeout=5)
     try:
-        assert sorted(await crew.run([meet.wait, meet.wait])) == [0, 1]
+        assert sorted(await crew.run([meet.wait, meet.wait], 10)) == [0, 1]
 
         def fail() -> int:
             raise KeyError("here")
 
         with pytest.raises(KeyError, match="here"):
-            await crew.run([lambda: 1, fail, lambda: 2])
-        assert await crew.run([lambda: time.monotonic_ns() > 0]) == [True]
+            await crew.run([lambda: 1, fail, lambda: 2], 10)
+        assert await crew.run([lambda: 3], 10) == [3]
     finally:
         crew.close()
 
