@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test lint lock bench faults clean
+.PHONY: help setup lock demo test lint bench faults clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -24,3 +24,25 @@ setup: $(STAMP)  ## Make the environment in .venv and nothing else.
 lock:  ## Resolve pyproject.toml anew into requirements.lock (hashes and versions only; needs uv).
 	uv pip compile pyproject.toml --all-extras --generate-hashes --universal --python-version 3.11 \
 	    --no-header --no-annotate --quiet --upgrade --output-file requirements.lock
+
+demo: setup  ## Tag sample tracks on a real Kafka and Redis; MUSIC=DIR for your own, KEEP=1 to keep it running.
+	$(BIN)/timbre demo $(if $(MUSIC),--music "$(MUSIC)") $(if $(KEEP),--keep)
+
+test: setup  ## Lint, types, and every test, on a real Kafka and Redis.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+lint: setup  ## Put the code in order: ruff's fixes and format.
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: setup  ## Rates of decoding alone, `timbre tag` and the worker, side by side.
+	$(BIN)/python -m tests.performance.bench
+
+faults: setup  ## Break real things while tracks pass, and count what is lost; NAME=... for one.
+	$(BIN)/python -m tests.faults $(NAME)
+
+clean:  ## Remove the environment and what was built.
+	rm -rf $(VENV) build
