@@ -50,9 +50,13 @@ class Voted:
             best[row] = columns[verdict.tags[0].label]
         return cls(scores, best)
 
+    def hits(self, targets: NDArray[np.floating]) -> NDArray[np.bool_]:
+        """Whether each track's first tag is one of its labels, `(tracks,)`."""
+        return np.asarray(targets[np.arange(len(targets)), self.best] > 0)
+
     def accuracy(self, targets: NDArray[np.floating]) -> float:
         """Share of tracks whose first tag is right."""
-        return float((self.best == targets.argmax(1)).mean())
+        return float(self.hits(targets).mean())
 
 
 def window_accuracy(tracks: Sequence[NDArray[np.floating]], targets: NDArray[np.floating]) -> float:

@@ -31,7 +31,7 @@ from model.heads import Head
 from model.logmel_cnn import LogMelCnnConfig
 from model.measure import METHODS, Voted, nll, window_accuracy
 from model.network import Tagger, build
-from worker.errors import CheckpointInvalid, DatasetInvalid
+from worker.errors import CheckpointInvalid, DatasetInvalid, SettingsInvalid
 
 Fit = Literal["all", "train"]
 CONFIDENT_COVERAGE = 0.7  # share of tracks that `uncertain` leaves
@@ -63,6 +63,21 @@ class Recipe(BaseModel):
 
 
 FINE_TUNING = Recipe(passes=60, rehearsal=1.0, learning_rate=3e-4, average=0.99)
+
+
+def load_recipe(path: Path | None, passes: float | None, *, fine_tuning: bool) -> Recipe:
+    """The default recipe with what the JSON file at `path` and `passes` say otherwise."""
+    base = (FINE_TUNING if fine_tuning else Recipe()).model_dump()
+    try:
+        other = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        if passes is not None:
+            other["passes"] = passes
+        for name, value in other.items():
+            nested = isinstance(value, dict) and isinstance(base.get(name), dict)
+            base[name] = base[name] | value if nested else value
+        return Recipe.model_validate(base)
+    except (OSError, ValueError, TypeError) as error:
+        raise SettingsInvalid(f"the recipe {path} can't be used: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -354,10 +369,10 @@ class Validation:
         with Precision(self.device).cast():
             said = [
                 network.from_logmel(batch.to(self.device)).probabilities[self.head.name].cpu()
-                for batch in torch.cat(songs).split(VALIDATION_BATCH)
+                for batch in torch.split(torch.cat(songs), VALIDATION_BATCH)
             ]
-        by_song = torch.cat(said).double().split([len(song) for song in songs])
-        return [song.numpy() for song in by_song]
+        ends = np.cumsum([len(song) for song in songs])[:-1]
+        return np.split(torch.cat(said).double().numpy(), ends)
 
     def told(self, network: Tagger) -> str:
         """Figures in a line."""

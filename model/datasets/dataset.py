@@ -93,7 +93,10 @@ class Dataset:
         return (*known, *sorted(found - set(known)))
 
     def indices(self, split: str | None = None) -> NDArray[np.intp]:
-        """Positions of the clips of `split`, or of every clip that is in any split."""
+        """Positions of the clips of `split`; of every clip that is in one, where None.
+
+        A data set without splits has all its clips for None.
+        """
         if split is not None and split not in self.splits:
             raise DatasetInvalid(
                 f"{self.name} has no split {split!r}; it has {', '.join(self.splits) or 'none'}"
@@ -101,7 +104,7 @@ class Dataset:
         chosen = [
             index
             for index, clip in enumerate(self.clips)
-            if clip.split is not None and split in (None, clip.split)
+            if split == clip.split or (split is None and (clip.split or not self.splits))
         ]
         return np.asarray(chosen, dtype=np.intp)
 

@@ -1,0 +1,337 @@
+"""`timbre model`: train, evaluate, compare, explore, and bundles in and out.
+
+A command imports what it needs when it runs, so that `timbre --help` stays quick.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    from model.evaluate import Evaluation
+
+app = typer.Typer(no_args_is_help=True, help="Models: train, evaluate, compare, explore, export.")
+import_app = typer.Typer(no_args_is_help=True, help="Bundles out of published networks.")
+app.add_typer(import_app, name="import")
+
+BundlePath = Annotated[
+    str | None,
+    typer.Argument(help="A bundle's folder, or the name of a shipped one; the default if none."),
+]
+DatasetPath = Annotated[
+    Path, typer.Option("--dataset", "-d", help="A folder, a CSV manifest, or a log-mel archive.")
+]
+LayoutName = Annotated[
+    str | None,
+    typer.Option(
+        "--layout",
+        help="archive, manifest, fma, fma-all, msd, gtzan or folders; found out if not given.",
+    ),
+]
+SplitName = Annotated[
+    str | None, typer.Option("--split", help="Only the clips of this split; all if none.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="One seed, one result.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Few clips and short training: to see that it works.")
+]
+
+
+@app.command()
+def train(  # noqa: PLR0917
+    dataset: DatasetPath,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the bundle to write.")],
+    layout: LayoutName = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", help="Fine-tune this bundle (or `default`); else from scratch."),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="JSON with what differs from the defaults.")
+    ] = None,
+    passes: Annotated[
+        float | None, typer.Option("--passes", min=0.01, help="Passes over the clips.")
+    ] = None,
+    fit: Annotated[
+        str, typer.Option("--fit", help="all: train and validation in the end; train: never.")
+    ] = "all",
+    seed: Seed = 0,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+    work: Annotated[
+        Path | None,
+        typer.Option("--work", help="Log-mels of audio and the checkpoint; OUT.work if none."),
+    ] = None,
+) -> None:
+    """Train a bundle on a data set.
+
+    First a rehearsal on the training songs, measured on the validation songs; then the same on
+    both. The validation songs are never learnt from before they have been measured on.
+    """
+    from model.bundle import Bundle
+    from model.datasets import load
+    from model.train import Progress, load_recipe
+    from model.train import train as run
+
+    if fit not in {"all", "train"}:
+        raise typer.BadParameter("all or train", param_hint="--fit")
+    data = load(dataset, layout)
+    begin = Bundle.load(None if start == "default" else start) if start else None
+    console, bar = _console(), _bar(training=True)
+    tasks: dict[str, Any] = {}
+
+    def step(part: str, done: int, total: int, loss: float) -> None:
+        if part not in tasks:
+            tasks[part] = bar.add_task(part, total=total, loss="")
+        bar.update(tasks[part], completed=done, loss=f"loss {loss:.3f}" if loss else "")
+
+    console.print(f"{data.name}: {len(data.clips)} clips, {len(data.labels)} labels")
+    with bar:
+        bundle = run(
+            data,
+            out,
+            recipe=load_recipe(recipe, passes, fine_tuning=begin is not None),
+            start=begin,
+            fit="all" if fit == "all" else "train",
+            seed=seed,
+            device=device,
+            resume=resume,
+            work=work,
+            progress=Progress(step=step, say=lambda line: bar.console.print(line, highlight=False)),
+        )
+    console.print(f"{out}: {bundle.name}, version {bundle.version}")
+
+
+@app.command()
+def evaluate(  # noqa: PLR0917
+    dataset: DatasetPath,
+    bundle: BundlePath = None,
+    split: SplitName = None,
+    layout: LayoutName = None,
+    as_json: AsJson = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for report.json and pictures.")
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Measure a bundle: by window, by track and vote, with intervals and calibration."""
+    from model.bundle import Bundle
+    from model.datasets import load
+    from model.evaluate import draw
+    from model.evaluate import evaluate as run
+
+    bar = _bar()
+    with bar:
+        task = bar.add_task("clips", total=None)
+        evaluation = run(
+            Bundle.load(bundle),
+            load(dataset, layout),
+            split,
+            seed=seed,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if out is not None:
+        page = draw(evaluation, out)
+        text = json.dumps(evaluation.report, indent=1, ensure_ascii=False)
+        (out / "report.json").write_text(text + "\n", encoding="utf-8")
+        _console().print(f"pictures: {page}")
+    if as_json:
+        print(json.dumps(evaluation.report, ensure_ascii=False))
+    else:
+        _show(evaluation)
+
+
+@app.command()
+def compare(  # noqa: PLR0917
+    dataset: DatasetPath,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the page, pictures and tables.")
+    ] = Path("compare"),
+    layout: LayoutName = None,
+    table: Annotated[
+        Path | None,
+        typer.Option("--features", help="Save handcrafted features as .csv or .parquet."),
+    ] = None,
+    quick: Quick = False,
+    seed: Seed = 0,
+) -> None:
+    """Lay side by side, on one split, the approaches that people try first."""
+    from model.compare import compare as run
+    from model.datasets import load
+
+    page = run(load(dataset, layout), out, table=table, quick=quick, seed=seed, say=_say)
+    _console().print(f"page: {page}")
+
+
+@app.command()
+def explore(
+    dataset: DatasetPath,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the page and pictures.")
+    ] = Path("explore"),
+    layout: LayoutName = None,
+    quick: Quick = False,
+    seed: Seed = 0,
+) -> None:
+    """Draw what is in a data set: waveforms, spectrograms, balance, durations, t-SNE."""
+    from model.datasets import load
+    from model.explore import explore as run
+
+    page = run(load(dataset, layout), out, quick=quick, seed=seed, say=_say)
+    _console().print(f"page: {page}")
+
+
+@app.command()
+def info(bundle: BundlePath = None, as_json: AsJson = False) -> None:
+    """What a bundle is: version, heads, window, network, training data, figures."""
+    from model.bundle import Bundle
+
+    loaded = Bundle.load(bundle)
+    told: dict[str, Any] = {
+        "name": loaded.name,
+        "version": loaded.version,
+        "heads": [head.model_dump(mode="json") for head in loaded.heads],
+        "sample_rate_hz": loaded.sample_rate_hz,
+        "window_s": loaded.window_s,
+        "embedding_dim": loaded.embedding_dim,
+        "uncertain_threshold": loaded.uncertain_threshold,
+        "parameters": sum(tensor.numel() for tensor in loaded.network.parameters()),
+        "network": {"kind": loaded.kind, "config": loaded.config},
+        "training": loaded.training,
+        "figures": loaded.figures,
+    }
+    if as_json:
+        print(json.dumps(told, ensure_ascii=False))
+        return
+    console = _console()
+    console.print(f"{loaded.name}, version {loaded.version}", style="bold", highlight=False)
+    console.print(
+        f"{loaded.window_s} s windows of {loaded.sample_rate_hz} Hz audio, "
+        f"{told['parameters']:,} parameters, embeddings of {loaded.embedding_dim} numbers"
+    )
+    for head in loaded.heads:
+        console.print(f"{head.name} ({head.kind}-label): {', '.join(head.labels)}")
+    for section in ("training", "figures"):
+        for key, value in told[section].items():
+            console.print(
+                f"{section}.{key}: {json.dumps(value, ensure_ascii=False)}", soft_wrap=True
+            )
+
+
+@import_app.command("musicnn")
+def import_musicnn_command(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the bundle to write.")],
+) -> None:
+    """Fetch the musicnn wheel (version and hash pinned) and make a bundle of its network."""
+    from model.musicnn import import_musicnn
+
+    bundle = import_musicnn(out)
+    _console().print(f"{out}: {bundle.name}, version {bundle.version}")
+
+
+@app.command()
+def export(
+    onnx: Annotated[Path, typer.Option("--onnx", help="The ONNX file to write.")],
+    bundle: BundlePath = None,
+) -> None:
+    """Write a bundle's network, front end included, as ONNX."""
+    from model.bundle import Bundle
+    from model.export import export_onnx
+
+    export_onnx(Bundle.load(bundle), onnx)
+    _console().print(f"{onnx}")
+
+
+# What people see -----------------------------------------------------------------------------
+
+
+def _console() -> "Console":
+    """Standard error: standard output is for what a program may read."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _say(line: str) -> None:
+    _console().print(line, highlight=False)
+
+
+def _bar(*, training: bool = False) -> "Bar":
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns: list[Any] = ["[progress.description]{task.description}", BarColumn()]
+    columns += [MofNCompleteColumn(), TimeRemainingColumn()]
+    if training:
+        columns.append(TextColumn("{task.fields[loss]}"))
+    return Bar(*columns, console=_console())
+
+
+def _show(evaluation: "Evaluation") -> None:
+    """The report as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, report = Console(file=sys.stdout), evaluation.report
+    console.print(
+        f"{report['bundle']['name']} {report['bundle']['version']} on {report['dataset']}, "
+        f"split {report['split']}: {report['tracks']} tracks, {report['window']['count']} windows",
+        highlight=False,
+    )
+    for name, reason in report["skipped"].items():
+        console.print(f"skipped {name}: {reason}", highlight=False)
+    votes = Table("vote", "accuracy", "95 % interval", "NLL")
+    votes.add_row("one window", f"{report['window']['accuracy']:.1%}", "", "")
+    for method, figures in report["track"].items():
+        low, high = figures["interval"]
+        votes.add_row(
+            f"track, {method}",
+            f"{figures['accuracy']:.1%}",
+            f"{low:.1%} to {high:.1%}",
+            f"{figures['nll']:.3f}",
+        )
+    console.print(votes)
+    pairs = Table("votes, paired", "difference", "95 % interval", "only first / second right", "p")
+    for pair in report["paired"]:
+        pairs.add_row(
+            " - ".join(pair["votes"]),
+            f"{pair['difference']:+.1%}",
+            f"{pair['interval'][0]:+.1%} to {pair['interval'][1]:+.1%}",
+            f"{pair['only_first_right']} / {pair['only_second_right']}",
+            f"{pair['p']:.2f}",
+        )
+    console.print(pairs)
+    sure = report["coverage"]
+    figures = Table("figure", "value")
+    figures.add_row("expected calibration error", f"{report['ece']:.3f}")
+    figures.add_row("negative log-likelihood", f"{report['nll']:.3f}")
+    figures.add_row("right at 70 % coverage", f"{sure['accuracy_at_70']:.1%}")
+    figures.add_row(
+        f"not uncertain ({sure['certain']:.0%} of tracks)", _percent(sure["accuracy_of_certain"])
+    )
+    figures.add_row(
+        "nearest neighbour shares a label", _percent(report["neighbours"]["same_label"])
+    )
+    figures.add_row("macro F1", _percent(report["macro_f1"]))
+    for curve in ("roc_auc", "pr_auc"):
+        if curve in report:
+            figures.add_row(curve, f"{report[curve]['macro']:.3f}")
+    console.print(figures)
+    counts = report.get("confusion", [])
+    by_label = Table("", "label", "F1", *(str(column) for column in range(len(counts))))
+    for row, label in enumerate(report["labels"]):
+        if label in report["f1"]:
+            said = map(str, counts[row]) if counts else ()
+            by_label.add_row(str(row), label, f"{report['f1'][label]:.2f}", *said)
+    console.print(by_label)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

@@ -1,0 +1,303 @@
+"""Evaluation: what a bundle is worth on a data set, by window and by track, for every vote."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+
+from model.bundle import Bundle
+from model.calibration import expected_calibration_error
+from model.datasets.dataset import Dataset
+from model.measure import METHODS, Voted, nll, window_accuracy
+from model.pictures import Gallery, canvas, scatter_by_class, tsne
+from model.predict import Predictions, predict
+from worker.settings import VoteMethod
+
+RESAMPLES = 2_000
+CURVE = tuple(share / 20 for share in range(1, 21))  # coverages
+MAX_PICTURED_LABELS = 40
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions and their figures; `report` is what `--json` prints."""
+
+    predictions: Predictions
+    voted: dict[VoteMethod, Voted]
+    report: dict[str, Any]
+
+
+def evaluate(
+    bundle: Bundle,
+    dataset: Dataset,
+    split: str | None = None,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> Evaluation:
+    """Measure `bundle` on the clips of `split`, or on all; see docs/evaluation.md for each figure.
+
+    Raises
+    ------
+    DatasetInvalid
+    """
+    predictions = predict(bundle, dataset, split, progress=progress)
+    head, targets = predictions.head, predictions.targets
+    voted = {
+        method: Voted.of(predictions.probabilities, head, method, predictions.voting)
+        for method in METHODS
+    }
+    groups = np.unique([clip.group for clip in predictions.clips], return_inverse=True)[1]
+    hits = {method: given.hits(targets).astype(np.float64) for method, given in voted.items()}
+    resamples = _resamples(groups, seed)
+    mean = voted["mean"]
+    confidence, right = mean.scores[np.arange(len(targets)), mean.best], hits["mean"]
+    report: dict[str, Any] = {
+        "bundle": {"name": bundle.name, "version": bundle.version},
+        "dataset": dataset.name,
+        "split": split or "all",
+        "head": head.name,
+        "kind": head.kind,
+        "labels": list(head.labels),
+        "tracks": len(targets),
+        "groups": int(groups.max()) + 1,
+        "skipped": {clip.name: clip.reason for clip in predictions.skipped},
+        "window": {
+            "count": sum(len(windows) for windows in predictions.probabilities),
+            "accuracy": window_accuracy(predictions.probabilities, targets),
+        },
+        "track": {
+            method: {
+                "accuracy": float(hits[method].mean()),
+                "interval": _interval(hits[method], resamples),
+                "nll": nll(given.scores, targets, head.kind),
+            }
+            for method, given in voted.items()
+        },
+        "paired": [
+            _paired(first, second, hits[first], hits[second], resamples)
+            for first, second in combinations(METHODS, 2)
+        ],
+        "ece": expected_calibration_error(confidence, right),
+        "nll": nll(mean.scores, targets, head.kind),
+        "coverage": _coverage(confidence, right, bundle.uncertain_threshold),
+        "neighbours": {"same_label": _neighbours(predictions, groups)},
+    }
+    if head.kind == "single":
+        report |= _single(mean, targets, head.labels)
+    else:
+        report |= _multi(mean, targets, head.labels)
+    return Evaluation(predictions, voted, report)
+
+
+# Figures -------------------------------------------------------------------------------------
+
+
+def _resamples(groups: NDArray[np.intp], seed: int) -> NDArray[np.float64]:
+    """Bootstrap weights `(resamples, tracks)`: whole artists or recordings, drawn with
+    replacement, so that several excerpts of one don't count as independent."""
+    generator = np.random.default_rng(seed)
+    count = int(groups.max()) + 1
+    drawn = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    weights: NDArray[np.float64] = drawn[:, groups].astype(np.float64)
+    weights /= weights.sum(1, keepdims=True)
+    return weights
+
+
+def _interval(values: NDArray[np.float64], resamples: NDArray[np.float64]) -> list[float]:
+    """95 % bootstrap interval of the mean."""
+    low, high = np.quantile(resamples @ values, [0.025, 0.975])
+    return [float(low), float(high)]
+
+
+def _paired(
+    first: str,
+    second: str,
+    hits: NDArray[np.float64],
+    others: NDArray[np.float64],
+    resamples: NDArray[np.float64],
+) -> dict[str, Any]:
+    """Difference of two votes on the same tracks, with McNemar's exact test."""
+    only_first, only_second = int((hits > others).sum()), int((hits < others).sum())
+    differ = only_first + only_second
+    return {
+        "votes": [first, second],
+        "difference": float((hits - others).mean()),
+        "interval": _interval(hits - others, resamples),
+        "only_first_right": only_first,
+        "only_second_right": only_second,
+        "p": float(binomtest(only_first, differ).pvalue) if differ else 1.0,
+    }
+
+
+def _coverage(
+    confidence: NDArray[np.float64], right: NDArray[np.float64], threshold: float
+) -> dict[str, Any]:
+    """Accuracy of the most confident share, and of what the bundle doesn't call uncertain."""
+    order = np.argsort(-confidence, kind="stable")
+    certain = confidence >= threshold
+    curve = []
+    for share in CURVE:
+        kept = order[: max(1, round(share * len(order)))]
+        curve.append({"coverage": share, "accuracy": float(right[kept].mean())})
+    return {
+        "threshold": threshold,
+        "certain": float(certain.mean()),
+        "accuracy_of_certain": float(right[certain].mean()) if certain.any() else None,
+        "accuracy_at_70": next(p["accuracy"] for p in curve if p["coverage"] == 0.7),
+        "curve": curve,
+    }
+
+
+def _neighbours(predictions: Predictions, groups: NDArray[np.intp]) -> float | None:
+    """Share of tracks whose nearest neighbour of another group shares a label."""
+    if len(np.unique(groups)) < 2:
+        return None
+    likeness = predictions.embeddings @ predictions.embeddings.T
+    likeness[groups[:, None] == groups] = -np.inf
+    nearest = likeness.argmax(1)
+    shared = (predictions.targets * predictions.targets[nearest]).sum(1) > 0
+    return float(shared.mean())
+
+
+def _single(voted: Voted, targets: NDArray[np.float32], labels: tuple[str, ...]) -> dict[str, Any]:
+    truth = targets.argmax(1)
+    columns = np.arange(len(labels))
+    present = np.unique(truth)
+    by_label = f1_score(truth, voted.best, labels=columns, average=None, zero_division=0.0)
+    confusion = np.zeros((len(labels), len(labels)), dtype=int)
+    np.add.at(confusion, (truth, voted.best), 1)
+    return {
+        "macro_f1": float(by_label[present].mean()),
+        "f1": {labels[column]: float(by_label[column]) for column in present},
+        "confusion": confusion.tolist(),
+    }
+
+
+def _multi(voted: Voted, targets: NDArray[np.float32], labels: tuple[str, ...]) -> dict[str, Any]:
+    """ROC-AUC and PR-AUC of labels that some tracks have and some lack, and their plain means."""
+    mixed = [c for c in range(len(labels)) if 0 < targets[:, c].sum() < len(targets)]
+    roc = {labels[c]: float(roc_auc_score(targets[:, c], voted.scores[:, c])) for c in mixed}
+    pr = {
+        labels[c]: float(average_precision_score(targets[:, c], voted.scores[:, c])) for c in mixed
+    }
+    f1 = f1_score(targets > 0, voted.scores > 0.5, average=None, zero_division=0.0)
+    return {
+        "roc_auc": {"macro": _mean(roc), "labels": roc},
+        "pr_auc": {"macro": _mean(pr), "labels": pr},
+        "macro_f1": float(f1[mixed].mean()) if mixed else None,
+        "f1": {labels[c]: float(f1[c]) for c in mixed},
+    }
+
+
+def _mean(values: dict[str, float]) -> float | None:
+    return float(np.mean(list(values.values()))) if values else None
+
+
+# Pictures ------------------------------------------------------------------------------------
+
+
+def draw(evaluation: Evaluation, folder: Path) -> Path:
+    """Confusion, reliability, coverage, embeddings and a taggram in `folder`; the page's path."""
+    report, predictions = evaluation.report, evaluation.predictions
+    mean = evaluation.voted["mean"]
+    gallery = Gallery(folder, f"{report['bundle']['name']} on {report['dataset']}")
+    gallery.table(
+        "Accuracy over tracks",
+        ["vote", "accuracy", "95 % interval", "NLL"],
+        [
+            [method, f"{f['accuracy']:.1%}", _span(f["interval"]), f"{f['nll']:.3f}"]
+            for method, f in report["track"].items()
+        ],
+    )
+    if report["kind"] == "single":
+        gallery.picture("confusion", _confusion(report), "Confusion", "Rows are the truth.")
+    confidence = mean.scores[np.arange(len(mean.best)), mean.best]
+    hits = mean.hits(predictions.targets)
+    gallery.picture(
+        "reliability",
+        _reliability(confidence, hits),
+        "Reliability",
+        f"Expected calibration error {report['ece']:.3f}. Bars on the diagonal mean what they say.",
+    )
+    gallery.picture(
+        "coverage",
+        _coverage_curve(report["coverage"]),
+        "Accuracy against coverage",
+        "Right among the most confident share of tracks; the dot is where `uncertain` begins.",
+    )
+    classes = predictions.targets.argmax(1)
+    gallery.picture(
+        "embeddings",
+        scatter_by_class(tsne(predictions.embeddings), classes, predictions.head.labels),
+        "Embeddings",
+        "t-SNE of the tracks' embeddings, coloured by their (first) label.",
+    )
+    longest = int(np.argmax([len(windows) for windows in predictions.probabilities]))
+    gallery.picture(
+        "taggram",
+        _taggram(predictions.probabilities[longest], predictions.head.labels),
+        f"Taggram of {predictions.clips[longest].name}",
+        f"Windows from left to right. Its label: {', '.join(predictions.clips[longest].labels)}.",
+    )
+    return gallery.write()
+
+
+def _confusion(report: dict[str, Any]) -> Figure:
+    counts, labels = np.asarray(report["confusion"]), report["labels"]
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    figure, axes = canvas(7, 6)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xlabel("said")
+    axes.set_ylabel("true")
+    for row, column in zip(*np.nonzero(counts), strict=True):
+        colour = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour)
+    return figure
+
+
+def _reliability(confidence: NDArray[np.float64], hits: NDArray[np.bool_]) -> Figure:
+    figure, axes = canvas(6, 5)
+    placed = np.minimum((confidence * 10).astype(int), 9)
+    for index in range(10):
+        inside = placed == index
+        if inside.any():
+            axes.bar(index / 10 + 0.05, hits[inside].mean(), width=0.09, color="C0")
+            axes.text(index / 10 + 0.05, 0.02, str(inside.sum()), ha="center", color="white")
+    axes.plot([0, 1], [0, 1], "--", color="grey")
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="score of the first tag", ylabel="share right")
+    return figure
+
+
+def _coverage_curve(coverage: dict[str, Any]) -> Figure:
+    figure, axes = canvas(6, 4)
+    points = np.array([[p["coverage"], p["accuracy"]] for p in coverage["curve"]])
+    axes.plot(points[:, 0], points[:, 1])
+    if coverage["accuracy_of_certain"] is not None:
+        axes.plot(coverage["certain"], coverage["accuracy_of_certain"], "o")
+    axes.set(xlim=(0, 1), xlabel="coverage", ylabel="accuracy")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _taggram(windows: NDArray[np.float32], labels: tuple[str, ...]) -> Figure:
+    shown = np.sort(np.argsort(-windows.mean(0))[:MAX_PICTURED_LABELS])
+    figure, axes = canvas(9, 1.5 + 0.22 * len(shown))
+    image = axes.imshow(windows[:, shown].T, aspect="auto", cmap="magma", vmin=0, vmax=1)
+    axes.set_yticks(range(len(shown)), [labels[column] for column in shown])
+    axes.set_xlabel("window")
+    figure.colorbar(image, label="probability")
+    return figure
+
+
+def _span(interval: list[float]) -> str:
+    return f"{interval[0]:.1%} to {interval[1]:.1%}"

@@ -1,0 +1,168 @@
+"""A bundle over a data set: what every window and every track is said to be.
+
+Audio goes the worker's way (its decoder, its cutting, its rule of silence), log-mels into the
+network behind its front end.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.bundle import Bundle
+from model.datasets.dataset import Clip, Dataset, Skipped
+from model.datasets.logmels import archive_source
+from model.frontend import LogMelConfig
+from model.heads import Head
+from model.network import Output, Tagger
+from worker.decoder import Decoder
+from worker.errors import DatasetInvalid, DecodeFailed
+from worker.settings import WindowSettings
+from worker.windows import WindowCutter, is_silent
+
+BATCH = 64  # windows
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """By track: windows' probabilities `(windows, labels)`, which of them vote, and embeddings.
+
+    `targets` is `(tracks, labels)` in the head's order, `embeddings` `(tracks, dims)` of length 1.
+    """
+
+    head: Head
+    clips: tuple[Clip, ...]
+    targets: NDArray[np.float32]
+    probabilities: list[NDArray[np.float32]]
+    voting: list[NDArray[np.bool_]]
+    embeddings: NDArray[np.float32]
+    skipped: tuple[Skipped, ...]
+
+
+def predict(
+    bundle: Bundle,
+    dataset: Dataset,
+    split: str | None = None,
+    *,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> Predictions:
+    """Run `bundle` over the clips of `split`, or over all.
+
+    Raises
+    ------
+    DatasetInvalid
+        No head of the bundle knows the labels, no clip can be read, or the data set has log-mels
+        that aren't those of the bundle's front end.
+    """
+    head = _head(bundle, dataset)
+    network = bundle.network
+    assert isinstance(network, Tagger)
+    chosen = dataset.indices(split)
+    windows_of = _logmel_windows(bundle, dataset) if dataset.logmels else _audio_windows(bundle)
+    kept: list[int] = []
+    skipped = list(dataset.skipped)
+    probabilities, voting, embeddings = [], [], []
+    for number, index in enumerate(chosen, 1):
+        clip = dataset.clips[index]
+        progress(number, len(chosen))
+        try:
+            output, votes = windows_of(clip, int(index))
+        except DecodeFailed as error:
+            skipped.append(Skipped(clip.name, error.message))
+            continue
+        if not votes.any():
+            skipped.append(Skipped(clip.name, "every window is silent"))
+            continue
+        kept.append(int(index))
+        probabilities.append(output.probabilities[head.name].numpy())
+        voting.append(votes)
+        embeddings.append(_unit(_unit(output.embedding.numpy()[votes]).mean(0)))
+    if not kept:
+        raise DatasetInvalid(f"{dataset.name}: none of its {len(chosen)} clips can be read")
+    return Predictions(
+        head=head,
+        clips=tuple(dataset.clips[index] for index in kept),
+        targets=dataset.targets(head.labels)[kept],
+        probabilities=probabilities,
+        voting=voting,
+        embeddings=np.stack(embeddings),
+        skipped=tuple(skipped),
+    )
+
+
+def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Vectors on the last axis, scaled to length 1."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.asarray(vectors / np.maximum(lengths, 1e-12))
+
+
+Reader = Callable[[Clip, int], tuple[Output, NDArray[np.bool_]]]
+
+
+def _logmel_windows(bundle: Bundle, dataset: Dataset) -> Reader:
+    network = bundle.network
+    assert isinstance(network, Tagger)
+    front_end = LogMelConfig.model_validate(bundle.config.get("front_end", {}))
+    source = archive_source(dataset, front_end)
+
+    def read(_: Clip, row: int) -> tuple[Output, NDArray[np.bool_]]:
+        windows = source.windows(row)
+        return _in_batches(network.from_logmel, iter(torch.split(windows, BATCH))), np.ones(
+            len(windows), dtype=np.bool_
+        )
+
+    return read
+
+
+def _audio_windows(bundle: Bundle) -> Reader:
+    cut, rate_hz = WindowSettings(), bundle.sample_rate_hz
+
+    def read(clip: Clip, _: int) -> tuple[Output, NDArray[np.bool_]]:
+        assert clip.path is not None
+        silent: list[NDArray[np.bool_]] = []
+
+        def windows() -> Iterator[Tensor]:
+            cutter = WindowCutter(
+                bundle.window_samples, round(cut.hop_s * rate_hz), round(cut.min_tail_s * rate_hz)
+            )
+            for samples in Decoder(clip.path, rate_hz):  # type: ignore[arg-type]
+                yield from batches(cutter.push(samples))
+            yield from batches(cutter.finish())
+
+        def batches(cut_windows: NDArray[np.float32]) -> Iterator[Tensor]:
+            for first in range(0, len(cut_windows), BATCH):
+                batch = np.ascontiguousarray(cut_windows[first : first + BATCH])
+                silent.append(is_silent(batch, cut.silence_dbfs))
+                yield torch.from_numpy(batch)
+
+        output = _in_batches(bundle.network, windows())
+        return output, ~np.concatenate(silent)
+
+    return read
+
+
+@torch.inference_mode()
+def _in_batches(network: Callable[[Tensor], Output], batches: Iterator[Tensor]) -> Output:
+    said = [network(batch) for batch in batches]
+    names = said[0].probabilities
+    return Output(
+        {name: torch.cat([output.probabilities[name] for output in said]) for name in names},
+        torch.cat([output.embedding for output in said]),
+    )
+
+
+def _head(bundle: Bundle, dataset: Dataset) -> Head:
+    """The head of the data set's kind that knows all its labels."""
+    for head in bundle.heads:
+        if head.kind == dataset.kind and set(dataset.labels) <= set(head.labels):
+            return head
+    known = "; ".join(
+        f"{head.name} ({head.kind}): {', '.join(head.labels)}" for head in bundle.heads
+    )
+    raise DatasetInvalid(
+        f"no {dataset.kind}-label head of {bundle.name} knows all labels of {dataset.name} "
+        f"({', '.join(dataset.labels[:20])}); it has {known}. Train one on this data set"
+    )
