@@ -1,0 +1,274 @@
+"""Every query of the dashboard, asked of a real Prometheus that scraped a working worker."""
+
+import asyncio
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import wave
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+import yaml
+
+from tests.conftest import MakeTopics
+from tests.unit.deploy.compose import ROOT, services
+from worker.kafka import producer
+from worker.settings import KafkaSettings
+
+DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy/grafana/dashboards/timbre.json").read_text())
+QUERIES = [
+    (panel["title"], target["expr"])
+    for panel in DASHBOARD["panels"]
+    for target in panel.get("targets", [])
+]
+VARIABLES = {"$__rate_interval": "1m", "$instance": ".*"}
+FINISHED = "sum(timbre_tracks_total) or vector(0)"
+EMPTY_WHILE_ALL_IS_WELL = ("timbre_batch_faults_total",)
+KAFKA_NAMES = {"bootstrap_servers", "group"} | {
+    name for name in KafkaSettings.model_fields if name.startswith("topic_")
+}
+SCRAPE_S = 1
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 30.0
+WORK_TIMEOUT_S = 90.0
+WAVES = 2
+"""A rate is the difference of two scrapes: what is counted for the first time shows none."""
+
+Series = list[dict[str, Any]]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port
+
+
+def filled(query: str) -> str:
+    for variable, value in VARIABLES.items():
+        query = query.replace(variable, value)
+    return query
+
+
+def healthcheck(url: str) -> subprocess.CompletedProcess[str]:
+    """What a container's healthcheck runs."""
+    return subprocess.run(
+        [sys.executable, ROOT / "deploy/healthcheck.py", url],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def chord(path: Path, seconds: float, *frequencies_hz: float) -> Path:
+    at_s = np.arange(int(seconds * 16_000)) / 16_000
+    samples = np.mean([np.sin(2 * np.pi * f * at_s) for f in frequencies_hz], axis=0)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes((samples * 20_000).astype("<i2").tobytes())
+    return path
+
+
+@pytest.fixture(scope="module")
+async def kafka_of_worker(topics: MakeTopics) -> KafkaSettings:
+    return await topics(partitions=2)
+
+
+@contextmanager
+def running(
+    command: Sequence[str | Path], ready: str, log: Path, environment: Mapping[str, str]
+) -> Iterator[None]:
+    """A server process, from when the URL `ready` answers 200 until the end of the context."""
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while healthcheck(ready).returncode:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def worker(
+    kafka_of_worker: KafkaSettings, redis_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Path]]:
+    """The address of a worker, started as its image starts it, and where it may read files."""
+    music = tmp_path_factory.mktemp("music")
+    address = f"127.0.0.1:{free_port()}"
+    kafka = kafka_of_worker.model_dump(include=KAFKA_NAMES)
+    environment = {
+        **os.environ,
+        **{f"TIMBRE_KAFKA__{name.upper()}": value for name, value in kafka.items()},
+        "TIMBRE_REDIS__URL": redis_url,
+        "TIMBRE_REDIS__PREFIX": f"{kafka_of_worker.group}:",
+        "TIMBRE_FETCH__FILE_ROOTS": json.dumps([str(music)]),
+        "TIMBRE_FETCH__ALLOWED_NETWORKS": '["127.0.0.0/8"]',
+        "TIMBRE_FETCH__ATTEMPTS": "2",
+        "TIMBRE_FETCH__BACKOFF_INITIAL_S": "0.05",
+        "TIMBRE_FETCH__SPOOL_DIR": str(tmp_path_factory.mktemp("spool")),
+        "TIMBRE_WORKER__ATTEMPTS": "2",
+        "TIMBRE_WORKER__BACKOFF_INITIAL_S": "0.05",
+        "TIMBRE_DECODE__PROCESSES": "1",
+        "TIMBRE_HTTP__PORT": address.partition(":")[2],
+    }
+    timbre = Path(sys.executable).with_name("timbre")
+    log = tmp_path_factory.mktemp("worker") / "log"
+    with running([timbre, "worker"], f"http://{address}/health/ready", log, environment):
+        yield address, music
+
+
+@pytest.fixture(scope="module")
+def prometheus(worker: tuple[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Prometheus with the compose file's flags and configuration.
+
+    Only the worker's address, which compose's DNS knows, and the interval are others.
+    """
+    if shutil.which("prometheus") is None:
+        pytest.skip("prometheus is not installed (Debian: apt-get install prometheus)")
+    folder = tmp_path_factory.mktemp("prometheus")
+    configuration = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+    configuration["global"] = {"scrape_interval": f"{SCRAPE_S}s", "scrape_timeout": f"{SCRAPE_S}s"}
+    (job,) = configuration["scrape_configs"]
+    del job["dns_sd_configs"]
+    job["static_configs"] = [{"targets": [worker[0]]}]
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration))
+
+    address = f"127.0.0.1:{free_port()}"
+    given = dict(flag.split("=") for flag in services()["prometheus"]["command"])
+    ours = {
+        "--config.file": folder / "prometheus.yml",
+        "--storage.tsdb.path": folder / "data",
+        "--web.listen-address": address,
+    }
+    command = ["prometheus", *(f"{name}={value}" for name, value in (given | ours).items())]
+    with running(command, f"http://{address}/-/ready", folder / "log", os.environ):
+        yield address
+
+
+async def ask(prometheus: str, path: str, **parameters: str) -> Any:
+    """What Prometheus answers; an error is a failure of the test."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(f"http://{prometheus}/api/v1/{path}", params=parameters) as response,
+    ):
+        answer = await response.json()
+    assert answer["status"] == "success", answer
+    assert not answer.get("warnings"), answer
+    return answer["data"]
+
+
+async def value(prometheus: str, query: str) -> float:
+    (series,) = (await ask(prometheus, "query", query=query))["result"]
+    return float(series["value"][1])
+
+
+@pytest.fixture(scope="module")
+async def scraped(worker: tuple[str, Path], prometheus: str, kafka_of_worker: KafkaSettings) -> str:
+    """The address of a Prometheus that saw the worker tag, answer from the cache, retry and fail.
+
+    A wave holds the same kinds of tracks as the one before, so that every rate has two scrapes.
+    """
+    _, music = worker
+    closed = f"http://127.0.0.1:{free_port()}/gone.mp3"
+    sent = 0
+    async with producer(kafka_of_worker) as kafka:
+        for number in range(WAVES):
+            new = chord(music / f"new-{number}.wav", 7, 220, 277 + number)
+            old = chord(music / f"old-{number}.wav", 4, 440, 550 + number)
+            bad = music / f"bad-{number}.mp3"
+            bad.write_bytes(bytes(range(256)) * 8)
+            tracks = [
+                (kafka_of_worker.topic_new, f"new-{number}", new.as_uri()),
+                (kafka_of_worker.topic_backfill, f"old-{number}", old.as_uri()),
+                (kafka_of_worker.topic_new, f"bad-{number}", bad.as_uri()),
+                (kafka_of_worker.topic_new, f"gone-{number}", closed),
+            ]
+            again = (kafka_of_worker.topic_new, f"again-{number}", new.as_uri())
+            for batch in (tracks, [again]):
+                for topic, track_id, uri in batch:
+                    event = {"track_id": track_id, "audio": {"uri": uri}}
+                    await kafka.send_and_wait(
+                        topic, json.dumps(event).encode(), key=track_id.encode()
+                    )
+                sent += len(batch)
+                async with asyncio.timeout(WORK_TIMEOUT_S):
+                    while await value(prometheus, FINISHED) < sent:  # noqa: ASYNC110
+                        await asyncio.sleep(SCRAPE_S / 2)
+    await asyncio.sleep(2 * SCRAPE_S)
+    return prometheus
+
+
+@pytest.mark.parametrize(
+    ("title", "query"), QUERIES, ids=[f"{n}-{title}" for n, (title, _) in enumerate(QUERIES)]
+)
+async def test_a_query_of_the_dashboard_finds_its_data(
+    scraped: str, title: str, query: str
+) -> None:
+    now_s = time.time()
+    series: Series = (await ask(scraped, "query", query=filled(query)))["result"]
+    await ask(
+        scraped,
+        "query_range",
+        query=filled(query),
+        start=str(now_s - 60),
+        end=str(now_s),
+        step="5",
+    )
+    if not any(name in query for name in EMPTY_WHILE_ALL_IS_WELL):
+        assert series, f"{title}: nothing found"
+    for one in series:
+        assert math.isfinite(float(one["value"][1])), one
+        assert all(one["metric"].values()), one
+
+
+async def test_the_numbers_are_those_of_what_was_submitted(scraped: str) -> None:
+    assert await value(scraped, 'sum(timbre_tracks_total{outcome="tagged"})') == 2 * WAVES
+    assert await value(scraped, 'sum(timbre_tracks_total{outcome="cached"})') == WAVES
+    assert await value(scraped, "sum(timbre_dead_letters_total)") == 2 * WAVES
+    assert await value(scraped, "timbre_audio_seconds_total") == pytest.approx(11 * WAVES, abs=0.1)
+    assert await value(scraped, "sum(timbre_consumer_lag)") == 0
+
+
+async def test_the_variable_of_the_dashboard_lists_the_workers(
+    scraped: str, worker: tuple[str, Path]
+) -> None:
+    (variable,) = DASHBOARD["templating"]["list"]
+    assert variable["definition"] == "label_values(timbre_build_info, instance)"
+    workers = await ask(scraped, "label/instance/values", **{"match[]": "timbre_build_info"})
+    assert workers == [worker[0]]
+
+
+async def test_a_container_that_is_not_ready_fails_its_healthcheck(
+    worker: tuple[str, Path],
+) -> None:
+    wrong = await asyncio.to_thread(healthcheck, f"http://{worker[0]}/health/no-such")
+    nobody = await asyncio.to_thread(healthcheck, f"http://127.0.0.1:{free_port()}/health/ready")
+    assert (wrong.returncode, nobody.returncode) == (1, 1)
+    assert "refused" in nobody.stdout
+
+
+def test_prometheus_accepts_the_configuration_of_the_compose_file() -> None:
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
+    subprocess.run(
+        ["promtool", "check", "config", ROOT / "deploy/prometheus/prometheus.yml"], check=True
+    )
