@@ -210,7 +210,10 @@ class DecoderPool:
                 await asyncio.sleep(min(BACKOFF_MAX_S, BACKOFF_INITIAL_S * 2**useless))
 
     async def _start(self) -> "_Process":
-        process = _Process(self._setup)
+        try:
+            process = _Process(self._setup)
+        except OSError as error:
+            raise DecoderCrashed(f"A decoder's memory can't be had: {error.strerror}.") from error
         try:
             await process.start(self._undertaker)
         except BaseException:

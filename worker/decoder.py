@@ -200,20 +200,23 @@ class Decoder:
 
     def _resampled(self, frames: Iterator[AudioFrame]) -> Iterator[Samples]:
         resampler: _Resampler | None = None
+        earlier_s = 0.0  # before the last change of format
         for frame in frames:
             if resampler is None or not resampler.takes(frame):
                 if resampler is not None:
                     yield from resampler.flush()
+                    earlier_s = self._duration_s
                 resampler = _Resampler(frame, self._sample_rate_hz)
                 self._rate_hz = self._rate_hz or frame.sample_rate
                 self._channels = self._channels or frame.layout.nb_channels
-            self._duration_s += frame.samples / frame.sample_rate
+            pieces = resampler.push(frame)
+            self._duration_s = earlier_s + resampler.received_s
             if self._duration_s > self._max_duration_s:
                 raise AudioTooLong(
                     f"The track lasts longer than {self._max_duration_s:g} s: "
                     "cut it, or raise TIMBRE_DECODE__MAX_DURATION_S."
                 )
-            yield from resampler.push(frame)
+            yield from pieces
         if resampler is not None:
             yield from resampler.flush()
 
@@ -262,7 +265,16 @@ class _Resampler:
                 kaiser_beta=str(KAISER_BETA),
             ),
             self._graph.add("abuffersink"),
-        ).configure()
+        )
+        try:
+            self._graph.configure()
+        except MemoryError:
+            raise
+        except av.FFmpegError as error:
+            raise AudioUnreadable(
+                f"{channels} channels ({first.layout.name}) at {rate_hz} Hz can't be resampled "
+                f"({error.strerror})."
+            ) from error
 
     def takes(self, frame: AudioFrame) -> bool:
         return _kind(frame) == self._kind
@@ -281,6 +293,10 @@ class _Resampler:
     def _drain(self) -> Iterator[Samples]:
         while self._fifo.samples >= self._frame_samples:
             yield from self._filtered(self._fifo.read(self._frame_samples))
+
+    @property
+    def received_s(self) -> float:
+        return self._received / self._kind[0]
 
     @property
     def _due(self) -> int:
