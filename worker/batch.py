@@ -133,10 +133,17 @@ class Batcher:
         """Refuse new windows and finish what is queued; give back what isn't done in `drain_s`."""
         self._stopping = True
         self._queued.set()
-        if self._requests:
-            await asyncio.wait([r.answer for r in self._requests], timeout=self._drain_s)
+        try:
+            if self._requests:
+                await asyncio.wait([r.answer for r in self._requests], timeout=self._drain_s)
+        finally:
+            await self._give_up()
+            self._engine.close()
+
+    async def _give_up(self) -> None:
+        """Give back what is left, which is nothing after a drain in time."""
         for request in self._requests:
-            request.fail(WorkerStopping("The worker stops; the track is given back for another."))
+            request.fail(WorkerStopping("The worker stops and gives the track back."))
         assert self._filler is not None
         self._filler.cancel()
         if self._batches:
@@ -145,7 +152,6 @@ class Batcher:
         for task in self._batches:
             task.cancel()
         await asyncio.gather(self._filler, *self._batches, return_exceptions=True)
-        self._engine.close()
 
     async def predict(
         self,

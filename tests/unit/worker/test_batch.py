@@ -250,6 +250,26 @@ async def test_every_track_gets_what_it_would_get_alone() -> None:
     assert not told.faults
 
 
+async def test_the_default_model_answers_in_a_batch_as_it_does_alone() -> None:
+    bundle = Bundle.load()
+    rng = np.random.default_rng(1)
+    sent = [
+        rng.uniform(-1, 1, (windows, bundle.window_samples)).astype(np.float32)
+        for windows in (1, 5, 2, 11, 3)
+    ]
+    async with Batcher(bundle, BatchSettings(device="cpu", max_windows=16)) as batcher:
+        tracks = Tracks(batcher)
+        got = await asyncio.gather(*(tracks.send(f"t{i}", w) for i, w in enumerate(sent)))
+    with torch.inference_mode():
+        for windows, outputs in zip(sent, got, strict=True):
+            want = bundle.network(torch.from_numpy(windows))
+            for head in bundle.heads:
+                np.testing.assert_allclose(
+                    outputs.probabilities[head.name], want.probabilities[head.name], atol=1e-5
+                )
+            np.testing.assert_allclose(outputs.embedding, want.embedding, atol=1e-4)
+
+
 async def test_a_batch_is_filled_with_windows_of_many_tracks() -> None:
     told = Told()
     async with batcher_of(SmallNet(), told, max_windows=20, max_delay_s=5) as batcher:

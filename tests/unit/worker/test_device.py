@@ -1,6 +1,8 @@
 """The engine: chunks, buffers, memory that runs out, threads that hang, devices that break."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -210,6 +212,27 @@ async def test_a_hung_thread_is_left_behind_and_others_go_on() -> None:
         outputs = await outputs_of(engine, noise(4))
         np.testing.assert_allclose(outputs.probabilities["genre"], expected(noise(4)), atol=1e-5)
         await eventually(lambda: engine.stuck == 0)  # it came back after all
+
+
+def test_a_hung_thread_does_not_hold_up_the_end_of_the_process() -> None:
+    program = """
+import asyncio, threading
+from worker.device import Crew
+from worker.errors import DeviceHung
+
+async def main():
+    crew = Crew("test", 1)
+    try:
+        await crew.run([threading.Event().wait], 0.1)
+    except DeviceHung:
+        print("hung", crew.stuck)
+
+asyncio.run(main())
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert ended.stdout == "hung 1\n"
 
 
 async def test_the_threads_end_with_the_engine() -> None:
