@@ -69,6 +69,10 @@ def _bounded(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
     return metadata
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 def _six_decimals(value: object) -> object:
     """Round away what float32 can't carry anyway, such as the excess of 1.0000001."""
     return round(value, 6) if isinstance(value, float) else value
@@ -79,7 +83,7 @@ TrackId = Annotated[
 ]
 Sha256 = Annotated[
     str,
-    Field(pattern=r"^[0-9a-fA-F]{64}$", description="SHA-256 of the audio's bytes, in hex"),
+    Field(pattern=r"^[0-9a-fA-F]{64}$"),
     AfterValidator(str.lower),
 ]
 Timestamp = Annotated[
@@ -106,7 +110,12 @@ Count = Annotated[int, Field(ge=0)]
 class Part(BaseModel):
     """Base of everything in an event: immutable, and unknown fields are ignored."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="ignore",
+        use_attribute_docstrings=True,
+        json_schema_serialization_defaults_required=True,
+    )
 
     def to_bytes(self) -> bytes:
         """The value as it stands on a topic: UTF-8 JSON, fields in the order of the model."""
@@ -148,7 +157,7 @@ class NewTrack(Part):
     metadata: Metadata = Field(default_factory=dict)
     source_event_id: (
         Annotated[str, Field(min_length=1, max_length=MAX_SOURCE_EVENT_ID_CHARS)] | None
-    ) = Field(None, exclude_if=lambda value: value is None)
+    ) = Field(None, exclude_if=_is_none)
     """The event's identity at its source: set from a CloudEvent's `source` and `id`, or from a
     bucket notification; a plain event may carry its own"""
 
@@ -244,9 +253,7 @@ class TrackTags(Part):
     """How windows became tags: mean, majority or weighted"""
     model: ModelRef
     """The model that tagged"""
-    taggram: dict[str, list[list[Finite]]] | None = Field(
-        None, exclude_if=lambda value: value is None
-    )
+    taggram: dict[str, list[list[Finite]]] | None = Field(None, exclude_if=_is_none)
     """By head, a table (windows, labels) of probabilities; present only where configured"""
     metadata: Metadata = Field(default_factory=dict)
     processing: Processing
@@ -310,10 +317,14 @@ class OriginalMessage(Part):
 
 
 class DeadLetter(Part):
-    """An event that can't be tagged, on `tracks.dead-letter` under its original key."""
+    """A dead letter as one object, as `timbre dead-letters` shows it.
+
+    On `tracks.dead-letter` itself stands the original message, byte for byte under its original
+    key, and the rest in the headers that `DeadLetterHeaders` names.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    """Version of this form; a reader of version 1 reads every event that says 1"""
+    """Version of this form; a reader of version 1 reads every object that says 1"""
     reason: FailureReason
     """What went wrong"""
     attempts: Annotated[int, Field(ge=1)]
@@ -328,3 +339,40 @@ class DeadLetter(Part):
     """When it was given up"""
     model: ModelRef | None
     """The model that was loaded, where there was one"""
+
+
+class DeadLetterHeaders(Part):
+    """What is added to the original headers of a message on `tracks.dead-letter`, as UTF-8."""
+
+    model_config = ConfigDict(alias_generator=lambda name: f"timbre-{name.replace('_', '-')}")
+
+    reason_code: str
+    """Stable code, such as `audio_not_found`"""
+    reason: str
+    """A sentence that says what to do"""
+    retryable: Literal["true", "false"]
+    """Whether the same event may pass later"""
+    stage: str
+    """The stage that failed: intake, fetch, decode, batch, vote or publish"""
+    attempts: Annotated[str, Field(pattern=r"^[0-9]+$")]
+    """Attempts made"""
+    origin_topic: str
+    """Topic of the original message"""
+    origin_partition: Annotated[str, Field(pattern=r"^[0-9]+$")]
+    """Its partition"""
+    origin_offset: Annotated[str, Field(pattern=r"^[0-9]+$")]
+    """Its offset"""
+    origin_timestamp: AwareDatetime
+    """Its time stamp"""
+    failed_at: AwareDatetime
+    """When it was given up"""
+    model: str
+    """The model that was loaded, as `name@version`"""
+    track_id: str | None = Field(None, exclude_if=_is_none)
+    """The platform's name of the track, where the event could be read that far"""
+    value_omitted_bytes: Annotated[str, Field(pattern=r"^[0-9]+$")] | None = Field(
+        None, exclude_if=_is_none
+    )
+    """Bytes of the original value, where Kafka takes no message that holds it and the reason"""
+    value_omitted_sha256: Sha256 | None = Field(None, exclude_if=_is_none)
+    """SHA-256 of the original value, where it is omitted"""

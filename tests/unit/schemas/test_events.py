@@ -1,0 +1,370 @@
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from pydantic import ValidationError
+
+from schemas import generate
+from schemas.asyncapi import EXAMPLE_CLOUD_EVENT, EXAMPLE_NOTIFICATION, document
+from schemas.compatibility import breaks
+from schemas.events import (
+    AudioFacts,
+    DeadLetterHeaders,
+    ModelRef,
+    NewTrack,
+    Processing,
+    Tag,
+    TrackFeatures,
+    TrackTags,
+    WindowCounts,
+)
+from worker.errors import AudioNotFound, ResultTooLarge
+from worker.intake import read
+from worker.publish import Headers, Publisher
+from worker.record import Record
+from worker.settings import KafkaSettings
+
+MODEL = ModelRef(name="default", version="0a1b")
+PROCESSING = Processing(
+    processed_at=datetime(2026, 1, 31, tzinfo=UTC),
+    timings_s={"fetch": 0.1},
+    cached=False,
+    attempt=1,
+)
+VALIDATORS = {
+    name: Draft202012Validator(
+        generate.json_schema(name), format_checker=Draft202012Validator.FORMAT_CHECKER
+    )
+    for name in generate.EVENT_TYPES
+}
+
+
+def tags(**changes: Any) -> TrackTags:
+    fields: dict[str, Any] = {
+        "event_id": "e",
+        "track_id": "t",
+        "audio": AudioFacts(
+            uri="http://h/t",
+            sha256="ab" * 32,
+            size_bytes=1,
+            container="mp3",
+            codec="mp3float",
+            sample_rate_hz=44100,
+            channels=2,
+            duration_s=1.5,
+        ),
+        "tags": [Tag(head="genre", label="jazz", category="genre", score=0.9, share=1.0)],
+        "uncertain": False,
+        "windows": WindowCounts(total=2, silent=1),
+        "vote": "mean",
+        "model": MODEL,
+        "processing": PROCESSING,
+    }
+    return TrackTags(**{**fields, **changes})
+
+
+FEATURES = TrackFeatures(
+    event_id="e", track_id="t", model=MODEL, embedding=[0.6, 0.8], dims=2, processing=PROCESSING
+)
+
+
+class TestModels:
+    @pytest.mark.parametrize(
+        ("name", "event"),
+        [
+            ("track-tags", tags()),
+            ("track-tags", tags(taggram={"genre": [[0.5, 0.5]]}, metadata={"a": [None, {"b": 1}]})),
+            ("track-features", FEATURES),
+        ],
+    )
+    def test_what_is_written_fits_its_schema_and_is_read_back(
+        self, name: str, event: TrackTags | TrackFeatures
+    ) -> None:
+        value = event.to_bytes()
+        VALIDATORS[name].validate(json.loads(value))
+        assert type(event).from_bytes(value) == event
+        assert type(event).from_bytes(value).to_bytes() == value
+
+    def test_the_taggram_is_there_only_where_asked_for(self) -> None:
+        assert b"taggram" not in tags().to_bytes()
+
+    def test_only_the_processing_may_differ_between_deliveries(self) -> None:
+        again = PROCESSING.model_copy(update={"cached": True, "attempt": 2})
+        first, second = (json.loads(event.to_bytes()) for event in (tags(), tags(processing=again)))
+        assert first.pop("processing") != second.pop("processing")
+        assert first == second
+
+    def test_scores_carry_no_noise_of_float32(self) -> None:
+        tag = Tag(head="genre", label="a", category="genre", score=1.0000001, share=-1e-9)
+        assert (tag.score, tag.share) == (1.0, 0.0)
+
+    @pytest.mark.parametrize("score", [1.1, -0.1, float("nan"), float("inf"), "high", None])
+    def test_scores_are_probabilities(self, score: Any) -> None:
+        with pytest.raises(ValidationError):
+            Tag(head="genre", label="a", category="genre", score=score, share=0.5)
+
+    def test_readers_ignore_what_later_versions_add(self) -> None:
+        value = json.loads(tags().to_bytes()) | {"mood": "blue"}
+        assert TrackTags.from_bytes(json.dumps(value).encode()) == tags()
+
+    @pytest.mark.parametrize(
+        ("metadata", "reason"),
+        [
+            ({"a": "x" * 200_000}, "bytes"),
+            ({"a": float("nan")}, "finite"),
+            ({"a": [[float("inf")]]}, "finite"),
+            ({"a": {1, 2}}, None),
+            ({"a": "\ud800"}, "surrogates"),
+        ],
+    )
+    def test_metadata_is_bounded_json(self, metadata: dict[str, Any], reason: str) -> None:
+        with pytest.raises(ValidationError, match=reason):
+            tags(metadata=metadata)
+
+    def test_metadata_is_bounded_in_depth(self) -> None:
+        nested: Any = {}
+        for _ in range(15):
+            nested = {"a": [nested]} if len(str(nested)) % 2 else {"a": nested}
+        with pytest.raises(ValidationError, match="levels"):
+            tags(metadata={"a": {"b": nested}})
+
+    @settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+    @given(
+        st.dictionaries(
+            st.text(st.characters(exclude_categories=["Cs"]), max_size=10),
+            st.recursive(
+                st.none()
+                | st.booleans()
+                | st.integers()
+                | st.floats(allow_nan=False, allow_infinity=False)
+                | st.text(st.characters(exclude_categories=["Cs"]), max_size=10),
+                lambda inner: (
+                    st.lists(inner, max_size=3) | st.dictionaries(st.text("ab"), inner, max_size=3)
+                ),
+                max_leaves=8,
+            ),
+            max_size=4,
+        )
+    )
+    def test_any_metadata_passes_through_untouched(self, metadata: dict[str, Any]) -> None:
+        assert json.loads(tags(metadata=metadata).to_bytes())["metadata"] == metadata
+
+
+class TestNewTrackSchema:
+    """The schema that producers check against says what intake says."""
+
+    @pytest.mark.parametrize(
+        "event",
+        [
+            {"track_id": "t", "audio": {"uri": "http://h/t"}},
+            {"track_id": "t\u2028", "audio": {"uri": "http://h/t"}},
+            {"track_id": "t" * 257, "audio": {"uri": "http://h/t"}},
+            {"track_id": "t\nt", "audio": {"uri": "http://h/t"}},
+            {"track_id": "ü🎷 t", "audio": {"uri": "http://h/t", "more": 1}, "more": 2},
+            {"track_id": "t", "audio": {"uri": "http://h/t", "sha256": "AB" * 32}},
+            {"track_id": "t", "audio": {"uri": "http://h/t", "sha256": "AB" * 31}},
+            {"track_id": "t", "audio": {"uri": "http://h/t", "sha256": None, "etag": None}},
+            {"track_id": "t", "audio": {"uri": "http://h/t"}, "priority": "soon"},
+            {
+                "track_id": "t",
+                "audio": {"uri": "http://h/t"},
+                "uploaded_at": "2026-01-31T12:00:00Z",
+            },
+            {"track_id": "t", "audio": {"uri": "http://h/t"}, "uploaded_at": "then"},
+            {"track_id": "t", "audio": {"uri": "http://h/t"}, "uploaded_at": 5},
+            {"track_id": "t", "audio": {"uri": "http://h/t"}, "metadata": None},
+            {"track_id": 5, "audio": {"uri": "http://h/t"}},
+            {"audio": {"uri": "http://h/t"}},
+        ],
+    )
+    def test_agrees_with_the_model(self, event: dict[str, Any]) -> None:
+        try:
+            NewTrack.model_validate(event)
+            accepted = True
+        except ValidationError:
+            accepted = False
+        assert VALIDATORS["new-track"].is_valid(event) == accepted
+
+
+class Captured(Publisher):
+    """A publisher whose messages stay here."""
+
+    def __init__(self, refused: int = 0) -> None:
+        self._settings = KafkaSettings()
+        self.sent: list[tuple[bytes | None, Headers]] = []
+        self._refused = refused
+
+    async def _send(
+        self, topic: str, key: bytes | None, value: bytes | None, headers: Headers | None = None
+    ) -> None:
+        if self._refused:
+            self._refused -= 1
+            raise ResultTooLarge("too large")
+        self.sent.append((value, headers or []))
+
+
+@pytest.mark.parametrize("refused", [0, 1])
+@pytest.mark.parametrize("track_id", ["t", None])
+async def test_dead_letters_carry_the_headers_that_the_schema_names(
+    refused: int, track_id: str | None
+) -> None:
+    publisher = Captured(refused)
+    record = Record("tracks.new", 3, 4, 1.5, b"t", b"value", (("trace", b"x"),))
+    error = AudioNotFound("There is nothing.")
+    await publisher.dead_letter(
+        record, error, stage="fetch", attempts=1, track_id=track_id, model=MODEL
+    )
+    ((_, headers),) = publisher.sent
+    added = {name: value.decode() for name, value in headers if name.startswith("timbre-")}
+    VALIDATORS["dead-letter-headers"].validate(added)
+    assert set(added) <= set(DeadLetterHeaders.model_json_schema()["properties"])
+    parsed = DeadLetterHeaders.model_validate(added)
+    assert (parsed.reason_code, parsed.origin_offset) == ("audio_not_found", "4")
+
+
+class TestGeneratedFiles:
+    def test_are_up_to_date_and_break_nobody(self) -> None:
+        assert generate.faults() == []
+        assert generate.main(["--check"]) == 0
+
+    @pytest.mark.parametrize("name", generate.EVENT_TYPES)
+    def test_are_json_schemas(self, name: str) -> None:
+        Draft202012Validator.check_schema(generate.json_schema(name))
+        assert (generate.RELEASED / f"{name}.json").exists()
+
+    def test_a_stale_or_breaking_file_fails_the_check(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        old = generate.json_schema("track-tags")
+        old["properties"]["label"] = {"type": "string"}
+        (tmp_path / "track-tags.json").write_text(json.dumps(old))
+        monkeypatch.setattr(generate, "RELEASED", tmp_path)
+        assert generate.main(["--check"]) == 1
+        assert capsys.readouterr().err == "track-tags.label is gone\n"
+
+
+def changed(schema: dict[str, Any], path: str, **fields: Any) -> dict[str, Any]:
+    copy: dict[str, Any] = json.loads(json.dumps(schema))
+    part = copy
+    for name in path.split("/"):
+        part = part[name] if name else part
+    part.update(fields)
+    return copy
+
+
+class TestCompatibility:
+    TAGS = generate.json_schema("track-tags")
+    NEW = generate.json_schema("new-track")
+
+    def test_no_change_breaks_nobody(self) -> None:
+        for name, (_, direction) in generate.EVENT_TYPES.items():
+            schema = generate.json_schema(name)
+            assert breaks(schema, schema, direction) == []
+
+    def test_what_may_change_in_results(self) -> None:
+        more = changed(self.TAGS, "properties", mood={"type": "string"})
+        more = changed(more, "", required=[*more["required"], "mood"])
+        narrower = changed(self.TAGS, "properties/vote", maxLength=10)
+        for new in (more, narrower):
+            assert breaks(self.TAGS, new, "out") == []
+
+    def test_what_may_change_in_what_comes_in(self) -> None:
+        more = changed(self.NEW, "properties", mood={"type": "string"})
+        wider = changed(self.NEW, "properties/track_id", maxLength=1000)
+        option = changed(self.NEW, "properties/priority", enum=["upload", "backfill", "now"])
+        for new in (more, wider, option):
+            assert breaks(self.NEW, new, "in") == []
+
+    @pytest.mark.parametrize(
+        ("path", "fields"),
+        [
+            ("", {"required": ["event_id"]}),
+            ("properties", {"windows": {"type": "integer"}}),
+            ("properties/uncertain", {"type": "string"}),
+            ("properties/schema_version", {"const": 2}),
+            ("properties/tags", {"items": {"type": "string"}}),
+            ("properties/track_id", {"maxLength": 1000}),
+            ("$defs/Tag/properties/score", {"maximum": 100}),
+            ("$defs/Tag", {"required": ["head"]}),
+            ("$defs/Processing/properties/timings_s", {"additionalProperties": {"type": "string"}}),
+            ("$defs/AudioFacts/properties/sample_rate_hz", {"type": "number"}),
+            ("$defs/AudioFacts/properties/sha256", {"pattern": ".*"}),
+        ],
+    )
+    def test_what_breaks_readers_of_results(self, path: str, fields: dict[str, Any]) -> None:
+        assert breaks(self.TAGS, changed(self.TAGS, path, **fields), "out")
+
+    @pytest.mark.parametrize(
+        ("path", "fields"),
+        [
+            ("", {"required": ["track_id", "audio", "uploaded_at"]}),
+            ("properties/track_id", {"maxLength": 10}),
+            ("properties/priority", {"enum": ["upload"]}),
+            ("properties/metadata", {"additionalProperties": {"type": "string"}}),
+            ("$defs/AudioRef/properties/uri", {"pattern": "^https:"}),
+            ("$defs/AudioRef/properties", {"sha256": {"type": "string"}}),
+            ("$defs/AudioRef/properties/uri", {"type": "object"}),
+        ],
+    )
+    def test_what_breaks_producers(self, path: str, fields: dict[str, Any]) -> None:
+        assert breaks(self.NEW, changed(self.NEW, path, **fields), "in")
+
+    @pytest.mark.parametrize("direction", ["in", "out"])
+    def test_a_field_that_is_gone_breaks_both(self, direction: Any) -> None:
+        new = changed(self.NEW, "")
+        del new["properties"]["priority"], new["$defs"]["AudioRef"]["properties"]["etag"]
+        found = breaks(self.NEW, new, direction)
+        assert ".priority is gone" in found
+        assert ".audio.etag is gone" in found
+
+
+def references(part: Any) -> Iterator[str]:
+    if isinstance(part, dict):
+        if isinstance(part.get("$ref"), str):
+            yield part["$ref"]
+        for value in part.values():
+            yield from references(value)
+    elif isinstance(part, list):
+        for value in part:
+            yield from references(value)
+
+
+class TestAsyncApi:
+    DOCUMENT = document()
+
+    def test_every_reference_leads_somewhere(self) -> None:
+        for reference in references(self.DOCUMENT):
+            part: Any = self.DOCUMENT
+            for name in reference.removeprefix("#/").split("/"):
+                part = part[name]
+
+    def test_every_topic_is_described_and_used(self) -> None:
+        configured = {
+            field.default
+            for name, field in KafkaSettings.model_fields.items()
+            if name.startswith("topic_")
+        }
+        assert {channel["address"] for channel in self.DOCUMENT["channels"].values()} == configured
+        used = {operation["channel"]["$ref"] for operation in self.DOCUMENT["operations"].values()}
+        assert used == {f"#/channels/{name}" for name in self.DOCUMENT["channels"]}
+
+    def test_the_examples_are_events(self) -> None:
+        messages = self.DOCUMENT["components"]["messages"].values()
+        examples = [
+            entry["payload"] for message in messages for entry in message.get("examples", [])
+        ]
+        assert EXAMPLE_CLOUD_EVENT in examples
+        assert EXAMPLE_NOTIFICATION in examples
+        for example in examples:
+            value = json.dumps(example).encode()
+            assert len(read(Record("tracks.new", 0, 0, 0.0, None, value))) == 1
+
+    def test_the_payloads_are_schemas(self) -> None:
+        for schema in self.DOCUMENT["components"]["schemas"].values():
+            Draft202012Validator.check_schema(schema)
