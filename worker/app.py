@@ -180,6 +180,8 @@ class Worker:
                 attempt=attempts,
             )
             tags, features = publish.results(track, analysis, self._tagger.model, processing)
+            if not cached:
+                await self._cache.remember(tags.event_id, analysis)
             async with timings.measure("publish"):
                 await self._until_delivered(lambda: self._publisher.publish(tags, features))
         except WorkerStopping:

@@ -23,6 +23,7 @@ from typing import Any, Self, cast
 import numpy as np
 from pydantic import ValidationError
 from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -146,8 +147,19 @@ class Cache:
             self._metrics.cache.labels("error").inc()
             return None
 
+    async def remember(self, event_id: str, analysis: Analysis) -> None:
+        """Keep an analysis before it is published, so that a redelivery gives the same result."""
+        if time.monotonic() < self._down_until_s:
+            return
+        try:
+            async with self._redis.pipeline(transaction=True) as commands:
+                self._add_analysis(commands, event_id, analysis)
+                await commands.execute()
+        except (RedisError, OSError) as error:
+            self._is_down(error)
+
     async def store(self, event: TrackTags, analysis: Analysis) -> None:
-        """Keep a result: now, or once Redis is back."""
+        """Keep a published result: now, or once Redis is back."""
         result = _Result(event, analysis)
         if self._missed or not await self._try_to_store(result):
             self._miss(result)
@@ -194,16 +206,19 @@ class Cache:
             )
             genre_key = keys.genre(genre.label)
             commands.zadd(genre_key, {event.track_id: genre.score})
-            analysis_key = keys.analysis(analysis.audio.sha256, self._analysis_key)
-            commands.set(analysis_key, analysis.to_bytes(), ex=settings.cache_ttl_s or None)
-            commands.set(
-                keys.event(event.event_id), analysis.audio.sha256, ex=settings.cache_ttl_s or None
-            )
+            self._add_analysis(commands, event.event_id, analysis)
             if settings.track_ttl_s:
                 commands.expire(track_key, settings.track_ttl_s)
             if settings.genre_ttl_s:
                 commands.expire(genre_key, settings.genre_ttl_s)
             await commands.execute()
+
+    def _add_analysis(self, commands: Pipeline, event_id: str, analysis: Analysis) -> None:
+        life_s = self._settings.cache_ttl_s or None
+        sha256 = analysis.audio.sha256
+        key = self._keys.analysis(sha256, self._analysis_key)
+        commands.set(key, analysis.to_bytes(), ex=life_s)
+        commands.set(self._keys.event(event_id), sha256, ex=life_s)
 
     def _is_down(self, error: Exception) -> None:
         if time.monotonic() >= self._down_until_s:

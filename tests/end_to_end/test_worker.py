@@ -1,0 +1,276 @@
+"""The whole way, on a real Kafka, a real Redis, real HTTP and S3 servers and a real worker."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import boto3
+import numpy as np
+import pytest
+from aiohttp import web
+from moto.server import ThreadedMotoServer
+from redis.asyncio import Redis
+
+from schemas.events import TrackFeatures, TrackTags
+from tests.audio import ENCODINGS, encode, tone
+from tests.conftest import MakeTopics
+from tests.worker_process import (
+    TIMBRE,
+    WorkerProcess,
+    environment,
+    receive,
+    receive_json,
+    running_worker,
+    send,
+)
+from worker.settings import KafkaSettings
+
+SUFFIXES = ("mp3", "flac", "ogg", "m4a", "opus")
+CODECS = {"mp3", "flac", "vorbis", "aac", "opus"}
+
+
+@pytest.fixture(scope="module")
+def tracks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Seven seconds of chords in five codecs, each of other notes, by suffix."""
+    folder = tmp_path_factory.mktemp("tracks")
+    made = {}
+    for number, suffix in enumerate(SUFFIXES):
+        muxer, codec, rate_hz = ENCODINGS[suffix]
+        notes = [
+            tone(7, rate_hz, 110 * 2 ** ((note + number) / 12), channels=2) for note in (0, 4, 7)
+        ]
+        chord = np.stack(notes).mean(axis=0)
+        made[suffix] = encode(folder / f"track.{suffix}", chord, rate_hz, muxer=muxer, codec=codec)
+    return made
+
+
+@pytest.fixture
+def s3() -> Iterator[str]:
+    """The endpoint of moto's S3 server."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    _, port = server.get_host_and_port()
+    yield f"http://127.0.0.1:{port}"
+    server.stop()
+
+
+@asynccontextmanager
+async def serving(folder: Path) -> AsyncIterator[str]:
+    """A web server with the folder's files."""
+    app = web.Application()
+    app.router.add_static("/", folder)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+async def test_tracks_of_five_codecs_over_http_s3_and_as_files_are_tagged_stored_and_counted(
+    topics: MakeTopics,
+    redis_url: str,
+    redis_prefix: str,
+    tracks: dict[str, Path],
+    s3: str,
+    tmp_path: Path,
+) -> None:
+    own = await topics(partitions=2)
+    client = boto3.client(
+        "s3",
+        endpoint_url=s3,
+        region_name="us-east-1",
+        aws_access_key_id="k",
+        aws_secret_access_key="s",
+    )
+    client.create_bucket(Bucket="music")
+    client.upload_file(str(tracks["ogg"]), "music", "new songs/a+b.ogg")
+    client.upload_file(str(tracks["m4a"]), "music", "track.m4a")
+    settings = environment(
+        own,
+        redis_url,
+        redis_prefix,
+        TIMBRE_FETCH__FILE_ROOTS=json.dumps([str(tracks["opus"].parent)]),
+        TIMBRE_FETCH__S3_ENDPOINT=s3,
+        TIMBRE_FETCH__S3_REGION="us-east-1",
+        TIMBRE_FETCH__S3_ACCESS_KEY_ID="k",
+        TIMBRE_FETCH__S3_SECRET_ACCESS_KEY="s",
+    )
+    async with (
+        serving(tracks["mp3"].parent) as http,
+        running_worker(settings, tmp_path / "worker.log") as worker,
+    ):
+        await send(
+            own,
+            event("over-http-mp3", f"{http}/track.mp3", metadata={"artist": "Ä", "n": [1]}),
+            event("over-http-flac", f"{http}/track.flac"),
+            event("from-s3", "s3://music/track.m4a"),
+            event("a-file", tracks["opus"].as_uri()),
+            bucket_notification("music", "new+songs/a%2Bb.ogg"),
+        )
+        results = await receive_json(own, own.topic_tags, 5)
+        features = await receive_json(own, own.topic_features, 5)
+
+        for result in results.values():
+            TrackTags.model_validate(result)
+            assert result["tags"][0]["head"] == "genre"
+            assert result["windows"] == {"total": 3, "silent": 0}
+        assert {result["audio"]["codec"] for result in results.values()} == CODECS
+        assert results["over-http-mp3"]["metadata"] == {"artist": "Ä", "n": [1]}
+        for feature in features.values():
+            embedding = np.array(TrackFeatures.model_validate(feature).embedding)
+            assert np.linalg.norm(embedding) == pytest.approx(1, abs=1e-4)
+
+        redis = Redis.from_url(redis_url)
+        for track_id, result in results.items():
+            stored = await redis.hgetall(f"{redis_prefix}track:{track_id}")
+            assert json.loads(stored[b"result"]) == result
+            genre = stored[b"genre"].decode()  # type: ignore[union-attr]
+            assert await redis.zscore(f"{redis_prefix}genre:{genre}", track_id) is not None
+        await redis.aclose()
+
+        assert worker.metric("timbre_tracks_total", outcome="tagged") == 5
+        assert worker.metric("timbre_stage_seconds_count", stage="decode") == 5
+        assert worker.metric("timbre_windows_total", kind="voted") == 15
+
+
+async def test_the_same_event_and_the_same_audio_again_are_answered_from_the_cache(
+    topics: MakeTopics, redis_url: str, redis_prefix: str, tracks: dict[str, Path], tmp_path: Path
+) -> None:
+    own = await topics(partitions=1)
+    first = event("first", tracks["flac"].as_uri())
+    async with file_worker(own, redis_url, redis_prefix, tracks, tmp_path) as worker:
+        await send(own, first)
+        await receive(own, own.topic_tags, 1)
+        await send(own, first, event("second", tracks["flac"].as_uri()))
+        one, again, second = [
+            json.loads(message.value) for message in await receive(own, own.topic_tags, 3)
+        ]
+        assert worker.metric("timbre_windows_total", kind="voted") == 3
+
+    assert again["processing"]["cached"]
+    assert second["processing"]["cached"]
+    assert without_processing(again) == without_processing(one)
+    assert second["tags"] == one["tags"]
+    assert second["event_id"] != one["event_id"]
+
+
+async def test_cloudevents_of_both_modes_are_tagged(
+    topics: MakeTopics, redis_url: str, redis_prefix: str, tracks: dict[str, Path], tmp_path: Path
+) -> None:
+    own = await topics(partitions=1)
+    structured = {
+        "specversion": "1.0",
+        "id": "1",
+        "source": "/uploads",
+        "type": "track.new",
+        "data": event("structured", tracks["mp3"].as_uri()),
+    }
+    async with file_worker(own, redis_url, redis_prefix, tracks, tmp_path):
+        await send(own, json.dumps(structured).encode())
+        results = await receive_json(own, own.topic_tags, 1)
+    assert results.keys() == {"structured"}
+
+
+async def test_what_cannot_pass_is_a_dead_letter_and_its_neighbours_are_tagged(
+    topics: MakeTopics, redis_url: str, redis_prefix: str, tracks: dict[str, Path], tmp_path: Path
+) -> None:
+    own = await topics(partitions=1)
+    noise = tracks["mp3"].with_name("noise.mp3")
+    noise.write_bytes(bytes(range(256)) * 64)
+    bad = {
+        b"not json": "event_malformed",
+        json.dumps(event("gone", noise.with_name("gone.mp3").as_uri())).encode(): "audio_not_found",
+        json.dumps(event("outside", "file:///etc/passwd")).encode(): "address_refused",
+        json.dumps(event("metadata", "http://169.254.169.254/latest")).encode(): "address_refused",
+        json.dumps(event("noise", noise.as_uri())).encode(): "audio_unreadable",
+    }
+    async with file_worker(own, redis_url, redis_prefix, tracks, tmp_path) as worker:
+        await send(own, *bad, event("good", tracks["ogg"].as_uri()))
+        letters = await receive(own, own.topic_dead_letter, len(bad))
+        results = await receive_json(own, own.topic_tags, 1)
+        assert worker.metric("timbre_tracks_total", outcome="dead_letter") == len(bad)
+
+    assert results.keys() == {"good"}
+    found = {
+        letter.value: dict(letter.headers)["timbre-reason-code"].decode() for letter in letters
+    }
+    assert found == bad
+
+
+async def test_timbre_tag_and_the_worker_give_the_same_result(
+    topics: MakeTopics, redis_url: str, redis_prefix: str, shared_data: Path, tmp_path: Path
+) -> None:
+    own = await topics(partitions=2)
+    files = sorted(
+        file
+        for file in (shared_data / "audio" / "tracks").iterdir()
+        if file.suffix in {".mp3", ".ogg"}
+    )
+    alone = dict(zip(files, await tag_alone(*files), strict=True))
+    settings = environment(
+        own,
+        redis_url,
+        redis_prefix,
+        TIMBRE_FETCH__FILE_ROOTS=json.dumps([str(shared_data / "audio")]),
+    )
+    async with running_worker(settings, tmp_path / "worker.log"):
+        await send(own, *(event(file.name, file.as_uri()) for file in files))
+        results = await receive_json(own, own.topic_tags, len(files), timeout_s=240)
+
+    for file in files:
+        expected, found = scores(alone[file]), scores(results[file.name])
+        assert found == pytest.approx(expected, abs=1e-4), file.name
+
+
+async def tag_alone(*files: Path) -> list[dict[str, Any]]:
+    tagging = await asyncio.create_subprocess_exec(
+        TIMBRE, "tag", "--json", *files, stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await tagging.communicate()
+    assert tagging.returncode == 0
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def event(track_id: str, uri: str, **more: Any) -> dict[str, Any]:
+    return {"track_id": track_id, "audio": {"uri": uri}, **more}
+
+
+def bucket_notification(bucket: str, key: str) -> bytes:
+    """As MinIO publishes it."""
+    record = {
+        "eventVersion": "2.0",
+        "eventSource": "minio:s3",
+        "eventName": "s3:ObjectCreated:Put",
+        "eventTime": "2026-01-31T12:00:00.000Z",
+        "s3": {"bucket": {"name": bucket}, "object": {"key": key, "size": 1, "eTag": "e"}},
+    }
+    return json.dumps(
+        {"EventName": "s3:ObjectCreated:Put", "Key": key, "Records": [record]}
+    ).encode()
+
+
+@asynccontextmanager
+async def file_worker(
+    own: KafkaSettings, redis_url: str, prefix: str, tracks: dict[str, Path], folder: Path
+) -> AsyncIterator[WorkerProcess]:
+    settings = environment(
+        own,
+        redis_url,
+        prefix,
+        TIMBRE_FETCH__FILE_ROOTS=json.dumps([str(tracks["mp3"].parent)]),
+    )
+    async with running_worker(settings, folder / "worker.log") as worker:
+        yield worker
+
+
+def without_processing(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in result.items() if key != "processing"}
+
+
+def scores(result: dict[str, Any]) -> dict[tuple[str, str], float]:
+    return {(tag["head"], tag["label"]): tag["score"] for tag in result["tags"]}
