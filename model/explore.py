@@ -1,0 +1,210 @@
+"""Exploration: what is in a data set, in pictures."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import librosa
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from model.datasets.dataset import Dataset
+from model.datasets.logmels import LogMelSource, open_source, samples_of
+from model.features import RATE_HZ, mfccs
+from model.frontend import normalise
+from model.logmel_cnn import ARCHIVE_FRONT_END
+from model.pictures import Gallery, canvas, scatter_by_class, tsne
+
+SHOWN_LABELS = 12
+QUICK_CLIPS = 40
+MOST_CLIPS = 1_000  # of which t-SNE is drawn
+PICTURED_S = 30.0
+
+Say = Callable[[str], None]
+
+
+def explore(
+    dataset: Dataset,
+    out: Path,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    say: Say = lambda _: None,
+) -> Path:
+    """Draw waveforms, spectrograms, class balance, durations and t-SNE into `out`; the page."""
+    gallery = Gallery(out, dataset.name)
+    gallery.table(
+        "The data set",
+        ["", ""],
+        [
+            ["layout", dataset.layout],
+            ["task", f"{dataset.kind}-label, {len(dataset.labels)} labels"],
+            ["clips", str(len(dataset.clips))],
+            [f"{dataset.grouped_by}s", str(len({clip.group for clip in dataset.clips}))],
+            ["splits", ", ".join(_split_sizes(dataset)) or "none"],
+            ["licence", dataset.licence],
+        ],
+    )
+    gallery.picture(
+        "balance", _balance(dataset), "Class balance", "Clips by label, and by split within each."
+    )
+    chosen = _sample(dataset, QUICK_CLIPS if quick else MOST_CLIPS, seed)
+    say(f"{dataset.name}: log-mels of {len(chosen.clips)} of {len(dataset.clips)} clips")
+    source, chosen = open_source(chosen, ARCHIVE_FRONT_END, out / "logmels")
+    gallery.picture(
+        "durations",
+        _durations(chosen, source),
+        "Duration by label",
+        "Seconds of audio in a clip; boxes hold the middle half.",
+    )
+    firsts = _firsts(chosen)
+    if dataset.logmels is None:
+        gallery.picture(
+            "waveforms",
+            _waveforms(chosen, firsts),
+            "Waveforms",
+            "One clip of each label: the mean of its channels, at most 30 s.",
+        )
+    gallery.picture(
+        "spectrograms",
+        _spectrograms(chosen, source, firsts),
+        "Spectrograms",
+        "Log-mels of the same clips: low bands at the bottom, decibels as brightness.",
+    )
+    classes = np.array([chosen.labels.index(clip.labels[0]) for clip in chosen.clips])
+    mel, cepstra = _statistics(source)
+    for name, vectors in (("MFCC", cepstra), ("mel", mel)):
+        say(f"t-SNE of {name} features")
+        gallery.picture(
+            f"tsne_{name.lower()}",
+            scatter_by_class(tsne(_standardised(vectors), seed), classes, chosen.labels),
+            f"t-SNE of {name} features",
+            f"Mean and deviation of every {name} line over the clip; close clips sound alike.",
+        )
+    gallery.table("Left out", ["clip", "why"], [[s.name, s.reason] for s in chosen.skipped])
+    return gallery.write()
+
+
+def _sample(dataset: Dataset, most: int, seed: int) -> Dataset:
+    """At most `most` clips, drawn at random; all of them in one split, so that none is dropped."""
+    count = len(dataset.clips)
+    rows = np.sort(np.random.default_rng(seed).permutation(count)[:most])
+    logmels = dataset.logmels
+    return replace(
+        dataset,
+        clips=tuple(replace(dataset.clips[row], split="all") for row in rows),
+        logmels=None if logmels is None else replace(logmels, values=logmels.values[rows]),
+    )
+
+
+def _split_sizes(dataset: Dataset) -> list[str]:
+    return [f"{split} {len(dataset.indices(split))}" for split in dataset.splits]
+
+
+def _firsts(dataset: Dataset) -> list[int]:
+    """The first clip of each of the first labels."""
+    seen: dict[str, int] = {}
+    for row, clip in enumerate(dataset.clips):
+        seen.setdefault(clip.labels[0], row)
+    return [seen[label] for label in sorted(seen)][:SHOWN_LABELS]
+
+
+def _balance(dataset: Dataset) -> Figure:
+    counts = Counter(
+        (label, clip.split or "no split") for clip in dataset.clips for label in clip.labels
+    )
+    figure, axes = canvas(8, 1.5 + 0.25 * len(dataset.labels))
+    places, start = np.arange(len(dataset.labels)), np.zeros(len(dataset.labels))
+    for split in (*dataset.splits, "no split"):
+        width = np.array([counts[label, split] for label in dataset.labels])
+        if width.any():
+            axes.barh(places, width, left=start, label=split)
+        start += width
+    axes.set_yticks(places, dataset.labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("clips")
+    axes.legend()
+    return figure
+
+
+def _durations(dataset: Dataset, source: LogMelSource) -> Figure:
+    """By the length of the log-mels; long files are said at their full length where known."""
+    hop_s = source.front_end.hop / source.front_end.sample_rate_hz
+    seconds = [
+        len(logmel) * hop_s if clip.path is None else _duration_s(clip.path, len(logmel) * hop_s)
+        for clip, logmel in zip(dataset.clips, source.clips, strict=True)
+    ]
+    by_label = [
+        [s for s, clip in zip(seconds, dataset.clips, strict=True) if label in clip.labels]
+        for label in dataset.labels
+    ]
+    figure, axes = canvas(8, 1.5 + 0.25 * len(dataset.labels))
+    axes.boxplot(by_label, orientation="horizontal", tick_labels=list(dataset.labels))
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds")
+    return figure
+
+
+def _duration_s(path: Path, decoded_s: float) -> float:
+    """What the container says, where that is more than what was decoded."""
+    with av.open(str(path)) as container:
+        return max(decoded_s, (container.duration or 0) / av.time_base)
+
+
+def _waveforms(dataset: Dataset, rows: list[int]) -> Figure:
+    figure = Figure(figsize=(9, 0.9 * len(rows) + 0.6), layout="constrained")
+    grid = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, row in zip(grid, rows, strict=True):
+        clip = dataset.clips[row]
+        assert clip.path is not None
+        samples = samples_of(clip.path, RATE_HZ)[: int(PICTURED_S * RATE_HZ)]
+        librosa.display.waveshow(samples, sr=RATE_HZ, ax=axes, color="C0")
+        axes.set(ylim=(-1, 1), yticks=[], xlabel="")
+        axes.set_ylabel(clip.labels[0], rotation=0, ha="right", va="center")
+    grid[-1].set_xlabel("seconds")
+    return figure
+
+
+def _spectrograms(dataset: Dataset, source: LogMelSource, rows: list[int]) -> Figure:
+    columns = 2 if len(rows) > 1 else 1
+    lines = -(-len(rows) // columns)
+    figure = Figure(figsize=(10, 1.9 * lines + 0.6), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    hop_s = source.front_end.hop / source.front_end.sample_rate_hz
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, row in zip(grid, rows, strict=False):
+        logmel = np.array(source.clips[row], dtype=np.float32)[: int(PICTURED_S / hop_s)]
+        axes.set_axis_on()
+        low, high = np.quantile(logmel, [0.02, 0.999])
+        seconds, bands = len(logmel) * hop_s, logmel.shape[1]
+        axes.imshow(
+            logmel.T,
+            origin="lower",
+            aspect="auto",
+            cmap="magma",
+            vmin=low,
+            vmax=high,
+            extent=(0, seconds, 0, bands),
+        )
+        axes.set_title(f"{dataset.clips[row].labels[0]}: {dataset.clips[row].name}", fontsize=9)
+    return figure
+
+
+def _statistics(source: LogMelSource) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and deviation over time by clip: of mel bands and of MFCCs."""
+    mel: list[NDArray[np.float64]] = []
+    cepstra: list[NDArray[np.float64]] = []
+    for clip in source.clips:
+        logmel = normalise(torch.from_numpy(np.array(clip, dtype=np.float32))[None])
+        for found, plane in ((mel, logmel), (cepstra, mfccs(logmel))):
+            found.append(torch.cat([plane.mean(1), plane.std(1)], 1)[0].double().numpy())
+    return np.stack(mel), np.stack(cepstra)
+
+
+def _standardised(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray((vectors - vectors.mean(0)) / (vectors.std(0) + 1e-9))
