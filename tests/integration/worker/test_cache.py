@@ -1,0 +1,114 @@
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+from redis.asyncio import Redis
+
+from schemas.events import AudioFacts, AudioRef, ModelRef, NewTrack, Processing, Tag, WindowCounts
+from worker import publish, services
+from worker.cache import Cache
+from worker.metrics import Metrics
+from worker.settings import RedisSettings
+from worker.tagger import Analysis
+
+MODEL = ModelRef(name="model", version="1")
+SHA256 = "ab" * 32
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[services.Redis]:
+    """A Redis that the test may stop."""
+    redis = services.Redis(tmp_path / "redis")
+    redis.start()
+    yield redis
+    redis.remove()
+
+
+@asynccontextmanager
+async def cache_at(url: str, prefix: str, key: str = "key") -> AsyncIterator[Cache]:
+    settings = RedisSettings(url=SecretStr(url), prefix=prefix, timeout_s=1.0)
+    async with Cache(settings, key, Metrics()) as cache:
+        yield cache
+
+
+def analysis(genre: str = "jazz", score: float = 0.9, sha256: str = SHA256) -> Analysis:
+    return Analysis(
+        audio=AudioFacts(
+            uri="file:///a.mp3", sha256=sha256, size_bytes=1, container="mp3", codec="mp3",
+            sample_rate_hz=44_100, channels=2, duration_s=3.0,
+        ),
+        tags=[Tag(head="genre", label=genre, category="genre", score=score, share=1.0)],
+        uncertain=False,
+        windows=WindowCounts(total=1, silent=0),
+        vote="mean",
+        model=MODEL,
+        taggram=None,
+        embedding=[0.6, 0.8],
+    )  # fmt: skip
+
+
+async def store(cache: Cache, track_id: str, found: Analysis) -> str:
+    track = NewTrack(track_id=track_id, audio=AudioRef(uri="file:///a.mp3"))
+    processing = Processing(processed_at=datetime.now(UTC), timings_s={}, cached=False, attempt=1)
+    tags, _ = publish.results(track, found, MODEL, processing)
+    await cache.store(tags, found)
+    return tags.event_id
+
+
+async def test_a_stored_analysis_is_found_by_audio_and_by_event(
+    redis_url: str, redis_prefix: str
+) -> None:
+    async with cache_at(redis_url, redis_prefix) as cache:
+        assert await cache.by_audio(SHA256) is None
+        event_id = await store(cache, "t", analysis())
+        assert await cache.by_audio(SHA256) == analysis()
+        assert await cache.by_event(event_id) == analysis()
+
+
+async def test_another_model_or_setting_does_not_find_it(redis_url: str, redis_prefix: str) -> None:
+    async with cache_at(redis_url, redis_prefix) as cache:
+        await store(cache, "t", analysis())
+    async with cache_at(redis_url, redis_prefix, key="another") as cache:
+        assert await cache.by_audio(SHA256) is None
+
+
+async def test_a_track_whose_genre_changes_leaves_the_old_one(
+    redis_url: str, redis_prefix: str
+) -> None:
+    redis = Redis.from_url(redis_url)
+    async with cache_at(redis_url, redis_prefix) as cache:
+        await store(cache, "t", analysis("jazz"))
+        await store(cache, "t", analysis("rock", 0.5))
+    assert await redis.zscore(f"{redis_prefix}genre:jazz", "t") is None
+    assert await redis.zscore(f"{redis_prefix}genre:rock", "t") == 0.5
+    await redis.aclose()
+
+
+async def test_a_damaged_analysis_is_made_anew(redis_url: str, redis_prefix: str) -> None:
+    redis = Redis.from_url(redis_url)
+    await redis.set(f"{redis_prefix}cache:{SHA256}:key", b"{}")
+    async with cache_at(redis_url, redis_prefix) as cache:
+        assert await cache.by_audio(SHA256) is None
+    await redis.aclose()
+
+
+async def test_what_redis_missed_is_stored_once_it_is_back(
+    own_redis: services.Redis, redis_prefix: str
+) -> None:
+    async with cache_at(own_redis.address, redis_prefix) as cache:
+        own_redis.stop()
+        for number in range(3):
+            await store(cache, f"t{number}", analysis(sha256=f"{number:064x}"))
+        assert await cache.by_audio(SHA256) is None
+
+        own_redis.start()
+        redis = Redis.from_url(own_redis.address)
+        keys = [f"{redis_prefix}track:t{number}" for number in range(3)]
+        async with asyncio.timeout(20):
+            while await redis.exists(*keys) < len(keys):
+                await asyncio.sleep(0.05)
+        await redis.aclose()

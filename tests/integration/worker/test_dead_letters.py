@@ -1,0 +1,116 @@
+import os
+from base64 import b64decode
+
+import pytest
+
+from schemas.events import ModelRef
+from tests.conftest import MakeTopics
+from tests.worker_process import receive, send
+from worker import dead_letters
+from worker.errors import AudioNotFound, DeadLetterNotFound, EventMalformed
+from worker.publish import Publisher
+from worker.record import Record
+from worker.settings import KafkaSettings, Settings
+
+MIB = 1024 * 1024
+MODEL = ModelRef(name="model", version="1")
+
+
+def record(own: KafkaSettings, offset: int, value: bytes) -> Record:
+    headers = (("ce_id", b"7"), ("ce_id", b"8"))
+    return Record(own.topic_new, 0, offset, 1_700_000_000.0, b"key", value, headers)
+
+
+async def fill(own: KafkaSettings) -> None:
+    async with Publisher(own) as publisher:
+        for offset, (value, error) in enumerate(
+            [(b"\xff\x00", EventMalformed("Not JSON.")), (b"{}", AudioNotFound("Nöthing there."))]
+        ):
+            await publisher.dead_letter(
+                record(own, offset, value),
+                error,
+                stage="intake",
+                attempts=2,
+                track_id="t\n1",
+                model=MODEL,
+            )
+
+
+async def test_a_letter_holds_the_original_bytes_and_headers_with_reason_and_origin(
+    topics: MakeTopics,
+) -> None:
+    own = await topics()
+    await fill(own)
+
+    [message, _] = await receive(own, own.topic_dead_letter, 2)
+    assert message.key == b"key"
+    assert message.value == b"\xff\x00"
+    assert message.headers[:2] == (("ce_id", b"7"), ("ce_id", b"8"))
+
+    letters = [item async for item in dead_letters.list_dead_letters(Settings(kafka=own))]
+    place, letter = letters[1]
+    assert place == (0, 1)
+    assert letter.reason.code == "audio_not_found"
+    assert letter.reason.message == "Nöthing there."
+    assert letter.attempts == 2
+    assert (letter.origin.topic, letter.origin.offset) == (own.topic_new, 1)
+    assert letter.track_id == "t\n1"
+    assert b64decode(letter.original.value_b64 or "") == b"{}"
+
+
+async def test_letters_of_one_reason_are_listed_and_sent_again_as_they_were(
+    topics: MakeTopics,
+) -> None:
+    own = await topics()
+    settings = Settings(kafka=own)
+    await fill(own)
+
+    listed = dead_letters.list_dead_letters(settings, code="audio_not_found")
+    assert [place async for place, _ in listed] == [(0, 1)]
+    assert await dead_letters.retry(settings, code="audio_not_found") == [(0, 1)]
+
+    [again] = await receive(own, own.topic_new, 1)
+    assert (again.key, again.value) == (b"key", b"{}")
+    assert again.headers == (("ce_id", b"7"), ("ce_id", b"8"))
+
+
+async def test_a_single_letter_is_shown_and_an_absent_one_is_an_error(topics: MakeTopics) -> None:
+    own = await topics()
+    settings = Settings(kafka=own)
+    await fill(own)
+
+    assert (await dead_letters.show(settings, (0, 0))).reason.code == "event_malformed"
+    for place in ((0, 2), (5, 0)):
+        with pytest.raises(DeadLetterNotFound):
+            await dead_letters.show(settings, place)
+
+
+async def test_a_message_that_timbre_did_not_write_is_listed_all_the_same(
+    topics: MakeTopics,
+) -> None:
+    own = await topics()
+    await send(own, b"foreign", topic=own.topic_dead_letter)
+    [(_, letter)] = [item async for item in dead_letters.list_dead_letters(Settings(kafka=own))]
+    assert letter.reason.code == "unknown"
+
+
+async def test_a_value_too_large_for_the_topic_is_left_out_and_identified(
+    topics: MakeTopics,
+) -> None:
+    own = (await topics()).model_copy(update={"max_event_bytes": 4 * MIB})
+
+    value = os.urandom(12 * MIB)  # above the limit of the topic, and random bytes don't compress
+    async with Publisher(own) as publisher:
+        await publisher.dead_letter(
+            record(own, 0, value),
+            EventMalformed("Too much."),
+            stage="intake",
+            attempts=1,
+            track_id=None,
+            model=MODEL,
+        )
+    [message] = await receive(own, own.topic_dead_letter, 1)
+    headers = dict(message.headers)
+    assert message.value is None
+    assert headers["timbre-value-omitted-bytes"] == str(len(value)).encode()
+    assert await dead_letters.retry(Settings(kafka=own)) == []

@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import pytest
+
+from worker import settings_table
+from worker.errors import SettingsInvalid
+from worker.settings import load
+
+DOCS = Path(__file__).parents[3] / "docs"
+
+
+def test_the_environment_sets_nested_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIMBRE_KAFKA__GROUP", "taggers")
+    monkeypatch.setenv("TIMBRE_FETCH__FILE_ROOTS", '["/music"]')
+
+    settings = load()
+
+    assert settings.kafka.group == "taggers"
+    assert settings.fetch.file_roots == (Path("/music"),)
+
+
+def test_secrets_come_from_files_and_are_never_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "redis__password").write_text("hunter2\n")
+    monkeypatch.setenv("TIMBRE_SECRETS_DIR", str(tmp_path))
+
+    settings = load()
+
+    assert settings.redis.password is not None
+    assert settings.redis.password.get_secret_value() == "hunter2"
+    assert "hunter2" not in repr(settings)
+    assert "hunter2" not in settings.model_dump_json()
+
+
+def test_the_environment_wins_over_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "kafka__group").write_text("from-file")
+    monkeypatch.setenv("TIMBRE_SECRETS_DIR", str(tmp_path))
+    assert load().kafka.group == "from-file"
+
+    monkeypatch.setenv("TIMBRE_KAFKA__GROUP", "from-environment")
+    assert load().kafka.group == "from-environment"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("TIMBRE_HTTP__PORT", "many", "TIMBRE_HTTP__PORT"),
+        ("TIMBRE_HTTP__POTR", "80", "TIMBRE_HTTP__POTR"),
+        ("TIMBRE_KAFKA__SESSION_TIMEOUT_S", "1", "greater than or equal to 6"),
+        ("TIMBRE_KAFKA__SECURITY_PROTOCOL", "SASL_SSL", "sasl_username"),
+        ("TIMBRE_SECRETS_DIR", "/does/not/exist", "/does/not/exist"),
+    ],
+)
+def test_what_cannot_be_used_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsInvalid, match=said):
+        load()
+
+
+def test_an_error_does_not_show_the_value_of_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIMBRE_REDIS__URL", "redis://user:hunter2@host")
+    monkeypatch.setenv("TIMBRE_REDIS__TIMEOUT_S", "hunter2")
+    with pytest.raises(SettingsInvalid) as caught:
+        load()
+    assert "hunter2" not in str(caught.value)
+
+
+def test_the_page_of_settings_is_up_to_date() -> None:
+    assert (DOCS / "configuration.md").read_text() == settings_table.table()
