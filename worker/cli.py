@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from model.cli import app as model_app
 from worker.errors import SourceInvalid, TimbreError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 services_app = typer.Typer(no_args_is_help=True, help="A local Kafka and Redis, without Docker.")
 dead_letters_app = typer.Typer(no_args_is_help=True, help="Events that could not be tagged.")
+app.add_typer(model_app, name="model")
 app.add_typer(services_app, name="services")
 app.add_typer(dead_letters_app, name="dead-letters")
 
@@ -180,9 +182,7 @@ def demo(
     music: Annotated[
         Path | None, typer.Option("--music", help="A folder with music of your own.")
     ] = None,
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Leave everything running until Ctrl-C.")
-    ] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave everything running.")] = False,
 ) -> None:
     """The whole way on this machine: Kafka, Redis, a worker, and music to tag."""
     from worker.demo.run import run_demo

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from aiokafka.errors import KafkaError, for_code
 from worker.errors import ServicesUnavailable
 from worker.jars import Progress, kafka_jars
 from worker.kafka import client_options
-from worker.settings import KafkaSettings, ServicesSettings, Settings
+from worker.settings import KafkaSettings, ServicesSettings, Settings, child_environment
 
 HOST = "127.0.0.1"
 GUARD = Path(__file__).with_name("guard.py")
@@ -81,14 +81,23 @@ class Service(ABC):
         Where data and log live; made when absent. A service started again finds its data.
     guarded
         Whether the server ends with this process, however that ends.
+    environment
+        Variables that the server gets beside this process's own.
     """
 
     name: ClassVar[str]
     ready_line: ClassVar[str]
 
-    def __init__(self, folder: Path, *, guarded: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        guarded: bool = True,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder = folder
         self.guarded = guarded
+        self.environment = child_environment(environment or {})
         self.pid = 0
         self.port = 0
         self.log = folder / f"{self.name}.log"
@@ -185,6 +194,7 @@ class Service(ABC):
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
+                    env=self.environment,
                     text=True,
                     start_new_session=True,  # or Ctrl-C would end it before its clients
                 )
@@ -197,6 +207,7 @@ class Service(ABC):
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
+                    env=self.environment,
                     text=True,
                     start_new_session=True,
                 )
@@ -269,7 +280,7 @@ class Kafka(Service):
 
     def _prepare(self) -> list[str]:
         if not self.port:
-            self.port, *internal = _free_ports(3)
+            self.port, *internal = free_ports(3)
             self._internal_ports = (internal[0], internal[1])
         properties = self.folder / "server.properties"
         _write_private(properties, _properties(self._configuration()))
@@ -393,7 +404,7 @@ class Redis(Service):
 
     def _prepare(self) -> list[str]:
         if not self.port:
-            (self.port,) = _free_ports(1)
+            (self.port,) = free_ports(1)
         configuration = self.folder / "redis.conf"
         _write_private(
             configuration, "".join(f"{key} {value}\n" for key, value in self._configuration())
@@ -445,22 +456,48 @@ def local_services(
     ServicesUnavailable
         A service could not be fetched or started.
     """
-    given = _given(settings)
     with ExitStack() as stack:
-        services: dict[str, Service] = {}
-        if redis and given.redis is None:
-            services["redis"] = Redis(_new_folder("redis"))
-        if kafka and given.kafka is None:
-            jars = kafka_jars(settings.services.cache_dir / "kafka", progress)
-            services["kafka"] = Kafka(_new_folder("kafka"), jars)
-        for service in services.values():
-            stack.callback(service.remove)
-            service.launch()
-        started = {name: service.wait_ready().address for name, service in services.items()}
-        yield Addresses(
-            kafka=started.get("kafka", given.kafka if kafka else None),
-            redis=started.get("redis", given.redis if redis else None),
-        )
+        wanted = {"kafka": kafka, "redis": redis}
+        started = _start(settings, stack, progress, wanted, guarded=True)
+        yield _addresses(settings, started, wanted)
+
+
+def _start(
+    settings: Settings,
+    stack: ExitStack,
+    progress: Progress,
+    wanted: Mapping[str, bool],
+    *,
+    guarded: bool,
+) -> dict[str, Service]:
+    """Start what is wanted and not given, all at once; `stack` removes them again."""
+    named = given(settings)
+    started: dict[str, Service] = {}
+    if wanted["redis"] and named.redis is None:
+        started["redis"] = Redis(new_folder("redis"), guarded=guarded)
+    if wanted["kafka"] and named.kafka is None:
+        jars = kafka_jars(settings.services.cache_dir / "kafka", progress)
+        started["kafka"] = Kafka(new_folder("kafka"), jars, guarded=guarded)
+    for service in started.values():
+        stack.callback(service.remove)
+        service.launch()
+    for service in started.values():
+        service.wait_ready()
+    return started
+
+
+def _addresses(
+    settings: Settings, started: Mapping[str, Service], wanted: Mapping[str, bool]
+) -> Addresses:
+    named = given(settings)
+    return Addresses(
+        kafka=started["kafka"].address
+        if "kafka" in started
+        else (named.kafka if wanted["kafka"] else None),
+        redis=started["redis"].address
+        if "redis" in started
+        else (named.redis if wanted["redis"] else None),
+    )
 
 
 async def create_topics(kafka: KafkaSettings, partitions: Mapping[str, int]) -> None:
@@ -521,48 +558,43 @@ def up(settings: Settings, progress: Progress = lambda done, total: None) -> tup
     ServicesUnavailable
         A service could not be fetched or started.
     """
-    state = _state_file(settings.services)
-    found = _read_state(state)
-    if found is not None:
+    found = _read_state(settings.services)
+    if found is not None and len(_alive(found.processes)) == len(found.processes):
         return found.addresses, False
-    jars = kafka_jars(settings.services.cache_dir / "kafka", progress)
-    redis = Redis(_new_folder("redis"), guarded=False)
-    kafka = Kafka(_new_folder("kafka"), jars, guarded=False)
-    services: tuple[Service, ...] = (redis, kafka)
+    down(settings)  # some of them died: begin anew
+    wanted = {"kafka": True, "redis": True}
     with ExitStack() as unless_started:
-        for service in services:
-            unless_started.callback(service.remove)
-            service.launch()
-        for service in services:
-            service.wait_ready()
+        started = _start(settings, unless_started, progress, wanted, guarded=False)
         unless_started.pop_all()
-    detached = _Detached(
-        addresses=Addresses(kafka.address, redis.address),
-        folders=[str(service.folder) for service in services],
-        processes=[
-            (service.pid, psutil.Process(service.pid).create_time()) for service in services
-        ],
-    )
-    state.parent.mkdir(parents=True, exist_ok=True)
-    state.write_text(json.dumps(asdict(detached), indent=2))
-    return detached.addresses, True
+    addresses = _addresses(settings, started, wanted)
+    _write_state(settings.services, _Detached(addresses, [], []))
+    adopt(settings, started.values())
+    return addresses, True
+
+
+def adopt(settings: Settings, services: Iterable[Service]) -> None:
+    """Let `down` end other unguarded services as well."""
+    state = _read_state(settings.services)
+    assert state is not None, "nothing is up"
+    for service in services:
+        state.folders.append(str(service.folder))
+        state.processes.append((service.pid, psutil.Process(service.pid).create_time()))
+    _write_state(settings.services, state)
 
 
 def down(settings: Settings) -> bool:
-    """End what `up` started and remove its data; False when nothing was up."""
-    state = _state_file(settings.services)
-    found = _read_state(state)
-    if found is None:
+    """End what `up` started, the last first, and remove its data; False when nothing was up."""
+    state = _read_state(settings.services)
+    if state is None:
         return False
-    processes = _alive(found.processes)
-    for process in processes:
+    for process in reversed(_alive(state.processes)):
         process.terminate()
-    _, late = psutil.wait_procs(processes, timeout=STOP_TIMEOUT_S)
-    for process in late:
-        process.kill()
-    for folder in found.folders:
+        _, late = psutil.wait_procs([process], timeout=STOP_TIMEOUT_S)
+        for stubborn in late:
+            stubborn.kill()
+    for folder in state.folders:
         shutil.rmtree(folder, ignore_errors=True)
-    state.unlink()
+    _state_file(settings.services).unlink()
     return True
 
 
@@ -570,17 +602,21 @@ def _state_file(services: ServicesSettings) -> Path:
     return services.state_dir / "services.json"
 
 
-def _read_state(path: Path) -> _Detached | None:
+def _read_state(services: ServicesSettings) -> _Detached | None:
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(_state_file(services).read_text())
     except FileNotFoundError:
         return None
-    state = _Detached(
+    return _Detached(
         Addresses(**stored["addresses"]),
         stored["folders"],
         [(pid, made) for pid, made in stored["processes"]],
     )
-    return state if _alive(state.processes) else None
+
+
+def _write_state(services: ServicesSettings, state: _Detached) -> None:
+    services.state_dir.mkdir(parents=True, exist_ok=True)
+    _state_file(services).write_text(json.dumps(asdict(state), indent=2))
 
 
 def _alive(processes: list[tuple[int, float]]) -> list[psutil.Process]:
@@ -596,7 +632,8 @@ def _alive(processes: list[tuple[int, float]]) -> list[psutil.Process]:
 # Helpers ------------------------------------------------------------------------------------
 
 
-def _given(settings: Settings) -> Addresses:
+def given(settings: Settings) -> Addresses:
+    """The services whose addresses the settings were told, which therefore are not started."""
     kafka, redis = settings.kafka, settings.redis
     return Addresses(
         kafka=kafka.bootstrap_servers if "bootstrap_servers" in kafka.model_fields_set else None,
@@ -604,11 +641,13 @@ def _given(settings: Settings) -> Addresses:
     )
 
 
-def _new_folder(name: str) -> Path:
+def new_folder(name: str) -> Path:
+    """A temporary folder for one service."""
     return Path(tempfile.mkdtemp(prefix=f"timbre-{name}-"))
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Loopback ports that nothing listens on at the moment."""
     with ExitStack() as stack:
         held = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(count)]
         return [server.getsockname()[1] for server in held]

@@ -7,6 +7,7 @@ Every value can be given in the environment as `TIMBRE_<SECTION>__<NAME>` (for e
 
 import os
 import tempfile
+from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Literal, Self
@@ -293,3 +294,8 @@ def load(**sections: object) -> Settings:
         raise SettingsInvalid(f"Settings can't be used. {faults}") from None
     except Exception as error:
         raise SettingsInvalid(f"Settings can't be read: {error}") from None
+
+
+def child_environment(values: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with `values` added, for a process that is started."""
+    return {**os.environ, **values}

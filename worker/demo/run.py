@@ -1,0 +1,320 @@
+"""`timbre demo`: the whole way of an event on this machine, on real parts."""
+
+import asyncio
+import json
+import shlex
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from ipaddress import ip_network
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from schemas.events import AudioRef, DeadLetter, NewTrack, TrackTags
+from worker import console, services
+from worker.commands.services import PARTITIONS, fetching
+from worker.commands.watch import print_line
+from worker.demo import server
+from worker.demo.music import sample_tracks
+from worker.errors import DemoFailed, SourceInvalid
+from worker.jars import kafka_jars
+from worker.services import HOST, Addresses, Service, free_ports, new_folder
+from worker.settings import KafkaSettings, Settings
+from worker.sources import AUDIO_SUFFIXES, track_id
+from worker.submit import submit
+from worker.watch import Watch
+
+LOOPBACK = ip_network(f"{HOST}/32")
+PATIENCE_S = 120.0
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Music:
+    """A folder with music, and its tracks: file, relative to the folder, by track id."""
+
+    folder: Path
+    files: dict[str, str]
+    metadata: dict[str, dict[str, str]]
+
+
+class MusicServer(Service):
+    """The HTTP server that a platform would have its uploads on."""
+
+    name = "music server"
+    ready_line = server.READY
+
+    def __init__(self, folder: Path, music: Path, *, guarded: bool) -> None:
+        super().__init__(folder, guarded=guarded)
+        self._music = music
+
+    @property
+    def address(self) -> str:
+        """The address of the folder."""
+        return server.url(self.port, "")
+
+    def _prepare(self) -> list[str]:
+        if not self.port:
+            (self.port,) = free_ports(1)
+        module = "worker.demo.server"
+        return [sys.executable, "-m", module, str(self.port), str(self._music)]
+
+
+class Worker(Service):
+    """`timbre worker` in a process of its own."""
+
+    name = "worker"
+    ready_line = "Assigned"
+
+    @property
+    def address(self) -> str:
+        """The address of its metrics and health."""
+        return f"http://{HOST}:{self.port}"
+
+    def _prepare(self) -> list[str]:
+        if not self.port:
+            (self.port,) = free_ports(1)
+            self.environment["TIMBRE_HTTP__PORT"] = str(self.port)
+        return [sys.executable, "-m", "worker.cli", "worker"]
+
+
+def run_demo(settings: Settings, *, music: Path | None = None, keep: bool = False) -> int:
+    """Run the demo; returns the exit status.
+
+    Parameters
+    ----------
+    music
+        A folder with music to tag; None takes the sample tracks.
+    keep
+        Leave Kafka, Redis, the worker and the music server running.
+    """
+    out = console.out()
+    try:
+        with ExitStack() as unless_kept:
+            status = _run(settings, out, _music(settings, out, music), unless_kept, keep=keep)
+            if keep:
+                unless_kept.pop_all()
+    except KeyboardInterrupt:
+        out.print("Stopped; nothing is left running.", style="yellow")
+        return INTERRUPTED
+    return status
+
+
+def _run(
+    settings: Settings, out: Console, music: Music, unless_kept: ExitStack, *, keep: bool
+) -> int:
+    addresses = _start_services(settings, out, unless_kept, keep=keep)
+    kafka = settings.kafka.model_copy(update={"bootstrap_servers": addresses.kafka})
+    asyncio.run(services.create_topics(kafka, services.topics_of(kafka, PARTITIONS)))
+    with _step(out, "Starting the music server and a worker") as done:
+        music_server = MusicServer(new_folder("music"), music.folder, guarded=not keep)
+        worker = Worker(
+            new_folder("worker"),
+            guarded=not keep,
+            environment={
+                **addresses.environment(),
+                "TIMBRE_FETCH__ALLOWED_NETWORKS": json.dumps(
+                    [str(network) for network in {*settings.fetch.allowed_networks, LOOPBACK}]
+                ),
+            },
+        )
+        for service in (music_server, worker):
+            unless_kept.callback(service.remove)
+            service.launch()
+        for service in (music_server, worker):
+            service.wait_ready()
+        unless_kept.callback(worker.stop)
+        done(f"Music at {music_server.address}, the worker's metrics at {worker.address}/metrics")
+    if keep:
+        services.adopt(settings, (music_server, worker))
+    began_s = time.monotonic()
+    results = asyncio.run(_tag(kafka, out, music, music_server, worker))
+    _sum_up(out, results, time.monotonic() - began_s)
+    _point_on(out, addresses, worker, next(iter(results)), kept=keep)
+    return 0 if all(isinstance(result, TrackTags) for result in results.values()) else 1
+
+
+def _music(settings: Settings, out: Console, folder: Path | None) -> Music:
+    if folder is None:
+        return _samples(settings, out)
+    if not folder.is_dir():
+        raise SourceInvalid(f"{folder} is not a folder: give one with music in it.")
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
+    if not found:
+        raise SourceInvalid(f"{folder} holds no audio files.")
+    names = [file.relative_to(folder).as_posix() for file in found]
+    return Music(folder.resolve(), {track_id(name): name for name in names}, {})
+
+
+def _samples(settings: Settings, out: Console) -> Music:
+    with Progress(
+        TextColumn("Composing the sample tracks, this first time only"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=out,
+        transient=True,
+        disable=not out.is_terminal,
+    ) as progress:
+        task = progress.add_task("", visible=False)
+
+        def rendered(done: int, total: int) -> None:
+            if done == 0 and not out.is_terminal:
+                out.print("Composing the sample tracks, this first time only")
+            progress.update(task, completed=done, total=total, visible=True)
+
+        samples = sample_tracks(settings.services.cache_dir / "music", rendered)
+    return Music(
+        samples[0].path.parent,
+        {f"demo-{sample.genre}": sample.path.name for sample in samples},
+        {
+            f"demo-{sample.genre}": {"title": sample.title, "composed_as": sample.genre}
+            for sample in samples
+        },
+    )
+
+
+def _start_services(
+    settings: Settings, out: Console, unless_kept: ExitStack, *, keep: bool
+) -> Addresses:
+    # Two displays can't share a terminal: the download's goes before the spinner.
+    if services.given(settings).kafka is None:
+        with fetching() as progress:
+            kafka_jars(settings.services.cache_dir / "kafka", progress)
+    with _step(out, "Starting Kafka and Redis") as done:
+        if keep:
+            unless_kept.callback(services.down, settings)
+            addresses, _ = services.up(settings)
+        else:
+            addresses = unless_kept.enter_context(services.local_services(settings))
+        done(f"Kafka at {addresses.kafka}, Redis at {addresses.redis}")
+    return addresses
+
+
+async def _tag(
+    kafka: KafkaSettings, out: Console, music: Music, music_server: MusicServer, worker: Worker
+) -> dict[str, TrackTags | DeadLetter]:
+    """Submit every track and wait for what becomes of each, in order of arrival."""
+    tracks = [
+        NewTrack(
+            track_id=name,
+            audio=AudioRef(uri=server.url(music_server.port, file)),
+            metadata={**music.metadata.get(name, {})},
+        )
+        for name, file in music.files.items()
+    ]
+    results: dict[str, TrackTags | DeadLetter] = {}
+    with Progress(
+        TextColumn("Tagging"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=out,
+        transient=True,
+        disable=not out.is_terminal,
+    ) as progress:
+        task = progress.add_task("", total=len(tracks))
+        async with Watch(kafka, failures=True) as watch:
+            submission = await submit(kafka, tracks)
+            out.print(f"Submitted {len(tracks)} tracks to {', '.join(submission.delivered)}")
+            arriving = aiter(watch)
+            while len(results) < len(tracks):
+                result = await _next(arriving, worker)
+                if result.track_id in music.files and result.track_id not in results:
+                    results[result.track_id] = result
+                    print_line(progress.console, result)
+                    progress.update(task, completed=len(results))
+    return results
+
+
+async def _next(
+    arriving: AsyncIterator[TrackTags | DeadLetter], worker: Worker
+) -> TrackTags | DeadLetter:
+    """The next result.
+
+    Raises
+    ------
+    DemoFailed
+        The worker ended, or nothing came for `PATIENCE_S`.
+    """
+    waiting = asyncio.ensure_future(anext(arriving))
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not waiting.done():
+        await asyncio.wait({waiting}, timeout=1)
+        late = time.monotonic() > deadline_s
+        if not waiting.done() and (late or not worker.running):
+            waiting.cancel()
+            await asyncio.wait({waiting})
+            fault = f"No result came for {PATIENCE_S:.0f} s" if late else "The worker ended"
+            raise DemoFailed(f"{fault}. The end of its log:\n{worker.log_tail()}")
+    return waiting.result()
+
+
+def _sum_up(out: Console, results: Mapping[str, TrackTags | DeadLetter], seconds: float) -> None:
+    tagged = [result for result in results.values() if isinstance(result, TrackTags)]
+    audio_s = sum(result.audio.duration_s for result in tagged)
+    windows = sum(result.windows.total for result in tagged)
+    out.print(
+        f"\n{len(tagged)} of {len(results)} tracks tagged in {seconds:.1f} s: "
+        f"{console.clock(audio_s)} of music, {windows} windows of 3 s.",
+        style="bold",
+    )
+
+
+def _point_on(
+    out: Console, addresses: Addresses, worker: Worker, track: str, *, kept: bool
+) -> None:
+    """Where to look next, with the very commands."""
+    exports = [
+        f"export {name}={shlex.quote(value)}" for name, value in addresses.environment().items()
+    ]
+    look = {
+        f"curl {worker.address}/metrics": "counts, lag, seconds by stage",
+        f"curl {worker.address}/health/ready": "whether it may be sent work",
+        f"timbre show {track}": "a track's result, from Redis",
+        "timbre watch --from-beginning -n 3": "results, from their topic",
+        "timbre dead-letters list": "what could not be tagged",
+        "timbre tag FILE...": "tags of files, without Kafka",
+    }
+    width = max(map(len, look))
+    commands = [f"{command:<{width}}  [dim]{what}[/dim]" for command, what in look.items()]
+    if kept:
+        title = "Everything goes on running"
+        lines = [*exports, "", *commands, "", f"The worker's log: {worker.log}"]
+        lines.append("To stop it all: [bold]timbre services down[/bold]")
+    else:
+        title = "Where to look next"
+        lines = [
+            "With [bold]make demo KEEP=1[/bold] (timbre demo --keep) all this goes on running:"
+        ]
+        lines += [
+            "",
+            *commands,
+            "",
+            "With [bold]make demo MUSIC=DIR[/bold] it tags your own music.",
+        ]
+    if out.is_terminal:
+        out.print(Panel("\n".join(lines), title=title, title_align="left", expand=False))
+    else:
+        out.print("\n".join(["", f"[bold]{title}[/bold]", *lines]))
+
+
+@contextmanager
+def _step(out: Console, doing: str) -> Iterator[Callable[[str], None]]:
+    """Shows what is being done, then, once told, what came of it and the time it took."""
+    began_s = time.monotonic()
+
+    def done(what: str) -> None:
+        taken_s = time.monotonic() - began_s
+        out.print(Text.assemble(("✓ ", "green"), what, (f"  {taken_s:.1f} s", "dim")))
+
+    if out.is_terminal:
+        with out.status(doing):
+            yield done
+    else:
+        yield done
