@@ -1,9 +1,12 @@
 """Audio from `http` and `https` addresses."""
 
 import asyncio
+import socket
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from importlib.metadata import version
 from typing import Self
 
@@ -16,9 +19,8 @@ from aiohttp import (
     DummyCookieJar,
     InvalidURL,
     TCPConnector,
-    ThreadedResolver,
 )
-from aiohttp.abc import AbstractResolver
+from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from worker.addresses import AddressRules, PublicResolver, check_url, shown
@@ -38,12 +40,42 @@ from worker.spool import WRITE_BYTES, SpoolFile
 COMPLETE = {200, 203}
 REDIRECTS = {301, 302, 303, 307, 308}
 NOT_FOUND = {404, 410}
+MAX_LOOKUPS = 256  # of names at once; most wait, should a name server not answer
 PASSING = {408, 425, 429}
 HEADERS = {
     "Accept": "*/*",
     "Accept-Encoding": "identity",  # audio is compressed already
     "User-Agent": f"timbre/{version('timbre')}",
 }
+
+
+class SystemResolver(AbstractResolver):
+    """The system's resolver, in threads of its own: a silent name server holds up nobody else."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(MAX_LOOKUPS, thread_name_prefix="resolver")
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        look_up = partial(
+            socket.getaddrinfo, host, port, family, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG
+        )
+        answers = await asyncio.get_running_loop().run_in_executor(self._threads, look_up)
+        return [
+            ResolveResult(
+                hostname=host,
+                host=str(address[0]),
+                port=port,
+                family=kind,
+                proto=protocol,
+                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+            )
+            for kind, _, protocol, _, address in answers
+        ]
+
+    async def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class Downloads:
@@ -63,7 +95,7 @@ class Downloads:
         self._session = ClientSession(
             connector=TCPConnector(
                 limit=0,  # the worker bounds how many tracks are in flight
-                resolver=PublicResolver(self._resolver or ThreadedResolver(), rules),
+                resolver=PublicResolver(self._resolver or SystemResolver(), rules),
                 socket_factory=rules.socket_for,
             ),
             timeout=ClientTimeout(
@@ -129,7 +161,7 @@ class Downloads:
 def _parsed(uri: str) -> URL:
     try:
         return URL(uri)
-    except ValueError as error:
+    except (ValueError, IndexError) as error:  # yarl trips over hosts such as "[::1]x@"
         raise UriUnsupported(f"{shown(uri)} is not a URL; write https://host/path.") from error
 
 
@@ -138,8 +170,8 @@ def _redirected(response: ClientResponse) -> URL:
     if not location:
         raise RedirectLimit(f"{shown(str(response.url))} redirects without saying where to.")
     try:
-        target = response.url.join(URL(location))
-    except ValueError as error:
+        target = response.url.join(_parsed(location))
+    except (UriUnsupported, ValueError) as error:
         raise RedirectLimit(f"{shown(str(response.url))} redirects to what is no URL.") from error
     if target.scheme not in {"http", "https"}:
         raise AddressRefused(f"A redirect leads to scheme {shown(target.scheme)!r}.")

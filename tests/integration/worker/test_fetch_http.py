@@ -6,6 +6,7 @@ import hashlib
 import socket
 import ssl
 import struct
+import threading
 import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -649,6 +650,31 @@ class TestAddresses:
             error = await failure(fetcher, f"http://a.example:{server.port}/a")
         assert isinstance(error, AddressRefused)
         assert len(server.requests) == 1
+
+    async def test_a_silent_name_server_holds_up_nobody_else(
+        self, server: Server, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        answer_now = threading.Event()
+        look_up = socket.getaddrinfo
+
+        def silent(host: str, *rest: Any, **options: Any) -> Any:
+            if host.endswith(".silent"):
+                answer_now.wait(20)
+                raise socket.gaierror(socket.EAI_AGAIN, "no answer")
+            return look_up(host, *rest, **options)
+
+        monkeypatch.setattr(socket, "getaddrinfo", silent)
+        server.answer("/a", whole())
+        waiting = [
+            asyncio.create_task(failure(fetcher, f"http://{number}.silent/"))
+            for number in range(40)
+        ]
+        await asyncio.sleep(0.1)
+        started = time.monotonic()
+        assert await fetched(fetcher, f"http://localhost:{server.port}/a") == AUDIO
+        assert time.monotonic() - started < 1
+        answer_now.set()
+        assert {type(error) for error in await asyncio.gather(*waiting)} == {FetchUnavailable}
 
     async def test_proxies_of_the_environment_are_not_used(
         self, server: Server, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
