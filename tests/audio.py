@@ -54,8 +54,10 @@ def noise(duration_s: float, rate_hz: int, *, channels: int = 1, seed: int = 0) 
     return np.random.default_rng(seed).uniform(-0.5, 0.5, shape).astype(np.float32)
 
 
-def encode(path: Path, signal: Signal, rate_hz: int, *, muxer: str, codec: str) -> Path:
-    """Write `signal` with an encoder of FFmpeg."""
+def encode(
+    path: Path, signal: Signal, rate_hz: int, *, muxer: str, codec: str, times: int = 1
+) -> Path:
+    """Write `signal`, several times over if asked to, with an encoder of FFmpeg."""
     channels = signal.shape[1]
     with av.open(str(path), "w", format=muxer) as container:
         stream = container.add_stream(codec, rate=rate_hz, options={"strict": "experimental"})
@@ -66,7 +68,8 @@ def encode(path: Path, signal: Signal, rate_hz: int, *, muxer: str, codec: str) 
             np.ascontiguousarray(signal.T), format="fltp", layout=LAYOUTS[channels]
         )
         frame.sample_rate = rate_hz
-        container.mux(stream.encode(frame))
+        for _ in range(times):
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
 

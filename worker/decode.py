@@ -123,6 +123,7 @@ class DecoderPool:
             slot_windows=settings.slot_windows,
         )
         self._idle: asyncio.Queue[_Process] = asyncio.Queue()
+        self._living: set[_Process] = set()
         self._keepers: list[asyncio.Task[None]] = []
         # One thread starts and buries all processes, in order. It lives as long as the pool, which
         # matters: Linux counts a child's parent as gone when the thread that started it ends.
@@ -143,8 +144,18 @@ class DecoderPool:
     async def __aexit__(self, *exc_info: object) -> None:
         for keeper in self._keepers:
             keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+        ends = await asyncio.gather(*self._keepers, return_exceptions=True)
+        for process in tuple(self._living):  # of keepers that had not even begun
+            self._bury(process)
         await asyncio.to_thread(self._undertaker.shutdown)
+        for end in ends:
+            if isinstance(end, Exception):
+                raise end
+
+    @property
+    def pids(self) -> set[int]:
+        """Ids of the processes that live now, for whoever watches their memory."""
+        return {process.pid for process in self._living}
 
     def decode(self, path: Path, *, timeout_s: float) -> AbstractAsyncContextManager["Decoding"]:
         """Decode the file at `path`: enter the result, then iterate over its blocks.
@@ -219,9 +230,11 @@ class DecoderPool:
         except BaseException:
             self._bury(process)
             raise
+        self._living.add(process)
         return process
 
     def _bury(self, process: "_Process") -> None:
+        self._living.discard(process)
         process.deafen()
         self._undertaker.submit(process.bury)
 
@@ -305,6 +318,11 @@ class _Process:
         memory = mmap.mmap(self._memory_file.fileno(), setup.memory_bytes)
         self._memory = np.frombuffer(memory, np.float32).reshape(setup.shape)
 
+    @property
+    def pid(self) -> int:
+        assert self._popen is not None, "it has been started"
+        return self._popen.pid
+
     async def start(self, thread: ThreadPoolExecutor) -> None:
         """Start it on `thread` and wait until it can decode."""
         try:
@@ -339,8 +357,7 @@ class _Process:
 
     def deafen(self) -> None:
         """Stop listening to it."""
-        if self._clock is not None:
-            self._clock.stop()
+        self._end_clock()
         self._loop.remove_reader(self._control)
 
     def bury(self) -> None:
@@ -384,9 +401,8 @@ class _Process:
             self.released.clear()
             if self._held == self._setup.slots and self._clock is not None:
                 self._clock.stop()  # it waits for us
-        elif self._clock is not None:
-            self._clock.stop()
-            self._clock = None
+        else:
+            self._end_clock()
         self.inbox.put_nowait(message)
 
     def _release(self, slot: int) -> None:
@@ -404,6 +420,11 @@ class _Process:
             self._control.send(json.dumps(message).encode())
         except (BrokenPipeError, ConnectionResetError):
             return  # it has died, which `_on_message` is about to be told
+
+    def _end_clock(self) -> None:
+        if self._clock is not None:
+            self._clock.stop()
+            self._clock = None
 
     def _on_overdue(self) -> None:
         self.overdue = True

@@ -7,6 +7,7 @@ and evaluation use `decode_samples` and get the samples that the worker gets.
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from errno import EIO
 from fractions import Fraction
 from io import FileIO
 from math import ceil
@@ -350,8 +351,14 @@ class _Nameless:
 
     def __init__(self, file: FileIO) -> None:
         self.read = file.read
-        self.seek = file.seek
         self.tell = file.tell
+        self._file = file
+
+    def seek(self, offset: int, whence: int) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except OSError as error:  # before the start: where a broken header points
+            return -(error.errno or EIO)
 
 
 def _audio_stream(container: InputContainer) -> AudioStream:

@@ -1,0 +1,603 @@
+import asyncio
+import os
+import signal
+import socket
+import sys
+import textwrap
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import psutil
+import pytest
+from numpy.typing import NDArray
+
+from tests.audio import ENCODINGS, encode, encode_as, noise, tone, wav
+from worker.decode import Block, DecodedFacts, DecoderPool, Decoding
+from worker.decoder import decode_windows
+from worker.errors import (
+    AudioTooLong,
+    AudioUnreadable,
+    DeadlineExceeded,
+    DecodeFailed,
+    DecoderCrashed,
+    DecodeTimeout,
+)
+from worker.settings import DecodeSettings, WindowSettings
+from worker.windows import Windows
+
+RATE_HZ = 16_000
+WINDOW = 3 * RATE_HZ
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a bundle tells the pool."""
+
+    sample_rate_hz: int = RATE_HZ
+    window_samples: int = WINDOW
+
+
+@dataclass(frozen=True)
+class Heard:
+    facts: DecodedFacts
+    windows: Windows
+    silent: NDArray[np.bool_]
+
+
+def pool_of(processes: int = 1, **limits: float) -> DecoderPool:
+    settings = DecodeSettings.model_validate({"processes": processes, **limits})
+    return DecoderPool(settings, WindowSettings(), Model())
+
+
+async def hear(pool: DecoderPool, path: Path, *, timeout_s: float = 60.0) -> Heard:
+    """Decode a track, giving each block back as soon as it is copied."""
+    windows, silent = [np.empty((0, WINDOW), np.float32)], [np.empty(0, np.bool_)]
+    async with pool.decode(path, timeout_s=timeout_s) as decoding:
+        async for block in decoding:
+            windows.append(block.windows.copy())
+            silent.append(block.silent)
+            block.release()
+    return Heard(decoding.facts, np.concatenate(windows), np.concatenate(silent))
+
+
+async def outcome(pool: DecoderPool, path: Path) -> str:
+    """`ok`, or the code of the error that the track ends with; others are raised."""
+    try:
+        await hear(pool, path)
+    except DecodeFailed as error:
+        return error.code
+    return "ok"
+
+
+async def drain(decoding: Decoding) -> None:
+    async for block in decoding:
+        block.release()
+
+
+async def hold_all(pool: DecoderPool, path: Path, *, timeout_s: float) -> None:
+    """Decode a track and give no block back."""
+    async with pool.decode(path, timeout_s=timeout_s) as decoding:
+        blocks = [block async for block in decoding]
+        assert blocks
+
+
+async def leave_half_way(pool: DecoderPool, path: Path) -> None:
+    async with pool.decode(path, timeout_s=60) as decoding:
+        await anext(decoding)
+
+
+async def until(holds: Callable[[], bool], *, timeout_s: float = 5.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+async def kill_idle(pool: DecoderPool) -> None:
+    """Kill the pool's only process, and wait until the pool knows."""
+    before = pool.pids
+    decoders(pool)[0].kill()
+    await until(lambda: before != pool.pids)
+
+
+def decoders(pool: DecoderPool) -> list[psutil.Process]:
+    return [psutil.Process(pid) for pid in pool.pids]
+
+
+def decoder_of(pool: DecoderPool, path: Path) -> psutil.Process:
+    """The decoder process that has this file open."""
+    [process] = [
+        process
+        for process in decoders(pool)
+        if str(path) in {file.path for file in process.open_files()}
+    ]
+    return process
+
+
+def peak_bytes(process: psutil.Process) -> int:
+    """The most memory that a process has held, its share of the windows included."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.fixture(scope="module")
+async def pool() -> AsyncIterator[DecoderPool]:
+    async with pool_of(processes=2, timeout_s=30.0) as pool:
+        yield pool
+
+
+@pytest.fixture
+def song(tmp_path: Path) -> Path:
+    """A minute of audio, 20 windows."""
+    signal = noise(60.0, RATE_HZ)
+    return encode(tmp_path / "song.flac", signal, RATE_HZ, muxer="flac", codec="flac")
+
+
+async def test_every_encoding_gives_the_windows_of_the_plain_decoder(
+    pool: DecoderPool, tmp_path: Path
+) -> None:
+    paths = [encode_as(tmp_path / f"tone.{suffix}", 10.5) for suffix in ENCODINGS]
+
+    heard = await asyncio.gather(*(hear(pool, path) for path in paths))
+
+    for path, one in zip(paths, heard, strict=True):
+        plain = decode_windows(
+            path, RATE_HZ, window_samples=WINDOW, hop_samples=WINDOW, min_tail_samples=RATE_HZ
+        )
+        assert np.array_equal(one.windows, np.concatenate(list(plain))), path.name
+        assert not one.silent.any()
+        assert one.facts.duration_s == pytest.approx(10.5, abs=0.2)
+
+
+async def test_full_tracks_give_the_windows_of_the_plain_decoder(
+    pool: DecoderPool, shared_data: Path
+) -> None:
+    paths = sorted((shared_data / "audio" / "tracks").glob("*.mp3"))[:2]
+
+    for path in paths:
+        plain = decode_windows(
+            path, RATE_HZ, window_samples=WINDOW, hop_samples=WINDOW, min_tail_samples=RATE_HZ
+        )
+        heard = await hear(pool, path)
+        assert np.array_equal(heard.windows, np.concatenate(list(plain)))
+
+
+async def test_silent_windows_are_told_from_the_others(pool: DecoderPool, tmp_path: Path) -> None:
+    signal = tone(12.0, RATE_HZ)
+    signal[WINDOW : 2 * WINDOW] *= 1e-4
+    path = tmp_path / "quiet"
+    path.write_bytes(wav(signal, RATE_HZ))
+
+    assert (await hear(pool, path)).silent.tolist() == [False, True, False, False]
+
+
+async def test_a_held_block_stays_as_it_is_while_the_track_goes_on(song: Path) -> None:
+    async with pool_of(slots=2, slot_windows=3) as pool:
+        whole = await hear(pool, song)
+        async with pool.decode(song, timeout_s=60) as decoding:
+            held = await anext(decoding)
+            following: list[Windows] = []
+            async for block in decoding:
+                following.append(block.windows.copy())
+                block.release()
+            assert np.array_equal(held.windows, whole.windows[:3])
+            assert np.array_equal(np.concatenate(following), whole.windows[3:])
+            held.release()
+            held.release()
+        assert np.array_equal((await hear(pool, song)).windows, whole.windows)
+
+
+async def test_the_decoder_waits_for_blocks_to_be_released(song: Path) -> None:
+    async with (
+        pool_of(slots=2, slot_windows=3) as pool,
+        pool.decode(song, timeout_s=60) as decoding,
+    ):
+        held = [await anext(decoding) for _ in range(2)]
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await anext(decoding)
+        held[0].release()
+        assert len((await anext(decoding)).windows) == 3
+
+
+async def test_waiting_for_the_consumer_is_no_work_of_the_decoder(song: Path) -> None:
+    async with (
+        pool_of(slots=2, slot_windows=3, timeout_s=0.8) as pool,
+        pool.decode(song, timeout_s=60) as decoding,
+    ):
+        async for block in decoding:
+            await asyncio.sleep(0.3)
+            block.release()
+        assert decoding.facts.duration_s == 60.0
+
+
+async def test_leaving_half_way_leaves_the_pool_whole(song: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(wav(tone(9.0, RATE_HZ), RATE_HZ))
+    async with pool_of(slots=2, slot_windows=3) as pool:
+        whole = await hear(pool, other)
+        async with pool.decode(song, timeout_s=60) as decoding:
+            kept = await anext(decoding)
+            as_it_was = kept.windows.copy()
+
+        assert np.array_equal((await hear(pool, other)).windows, whole.windows)
+        assert np.array_equal(kept.windows, as_it_was), "an abandoned track's memory is its own"
+        kept.release()
+        assert np.array_equal((await hear(pool, other)).windows, whole.windows)
+
+
+async def test_a_cancelled_track_leaves_the_pool_whole(song: Path) -> None:
+    async with pool_of() as pool:
+        whole = await hear(pool, song)
+        for delay_s in (0.0, 0.001, 0.02, 0.05):
+            task = asyncio.create_task(hear(pool, song))
+            await asyncio.sleep(delay_s)
+            task.cancel()
+            await asyncio.wait([task])
+        assert np.array_equal((await hear(pool, song)).windows, whole.windows)
+
+
+async def test_leaving_waits_for_blocks_still_in_use(song: Path) -> None:
+    blocks: list[Block] = []
+    async with pool_of(slots=2, slot_windows=50) as pool:
+        [before] = decoders(pool)
+        async with pool.decode(song, timeout_s=60) as decoding:
+            blocks = [block async for block in decoding]
+            asyncio.get_running_loop().call_later(0.2, blocks[0].release)
+        assert [before] == decoders(pool), "the process serves the next track"
+
+
+async def test_a_process_serves_one_track_after_the_other(song: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"no audio")
+    async with pool_of() as pool:
+        before = decoders(pool)
+        for path in (song, broken, song, tmp_path / "gone"):
+            await outcome(pool, path)
+        assert decoders(pool) == before
+
+
+async def test_a_killed_decoder_ends_its_track_alone(song: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.flac"
+    other.write_bytes(song.read_bytes())
+    async with (
+        pool_of(processes=2, slots=2, slot_windows=3) as pool,
+        pool.decode(song, timeout_s=60) as neighbour,
+    ):
+        (await anext(neighbour)).release()
+        async with pool.decode(other, timeout_s=60) as victim:
+            (await anext(victim)).release()
+            decoder_of(pool, other).kill()
+            with pytest.raises(DecoderCrashed, match="SIGKILL"):
+                await drain(victim)
+        await drain(neighbour)
+        assert neighbour.facts.duration_s == 60.0
+        assert (await hear(pool, other)).facts.duration_s == 60.0
+
+
+async def test_a_decoder_killed_while_idle_is_replaced(song: Path) -> None:
+    async with pool_of() as pool:
+        for _ in range(2):
+            await kill_idle(pool)
+            assert (await hear(pool, song)).facts.duration_s == 60.0
+
+
+async def test_a_decoder_that_crashes_is_told_by_its_signal(song: Path) -> None:
+    async with (
+        pool_of(slots=2, slot_windows=3) as pool,
+        pool.decode(song, timeout_s=60) as decoding,
+    ):
+        (await anext(decoding)).release()
+        decoder_of(pool, song).send_signal(signal.SIGSEGV)
+        with pytest.raises(DecoderCrashed, match="SIGSEGV"):
+            await drain(decoding)
+
+
+async def test_a_decoder_that_hangs_meets_its_limit(song: Path) -> None:
+    async with pool_of(slots=2, slot_windows=3, timeout_s=0.5) as pool:
+        async with pool.decode(song, timeout_s=60) as decoding:
+            (await anext(decoding)).release()
+            hung = decoder_of(pool, song)
+            hung.suspend()
+            started_s = time.monotonic()
+            with pytest.raises(DecodeTimeout, match=r"more than 0\.5 s"):
+                await drain(decoding)
+            assert time.monotonic() - started_s < 2.0
+        assert (await hear(pool, song)).facts.duration_s == 60.0
+        assert not hung.is_running()
+
+
+async def test_a_track_has_a_deadline_of_its_own(song: Path) -> None:
+    async with pool_of(slots=2, slot_windows=3) as pool:
+        with pytest.raises(DeadlineExceeded):
+            await hold_all(pool, song, timeout_s=0.3)
+        async with pool.decode(song, timeout_s=60) as decoding:
+            await anext(decoding)
+            with pytest.raises(DeadlineExceeded):
+                await hear(pool, song, timeout_s=0.3)
+
+
+async def test_a_decoder_that_takes_too_much_memory_ends_its_track_alone(
+    song: Path, tmp_path: Path
+) -> None:
+    greedy = tmp_path / "greedy"
+    greedy.write_bytes(wav(noise(0.05, 3_072_000, channels=64), 3_072_000))
+    async with pool_of(max_memory_bytes=8 * MIB) as pool:
+        [before] = decoders(pool)
+        with pytest.raises(DecoderCrashed, match=r"more than 8 MiB|died"):
+            await hear(pool, greedy)
+        assert (await hear(pool, song)).facts.duration_s == 60.0
+        assert decoders(pool) != [before]
+
+
+async def test_hours_of_audio_pass_in_bounded_memory(song: Path, tmp_path: Path) -> None:
+    ten_minutes = np.zeros((8000 * 600, 1), np.float32)
+    hours = encode(tmp_path / "hours.flac", ten_minutes, 8000, muxer="flac", codec="flac", times=12)
+    async with pool_of() as pool:
+        [process] = decoders(pool)
+        await hear(pool, song)
+        short_bytes, own_bytes = peak_bytes(process), psutil.Process().memory_info().rss
+        windows = 0
+        async with pool.decode(hours, timeout_s=120) as decoding:
+            async for block in decoding:
+                assert block.silent.all()
+                windows += len(block.windows)
+                block.release()
+
+        assert windows == 2400
+        assert decoding.facts.duration_s == 7200.0
+        assert peak_bytes(process) < 1.2 * short_bytes
+        assert psutil.Process().memory_info().rss < own_bytes + 20 * MIB
+
+
+async def test_a_track_over_the_longest_duration_is_refused(song: Path) -> None:
+    async with pool_of(max_duration_s=59.0) as pool:
+        with pytest.raises(AudioTooLong, match="longer than 59 s"):
+            await hear(pool, song)
+
+
+async def test_a_picture_of_fifty_megabytes_is_passed_over(tmp_path: Path) -> None:
+    audio = encode_as(tmp_path / "tone.mp3", 30.0).read_bytes()
+    picture = b"\0image/png\0\3\0\x89PNG\r\n\x1a\n" + os.urandom(50 * MIB)
+    frame = b"APIC" + len(picture).to_bytes(4) + b"\0\0" + picture
+    size = bytes(len(frame) >> shift & 0x7F for shift in (21, 14, 7, 0))
+    path = tmp_path / "with-picture"
+    path.write_bytes(b"ID3\3\0\0" + size + frame + audio)
+    async with pool_of(max_memory_bytes=256 * MIB) as pool:
+        heard = await hear(pool, path)
+        assert peak_bytes(decoders(pool)[0]) < 256 * MIB
+
+    assert heard.facts.duration_s == pytest.approx(30.0, abs=0.1)
+
+
+class Bait(BaseHTTPRequestHandler):
+    """Answers everything with audio, and remembers that it was asked."""
+
+    asked: list[str]
+    audio: bytes
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.audio)
+
+    def log_message(self, *args: object) -> None:
+        """Nothing on the terminal."""
+
+
+@pytest.fixture
+def bait(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
+    """A web server's address, and the list of what was fetched from it."""
+    Bait.asked, Bait.audio = [], encode_as(tmp_path / "bait.mp3", 4.0).read_bytes()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Bait) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", Bait.asked
+        server.shutdown()
+
+
+PLAYLISTS = {
+    "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\n{url}/a.mp3\n#EXT-X-ENDLIST\n",
+    "hls of a file": "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\n{file}\n#EXT-X-ENDLIST\n",
+    "hls key": (
+        '#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXT-X-KEY:METHOD=AES-128,URI="{url}/key"\n'
+        "#EXTINF:4,\n{file}\n#EXT-X-ENDLIST\n"
+    ),
+    "m3u": "#EXTM3U\n#EXTINF:4,a\n{url}/a.mp3\n",
+    "pls": "[playlist]\nFile1={url}/a.mp3\nNumberOfEntries=1\n",
+    "concat": "ffconcat version 1.0\nfile {file}\nfile {url}/a.mp3\n",
+    "dash": (
+        '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
+        'mediaPresentationDuration="PT4S"><Period><AdaptationSet mimeType="audio/mpeg">'
+        '<Representation id="1" bandwidth="1"><BaseURL>{url}/a.mp3</BaseURL>'
+        "</Representation></AdaptationSet></Period></MPD>"
+    ),
+    "sdp": (
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio {port} RTP/AVP 0\n"
+    ),
+    "rtsp text": "RTSPtext\nrtsp://127.0.0.1:{port}/a\n",
+    "smil": '<smil><body><audio src="{url}/a.mp3"/></body></smil>',
+    "asx": '<asx version="3.0"><entry><ref href="{url}/a.mp3"/></entry></asx>',
+}
+
+
+@pytest.mark.parametrize("kind", PLAYLISTS)
+async def test_a_playlist_makes_nobody_open_another_address_or_file(
+    kind: str, pool: DecoderPool, bait: tuple[str, list[str]], tmp_path: Path
+) -> None:
+    url, asked = bait
+    text = PLAYLISTS[kind].format(url=url, port=url.rsplit(":")[-1], file=tmp_path / "bait.mp3")
+    playlist = tmp_path / "playlist.m3u8"
+    playlist.write_text(text)
+
+    with pytest.raises(AudioUnreadable):
+        await hear(pool, playlist)
+
+    assert not asked
+
+
+async def test_truncated_files_give_a_result_or_a_typed_error(
+    pool: DecoderPool, tmp_path: Path
+) -> None:
+    outcomes = {}
+    for suffix in ENCODINGS:
+        whole = encode_as(tmp_path / f"tone.{suffix}", 2.0).read_bytes()
+        for cut in (1, 4, 16, 44, 128, 512, *(len(whole) * n // 5 for n in range(1, 5)), -1):
+            path = tmp_path / f"{suffix} cut at {cut}"
+            path.write_bytes(whole[:cut])
+            outcomes[path.name] = asyncio.create_task(outcome(pool, path))
+
+    codes = {name: await task for name, task in outcomes.items()}
+
+    assert set(codes.values()) <= {"ok", "audio_unreadable", "audio_empty"}, codes
+
+
+async def test_files_with_fuzzed_headers_give_a_result_or_a_typed_error(
+    pool: DecoderPool, tmp_path: Path
+) -> None:
+    random = np.random.default_rng(0)
+    outcomes = {}
+    for suffix in ENCODINGS:
+        whole = encode_as(tmp_path / f"tone.{suffix}", 1.0).read_bytes()
+        for trial in range(12):
+            data = np.frombuffer(whole, np.uint8).copy()
+            places = random.integers(0, min(600, len(data)), size=random.integers(1, 12))
+            data[places] = random.integers(0, 256, size=places.size)
+            path = tmp_path / f"{suffix} fuzzed {trial}"
+            path.write_bytes(data.tobytes())
+            outcomes[path.name] = asyncio.create_task(outcome(pool, path))
+
+    codes = {name: await task for name, task in outcomes.items()}
+
+    assert set(codes.values()) <= {"ok", "audio_unreadable", "audio_empty", "audio_too_long"}, codes
+
+
+async def test_odd_files_of_others_give_a_result_or_a_typed_error(
+    pool: DecoderPool, shared_data: Path
+) -> None:
+    paths = sorted(path for path in (shared_data / "audio" / "odd").rglob("*") if path.is_file())
+    assert paths
+
+    codes = dict(
+        zip(paths, await asyncio.gather(*(outcome(pool, path) for path in paths)), strict=True)
+    )
+
+    assert set(codes.values()) <= {"ok", "audio_unreadable", "audio_empty"}, codes
+    assert list(codes.values()).count("ok") > len(paths) / 2
+
+
+async def test_a_decoder_process_holds_no_secrets_and_has_limits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TIMBRE_KAFKA__SASL_PASSWORD", "hunter2")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        os.set_inheritable(listening.fileno(), True)
+        async with pool_of() as pool:
+            [process] = decoders(pool)
+            assert "hunter2" not in str(process.environ())
+            assert not process.net_connections("inet")
+            assert process.num_fds() <= 5
+            assert process.num_threads() == 1
+            assert process.rlimit(psutil.RLIMIT_CORE) == (0, 0)
+            assert process.rlimit(psutil.RLIMIT_FSIZE) == (0, 0)
+            assert process.rlimit(psutil.RLIMIT_NOFILE) == (16, 16)
+            assert process.rlimit(psutil.RLIMIT_AS)[0] < 2 * 1024 * MIB
+            assert "torch" not in Path(f"/proc/{process.pid}/maps").read_text()
+
+
+async def test_a_signal_to_the_whole_group_leaves_tracks_to_the_worker(song: Path) -> None:
+    async with pool_of() as pool:
+        [before] = decoders(pool)
+        before.send_signal(signal.SIGINT)
+        before.terminate()
+        assert (await hear(pool, song)).facts.duration_s == 60.0
+        assert decoders(pool) == [before]
+
+
+async def test_a_pool_that_can_start_no_process_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(DecoderCrashed, match="died while it started"):
+        async with pool_of():
+            pass
+    monkeypatch.setattr(sys, "executable", "/nonexistent")
+    with pytest.raises(DecoderCrashed, match="can't be started"):
+        async with pool_of():
+            pass
+
+
+async def test_processes_that_die_at_the_start_are_started_ever_more_slowly(
+    song: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with pool_of() as pool:
+        with monkeypatch.context() as broken:
+            broken.setattr(sys, "executable", "/bin/false")
+            await kill_idle(pool)
+            await asyncio.sleep(1.5)
+            assert 1 <= len(caplog.records) <= 5
+        assert (await hear(pool, song)).facts.duration_s == 60.0
+
+
+async def test_restarts_leave_nothing_behind_and_do_not_hold_up_the_loop(song: Path) -> None:
+    own = psutil.Process()
+    slowest_s = 0.0
+
+    async def watch() -> None:
+        nonlocal slowest_s
+        while True:
+            before_s = time.monotonic()
+            await asyncio.sleep(0.01)
+            slowest_s = max(slowest_s, time.monotonic() - before_s)
+
+    async with pool_of(slots=2, slot_windows=3) as pool:
+        await hear(pool, song)
+        fds = own.num_fds()
+        watching = asyncio.create_task(watch())
+        for _ in range(5):
+            await leave_half_way(pool, song)
+        watching.cancel()
+        await hear(pool, song)
+        await until(lambda: own.num_fds() == fds)
+        assert slowest_s < 0.5
+    assert not pool.pids
+
+
+async def test_a_killed_worker_leaves_no_process_and_no_memory_behind(song: Path) -> None:
+    script = textwrap.dedent(
+        """
+        import asyncio, sys
+        from pathlib import Path
+        from tests.integration.worker.test_decode import decoders, pool_of
+
+        async def main():
+            async with pool_of(processes=2, slots=2, slot_windows=3) as pool:
+                async with pool.decode(Path(sys.argv[1]), timeout_s=60) as decoding:
+                    await anext(decoding)
+                    while len(decoders(pool)) < 2:
+                        await asyncio.sleep(0.01)
+                    decoders(pool)[0].suspend()
+                    print(*(process.pid for process in decoders(pool)), flush=True)
+                    await asyncio.sleep(60)
+
+        asyncio.run(main())
+        """
+    )
+    shared_memory = set(Path("/dev/shm").iterdir())
+    worker = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, str(song), stdout=asyncio.subprocess.PIPE
+    )
+    assert worker.stdout is not None
+    children = [psutil.Process(int(pid)) for pid in (await worker.stdout.readline()).split()]
+    assert len(children) == 2
+
+    worker.kill()
+    await worker.communicate()
+
+    _, alive = await asyncio.to_thread(psutil.wait_procs, children, timeout=5)
+    assert not alive
+    assert set(Path("/dev/shm").iterdir()) <= shared_memory
