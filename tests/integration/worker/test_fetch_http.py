@@ -328,7 +328,10 @@ class TestRetryAfter:
         await fetched(fetcher, server.answer("/a", busy, whole()))
         assert server.at_s[1] - server.at_s[0] >= 0.9
 
-    @pytest.mark.parametrize("value", ["soon", "-5", "1e9", "", "9" * 400, "Fri, 99 Foo"])
+    @pytest.mark.parametrize(
+        "value",
+        ["soon", "-5", "1e9", "", "9" * 400, "Fri, 99 Foo", f"Fri, 01 Jan {'9' * 20} 00:00:00 GMT"],
+    )
     async def test_nonsense_is_not(self, server: Server, fetcher: Fetcher, value: str) -> None:
         await fetched(fetcher, server.answer("/a", status("503 Busy", retry_after=value), whole()))
         assert server.at_s[1] - server.at_s[0] < 0.5
@@ -361,6 +364,7 @@ class TestWhatDoesNotPass:
             (whole(content_encoding="br"), FetchFailed),
             (whole(content_encoding="gzip, gzip"), FetchFailed),
             (whole(content_encoding="gzip"), FetchFailed),
+            (raw(b"HTTP/1.1 200 OK\r\nContent-Encoding: \xff\r\n\r\n"), FetchFailed),
             (raw(head(content_length=10**15), AUDIO), AudioTooLarge),
         ],
     )
@@ -480,7 +484,14 @@ class TestRedirects:
         assert len(server.requests) == 6
 
     @pytest.mark.parametrize(
-        "answer", [status("302 Found"), redirect(""), redirect("http://[bad/")]
+        "answer",
+        [
+            status("302 Found"),
+            redirect(""),
+            redirect("http://[bad/"),
+            redirect("http://[::1]x@"),
+            raw(b"HTTP/1.1 302 Found\r\nLocation: http://h\xff/\r\nContent-Length: 0\r\n\r\n"),
+        ],
     )
     async def test_without_a_usable_target(
         self, server: Server, fetcher: Fetcher, answer: Answer

@@ -1,0 +1,32 @@
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from worker.downloads import retry_after_s
+
+
+@pytest.mark.parametrize(("value", "seconds"), [("0", 0), (" 120 ", 120), ("999999999", 999999999)])
+def test_seconds(value: str, seconds: int) -> None:
+    assert retry_after_s(value) == seconds
+
+
+def test_dates() -> None:
+    moment = datetime.now(UTC) + timedelta(seconds=90)
+    assert retry_after_s(format_datetime(moment, usegmt=True)) == pytest.approx(90, abs=2)
+    assert retry_after_s("Sat, 31 Jan 2015 12:00:00 GMT") == 0
+
+
+@given(
+    st.text(max_size=30)
+    | st.tuples(st.integers(), st.integers(), st.integers()).map(
+        lambda numbers: "Fri, {} Jan {} 00:00:00 +{}".format(*numbers)
+    )
+)
+@example(f"Fri, 01 Jan {'9' * 20} 00:00:00 GMT")
+@example("Fri, 31 Dec 9999 23:59:59 -2359")
+def test_anything_else_is_a_wait_or_none(value: str) -> None:
+    waits = retry_after_s(value)
+    assert waits is None or waits >= 0
