@@ -1,0 +1,100 @@
+import asyncio
+
+import aiohttp
+import pytest
+
+from model.bundle import Bundle
+from tests.conftest import MakeTopics
+from tests.integration.worker.test_consumer import consuming, send, settings_of, until
+from worker import health
+from worker.batch import Batcher
+from worker.health import Health, HttpServer, LagProbe
+from worker.metrics import Metrics
+from worker.record import Record
+from worker.settings import BatchSettings, HttpSettings
+
+STALLED_AFTER_S = 1.0
+
+
+@pytest.fixture(autouse=True)
+def _measure_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "LAG_INTERVAL_S", 0.2)
+
+
+async def test_a_worker_is_live_while_it_progresses_and_not_when_it_hangs_with_lag(
+    topics: MakeTopics,
+) -> None:
+    own = await topics(partitions=2)
+    settings = settings_of(own, stop_deadline_s=2.0)
+    metrics = Metrics()
+    hang = asyncio.Event()
+    handled = 0
+
+    async def handle(record: Record) -> None:
+        nonlocal handled
+        handled += 1
+        if hang.is_set():
+            await asyncio.Event().wait()
+
+    async with (
+        Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher,
+        consuming(settings, handle) as consumer,
+        LagProbe(settings, consumer, metrics) as probe,
+    ):
+        state = Health(STALLED_AFTER_S, probe, consumer, batcher)
+        await until(lambda: state.why_not_ready() is None)
+
+        await send(own, 20)
+        await until(lambda: handled == 20)
+        await until(lambda: probe.lag == 0)
+        await asyncio.sleep(2 * STALLED_AFTER_S)
+        assert state.why_not_live() is None, "idle without lag is healthy"
+
+        hang.set()
+        await send(own, 5)
+        await until(lambda: probe.lag == 5)
+        await until(lambda: state.why_not_live() is not None)
+        assert "5 events of lag" in (state.why_not_live() or "")
+        lags = [
+            metrics.registry.get_sample_value(
+                "timbre_consumer_lag", {"topic": own.topic_new, "partition": str(number)}
+            )
+            or 0
+            for number in range(2)
+        ]
+        assert sum(lags) == 5
+
+        state.stopping = True
+        assert state.why_not_ready() == "stopping"
+
+
+async def test_the_port_serves_metrics_and_health_and_nothing_else(topics: MakeTopics) -> None:
+    own = await topics()
+    settings = settings_of(own)
+    metrics = Metrics()
+
+    async def handle(record: Record) -> None: ...
+
+    async with (
+        Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher,
+        consuming(settings, handle) as consumer,
+        LagProbe(settings, consumer, metrics) as probe,
+        HttpServer(
+            HttpSettings(port=0), metrics, Health(STALLED_AFTER_S, probe, consumer, batcher)
+        ) as server,
+        aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as http,
+    ):
+        await until(lambda: consumer.assigned)
+        for path, status in {
+            "/metrics": 200,
+            "/health/live": 200,
+            "/health/ready": 200,
+            "/": 404,
+            "/table/": 404,
+            "/stats/": 404,
+            "/graph": 404,
+        }.items():
+            async with http.get(path) as answer:
+                assert answer.status == status, path
+        async with http.post("/health/live") as answer:
+            assert answer.status == 405
