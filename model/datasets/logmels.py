@@ -129,14 +129,14 @@ def _cached(clip: Clip, front_end: LogMelConfig, cache: Path) -> NDArray[Any]:
     identity = f"{clip.path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{front_end!r}"
     stored = cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
     if not stored.is_file():
-        made = logmel_of(_samples(clip.path, front_end.sample_rate_hz), front_end)
+        made = logmel_of(samples_of(clip.path, front_end.sample_rate_hz), front_end)
         partial = stored.with_suffix(".partial.npy")
         np.save(partial, made)
         partial.replace(stored)
     return np.asarray(np.load(stored, mmap_mode="r"))
 
 
-def _samples(path: Path, sample_rate_hz: int) -> NDArray[np.float32]:
+def samples_of(path: Path, sample_rate_hz: int) -> NDArray[np.float32]:
     """The first MAX_CLIP_S of the file, decoded as the worker decodes."""
     pieces, length = [], 0
     for piece in Decoder(path, sample_rate_hz):

@@ -1,0 +1,88 @@
+"""Augmentation: windows keep their shape and scale, and each effect does what it says."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.augment import Augmentation, Augmenter
+from model.frontend import LogMelConfig
+from model.logmel_cnn import ARCHIVE_FRONT_END
+
+NOTHING = Augmentation(
+    pitch=0, tempo=0, equaliser=0, gain=0, time_mask=0, band_mask=0, band_masks=0, mixup=0
+)
+TARGETS = torch.eye(8)
+
+
+def augmenter(
+    front_end: LogMelConfig = ARCHIVE_FRONT_END, seed: int = 0, **effects: float
+) -> Augmenter:
+    recipe = NOTHING.model_copy(update=effects)
+    return Augmenter(recipe, front_end, torch.Generator().manual_seed(seed), torch.device("cpu"))
+
+
+def excerpts(frames: int, bands: int = 128) -> Tensor:
+    return torch.randn(8, frames, bands, generator=torch.Generator().manual_seed(7)) * 20 + 100
+
+
+def test_all_effects_keep_shape_and_normalisation() -> None:
+    augment = Augmenter(
+        Augmentation(), ARCHIVE_FRONT_END, torch.Generator().manual_seed(1), torch.device("cpu")
+    )
+    logmel, targets = augment(excerpts(augment.span), TARGETS)
+    assert logmel.shape == (8, 72, 128)
+    assert logmel.isfinite().all()
+    torch.testing.assert_close(targets.sum(1), torch.ones(8))
+
+
+def test_nothing_on_gives_the_normalised_excerpt() -> None:
+    augment = augmenter()
+    source = excerpts(augment.span)
+    logmel, targets = augment(source, TARGETS)
+    assert torch.equal(targets, TARGETS)
+    assert abs(float(logmel.mean())) < 1e-4
+    assert float(logmel.std()) == pytest.approx(1.0, abs=1e-2)
+
+
+def test_one_seed_gives_one_result() -> None:
+    first, second, other = (augmenter(seed=s, pitch=0.2, tempo=0.2, mixup=1.0) for s in (3, 3, 4))
+    source = excerpts(first.span)
+    assert torch.equal(first(source, TARGETS)[0], second(source, TARGETS)[0])
+    assert not torch.equal(first(source, TARGETS)[0], other(source, TARGETS)[0])
+
+
+def test_pitch_moves_a_partial_by_its_ratio() -> None:
+    augment = augmenter(pitch=0.4)
+    at = 70
+    source = torch.zeros(8, augment.span, 128)
+    source[:, :, at] = 1.0
+    peaks = augment(source, TARGETS)[0].mean(1).argmax(1)
+    ratios = augment.centres_hz[peaks] / augment.centres_hz[at]
+    assert len(set(peaks.tolist())) > 3
+    assert ((ratios > 1 / 1.45) & (ratios < 1.45)).all()
+
+
+def test_mixup_mixes_targets_as_it_mixes_windows() -> None:
+    augment = augmenter(mixup=1.0)
+    _, targets = augment(excerpts(augment.span), TARGETS)
+    torch.testing.assert_close(targets.sum(1), torch.ones(8))
+    assert (targets.diagonal() >= 0.5).all()
+    assert ((targets > 0).sum(1) <= 2).all()
+
+
+def test_masks_silence_one_stretch_of_time() -> None:
+    augment = augmenter(time_mask=0.5)
+    logmel, _ = augment(excerpts(augment.span), TARGETS)
+    silent = (logmel == 0).all(2)
+    assert silent.any()
+    assert int(silent.sum(1).max()) <= 36
+
+
+def test_front_ends_that_do_not_normalise_keep_their_scale() -> None:
+    plain = LogMelConfig()
+    augment = augmenter(plain, gain=0.3)
+    source = excerpts(augment.span, plain.n_mels)
+    logmel, _ = augment(source, TARGETS)
+    assert logmel.shape == (8, 187, 96)
+    assert float(logmel.mean()) == pytest.approx(100, abs=10)
+    assert float(logmel.std()) == pytest.approx(20, abs=5)

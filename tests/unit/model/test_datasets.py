@@ -1,0 +1,224 @@
+"""Data sets: each layout is read, its corrupt files named, and a split that leaks refused."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.datasets import LAYOUTS, Clip, Dataset, detect, load
+from model.datasets.gtzan import fault_filtered_split
+from model.datasets.logmels import LogMelSource, logmel_of, open_source
+from model.logmel_cnn import ARCHIVE_FRONT_END
+from tests import collections_of_music as music
+from worker.errors import DatasetInvalid, SplitLeaks
+
+
+def test_gtzan_has_the_fault_filtered_split_and_names_what_is_corrupt(tmp_path: Path) -> None:
+    dataset = load(music.gtzan(tmp_path, "au"))
+    assert dataset.layout == "gtzan"
+    assert dataset.kind == "single"
+    assert {clip.name: clip.split for clip in dataset.clips if clip.labels == ("blues",)} == {
+        "blues.00000": "valid",
+        "blues.00001": "valid",
+        "blues.00012": "test",
+        "blues.00029": "train",
+        "blues.00030": "train",
+    }
+    assert [skipped.name for skipped in dataset.skipped] == ["jazz.00054"]
+
+
+def test_fault_filtered_split_has_the_published_sizes() -> None:
+    assert Counter(fault_filtered_split().values()) == {"train": 443, "valid": 197, "test": 290}
+
+
+def test_fault_filtered_split_is_that_of_the_lists(shared_data: Path) -> None:
+    listed = {
+        Path(line.strip()).stem: split
+        for split in ("train", "valid", "test")
+        for line in (shared_data / "gtzan" / f"{split}_filtered.txt").read_text().splitlines()
+    }
+    assert fault_filtered_split() == listed
+
+
+def test_fma_keeps_its_own_split_and_its_subset(tmp_path: Path) -> None:
+    dataset = load(music.fma(tmp_path))
+    assert dataset.layout == "fma"
+    assert dataset.labels == ("Hip-Hop", "Rock")
+    assert dataset.splits == ("train", "valid", "test")
+    assert dataset.grouped_by == "artist"
+    assert len(dataset.clips) == 11
+    assert {s.name: s.reason for s in dataset.skipped} == {
+        "000013": "is in tracks.csv but not on disk"
+    }
+
+
+def test_fma_hierarchy_is_a_multi_label_task(tmp_path: Path) -> None:
+    dataset = load(music.fma(tmp_path), "fma-all")
+    assert dataset.kind == "multi"
+    assert dataset.labels == ("Hip-Hop", "Punk (100)", "Punk (25)", "Rock")
+    assert dataset.clips[0].labels == ("Rock", "Punk (25)")
+
+
+def test_fma_without_metadata_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "fma_small").mkdir()
+    with pytest.raises(DatasetInvalid, match="fma_metadata"):
+        load(tmp_path / "fma_small", "fma")
+
+
+def test_msd_reads_annotations_by_track_id(tmp_path: Path) -> None:
+    dataset = load(music.msd(tmp_path))
+    assert dataset.layout == "msd"
+    assert dataset.labels == ("Jazz", "Rock")
+    assert len(dataset.clips) == 11
+    assert dataset.clips[0].group == "Artist 0"
+    assert [skipped.name for skipped in dataset.skipped] == [music.TRACK_IDS[0]]
+
+
+def test_msd_without_artists_keeps_recordings_together(tmp_path: Path) -> None:
+    root = music.msd(tmp_path, artists=False)
+    first, other = sorted(root.rglob("*.mp3"))[:2]
+    other.write_bytes(first.read_bytes())
+    dataset = load(root)
+    assert dataset.grouped_by == "recording"
+    assert len({clip.group for clip in dataset.clips}) == len(dataset.clips) - 1
+
+
+def test_folder_per_genre_takes_its_labels_from_the_folders(tmp_path: Path) -> None:
+    dataset = load(music.folders(tmp_path / "own"))
+    assert dataset.layout == "folders"
+    assert dataset.labels == music.GENRES
+    assert dataset.splits == ()
+    assert len(dataset.indices()) == 10
+
+
+def test_folders_under_split_names_are_splits(tmp_path: Path) -> None:
+    music.folders(tmp_path / "train", 2)
+    for genre in music.GENRES:
+        music.song(tmp_path / "validation" / genre / "other.flac", genre, 9)
+    dataset = load(tmp_path)
+    assert dataset.splits == ("train", "valid")
+    assert dataset.labels == music.GENRES
+
+
+def test_the_same_file_on_both_sides_is_refused(tmp_path: Path) -> None:
+    music.folders(tmp_path / "train", 2)
+    for genre in music.GENRES:
+        music.song(tmp_path / "test" / genre / "other.flac", genre, 9)
+    copied = tmp_path / "test" / "blues" / "renamed.mp3"
+    copied.write_bytes((tmp_path / "train" / "blues" / "song 0.mp3").read_bytes())
+    with pytest.raises(
+        SplitLeaks, match=r"train/blues/song 0\.mp3.*test/blues/renamed\.mp3|renamed"
+    ):
+        load(tmp_path)
+
+
+def test_manifest_has_artists_splits_and_names_missing_files(tmp_path: Path) -> None:
+    dataset = load(music.manifest(tmp_path))
+    assert dataset.layout == "manifest"
+    assert dataset.grouped_by == "artist"
+    assert [len(dataset.indices(split)) for split in ("train", "valid", "test")] == [6, 2, 2]
+    assert [skipped.name for skipped in dataset.skipped] == ["gone.mp3"]
+
+
+def test_manifest_with_several_labels_is_a_multi_label_task(tmp_path: Path) -> None:
+    dataset = load(music.manifest(tmp_path, several=True))
+    assert dataset.kind == "multi"
+    assert dataset.labels == ("blues", "loud", "metal")
+    assert dataset.targets().sum() == 14
+
+
+@pytest.mark.parametrize("layout", ["manifest", "fma"])
+def test_an_artist_on_both_sides_is_refused_and_named(tmp_path: Path, layout: str) -> None:
+    root = (
+        music.manifest(tmp_path, leak=True)
+        if layout == "manifest"
+        else music.fma(tmp_path, leak=True)
+    )
+    with pytest.raises(SplitLeaks) as refused:
+        load(root)
+    named = "song 0.flac" if layout == "manifest" else "000002"
+    assert "artist" in refused.value.message
+    assert named in refused.value.message or "song 0.mp3" in refused.value.message
+
+
+@pytest.mark.parametrize("split", ["test", "holdout"])
+def test_archive_takes_any_names_of_splits(tmp_path: Path, split: str) -> None:
+    dataset = load(music.archive(tmp_path / "a.npz", split=split))
+    assert dataset.layout == "archive"
+    assert dataset.splits == (split,)
+    assert len(dataset.indices()) == 12
+
+
+def test_archive_without_splits_has_all_clips(tmp_path: Path) -> None:
+    dataset = load(music.archive(tmp_path / "a.npz", optional=False))
+    assert len(dataset.indices()) == 12
+    assert dataset.logmels is not None
+    assert dataset.logmels.values.shape == (12, 128, 241)
+
+
+def test_damaged_archives_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "bad.npz").write_bytes(b"PK no archive")
+    with pytest.raises(DatasetInvalid):
+        load(tmp_path / "bad.npz")
+    np.savez(tmp_path / "short.npz", X=np.zeros((2, 128, 72), np.uint8))
+    with pytest.raises(DatasetInvalid, match="y, names, genres"):
+        load(tmp_path / "short.npz")
+
+
+def test_layouts_are_found_out_or_forced(tmp_path: Path) -> None:
+    root = music.gtzan(tmp_path)
+    assert detect(root) == "gtzan"
+    assert load(root / "genres", "folders").layout == "folders"
+    with pytest.raises(DatasetInvalid, match="known"):
+        load(root, "nonsense")
+    with pytest.raises(DatasetInvalid, match="does not exist"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetInvalid, match="--layout"):
+        load(tmp_path / "empty")
+    assert set(LAYOUTS) == {"archive", "manifest", "fma", "fma-all", "msd", "gtzan", "folders"}
+
+
+def test_a_made_split_keeps_groups_together_and_labels_on_every_side() -> None:
+    clips = tuple(
+        Clip(f"{label}{n}", (label,), f"artist {n // 2} of {label}")
+        for label in ("a", "b", "c")
+        for n in range(40)
+    )
+    dataset = Dataset("x", "folders", "single", ("a", "b", "c"), clips, "artist", "none")
+    split = dataset.with_split(seed=1).check_split()
+    assert split == dataset.with_split(seed=1)
+    assert split != dataset.with_split(seed=2)
+    by_side = Counter((clip.split, clip.labels[0]) for clip in split.clips)
+    assert all(26 <= by_side["train", label] <= 30 for label in "abc")
+    assert all(4 <= by_side[side, label] <= 8 for side in ("valid", "test") for label in "abc")
+
+
+def test_audio_becomes_log_mels_once_and_unreadable_clips_are_named(tmp_path: Path) -> None:
+    root = music.folders(tmp_path / "own", 2)
+    (root / "blues" / "broken.mp3").write_bytes(b"\0" * 500)
+    dataset = load(root).with_split(0)
+    source, readable = open_source(dataset, ARCHIVE_FRONT_END, tmp_path / "cache")
+    assert [skipped.name for skipped in readable.skipped] == ["blues/broken.mp3"]
+    assert len(source.clips) == len(readable.clips) == 4
+    windows = source.windows(0)
+    assert windows.shape == (2, 72, 128)
+    assert abs(float(windows.mean())) < 1e-3
+    stored = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
+    open_source(dataset, ARCHIVE_FRONT_END, tmp_path / "cache")
+    assert stored == {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
+
+
+def test_log_mels_do_not_depend_on_where_blocks_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = np.random.default_rng(0).standard_normal(22_050 * 12).astype(np.float32) * 0.1
+    whole = logmel_of(samples, ARCHIVE_FRONT_END)
+    monkeypatch.setattr("model.datasets.logmels.BLOCK_S", 2.7)
+    np.testing.assert_array_equal(logmel_of(samples, ARCHIVE_FRONT_END), whole)
+
+
+def test_clips_shorter_than_a_window_are_repeated() -> None:
+    short = np.arange(30 * 128, dtype=np.float32).reshape(30, 128)
+    windows = LogMelSource([short], ARCHIVE_FRONT_END).windows(0)
+    assert windows.shape == (1, 72, 128)
+    np.testing.assert_allclose(windows[0, 30:60], windows[0, :30], atol=1e-6)
