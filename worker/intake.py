@@ -53,16 +53,16 @@ def read(record: Record, *, max_bytes: int = MIB) -> list[NewTrack]:
     attributes = {name[3:]: _text(value) for name, value in headers.items() if name[:3] == "ce_"}
 
     document = _parse(record.value)
-    if attributes:
-        source_event_id = _identity(attributes)
-        _must_be_json(media_type)
-    elif media_type.startswith("application/cloudevents"):
+    if media_type.startswith("application/cloudevents"):  # decides the mode, by the Kafka binding
         if media_type != "application/cloudevents+json":
             raise EventMalformed(
                 f"Content type {_quoted(media_type)} is not read; send one event a message as "
                 "application/cloudevents+json."
             )
         source_event_id, document = _unwrap(document)
+    elif attributes:
+        source_event_id = _identity(attributes)
+        _must_be_json(media_type)
     elif isinstance(document, dict) and "specversion" in document:
         source_event_id, document = _unwrap(document)
     else:

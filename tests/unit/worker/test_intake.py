@@ -177,7 +177,12 @@ class TestCloudEvents:
         assert (track.track_id, track.source_event_id) == ("t-1", "/uploads e-1")
 
     @pytest.mark.parametrize(
-        "headers", [{}, {"content-type": "application/cloudevents+json; charset=UTF-8"}]
+        "headers",
+        [
+            {},
+            {"content-type": "application/cloudevents+json; charset=UTF-8"},
+            {"Content-Type": "application/cloudevents+json", "ce_traceparent": "00-1"},
+        ],
     )
     def test_structured_mode(self, headers: dict[str, str]) -> None:
         event = {**CLOUD, "datacontenttype": "application/json", "data": TRACK}
