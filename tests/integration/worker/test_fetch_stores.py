@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import boto3  # type: ignore[import-untyped]
+import boto3
 import pytest
 from aiohttp import web
 from moto.server import ThreadedMotoServer
