@@ -1,0 +1,65 @@
+"""Run faults by name, or all of them: a table, and `build/faults.json`."""
+
+import argparse
+import asyncio
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.faults import delivery, inputs, services, stages  # noqa: F401  # they enter the list
+from tests.faults.scenarios import SCENARIOS, Outcome
+from tests.faults.stand import Failed, Stand
+
+FILE = Path("build/faults.json")
+COLUMNS = ("events", "tags", "dead_letters", "lost", "duplicates", "differing", "recovery_s")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SCENARIOS))
+    parser.add_argument("--quick", action="store_true", help="Fewer tracks and fewer faults.")
+    options = parser.parse_args()
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # its broker is stopped all the time
+    if unknown := set(options.names) - SCENARIOS.keys():
+        parser.error(f"no such fault: {', '.join(sorted(unknown))}")
+    return asyncio.run(_run(options.names or list(SCENARIOS), options.quick))
+
+
+async def _run(names: list[str], quick: bool) -> int:
+    console = Console()
+    table = Table("fault", *COLUMNS, "took")
+    lines: list[dict[str, object]] = []
+    failures: dict[str, str] = {}
+    async with Stand() as stand:
+        for name in names:
+            started_s = time.monotonic()
+            console.print(f"[bold]{name}[/]: {SCENARIOS[name].summary}")
+            try:
+                outcome: Outcome = await SCENARIOS[name].run(stand, quick)
+            except Failed as error:
+                failures[name] = str(error)
+                console.print(f"  [red]failed[/]: {error}", markup=True, highlight=False)
+                table.add_row(name, "[red]failed[/]")
+                continue
+            line = outcome.line(name)
+            lines.append(line)
+            took = f"{time.monotonic() - started_s:.0f} s"
+            table.add_row(name, *(str(line[column]) for column in COLUMNS), took)
+            _write(lines)
+    console.print(table)
+    console.print(f"Written to {FILE}.")
+    return 1 if failures else 0
+
+
+def _write(lines: list[dict[str, object]]) -> None:
+    FILE.parent.mkdir(exist_ok=True)
+    FILE.write_text(json.dumps(lines, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

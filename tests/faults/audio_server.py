@@ -1,0 +1,246 @@
+"""A server of short tracks, each distinct, and of every fault that HTTP allows.
+
+`/track/7.wav` is sound. `/stall/1000/7.wav` sends the same track's first 1000 bytes and no more;
+the other faults are told in `FAULTS`. Raw sockets, since a library would not lie about lengths.
+"""
+
+import asyncio
+import contextlib
+import gzip
+import io
+import wave
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import lru_cache
+from typing import Self
+
+import numpy as np
+
+RATE_HZ = 16_000
+DURATION_S = 3.0
+FOR_EVER_S = 3600.0
+DRIP_BYTES, DRIP_S = 200, 0.2
+
+Answer = Callable[["Request"], Awaitable[None]]
+
+
+@lru_cache(maxsize=256)
+def track(number: int, duration_s: float = DURATION_S) -> bytes:
+    """A WAV file, 16 bits mono: a chord and noise of their own for every number."""
+    random = np.random.default_rng(number)
+    time_s = np.arange(round(duration_s * RATE_HZ)) / RATE_HZ
+    signal = random.uniform(-0.05, 0.05, len(time_s))
+    for frequency_hz in random.uniform(80, 4000, 4):
+        signal += 0.15 * np.sin(2 * np.pi * frequency_hz * time_s)
+    return wav((signal * 32_000).astype("<i2").tobytes())
+
+
+def wav(pcm: bytes, *, rate_hz: int = RATE_HZ) -> bytes:
+    """16-bit mono samples with the header of a WAV file."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as writer:
+        writer.setnchannels(1)
+        writer.setsampwidth(2)
+        writer.setframerate(rate_hz)
+        writer.writeframes(pcm)
+    return file.getvalue()
+
+
+class Request:
+    """One request to a fault: its argument, the track it names, and where the answer goes."""
+
+    def __init__(
+        self,
+        server: "AudioServer",
+        path: str,
+        argument: str,
+        number: int,
+        out: asyncio.StreamWriter,
+    ) -> None:
+        self.server = server
+        self.path = path
+        self.argument = argument
+        self.body = track(number)
+        self._out = out
+
+    async def send(self, data: bytes) -> None:
+        self._out.write(data)
+        await self._out.drain()
+
+    async def head(self, status: str = "200 OK", **headers: object) -> None:
+        lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        text = "\r\n".join([f"HTTP/1.1 {status}", "Connection: close", *lines])
+        await self.send(f"{text}\r\n\r\n".encode())
+
+    async def sound(self) -> None:
+        await self.head(Content_Length=len(self.body), Content_Type="audio/wav")
+        await self.send(self.body)
+
+    def reset(self) -> None:
+        self._out.transport.abort()
+
+
+async def stall(request: Request) -> None:
+    """Nothing more after so many bytes; -1: not even a status line."""
+    at = int(request.argument)
+    if at >= 0:
+        await request.head(Content_Length=len(request.body))
+        await request.send(request.body[:at])
+    await request.server.released.wait()
+
+
+async def reset(request: Request) -> None:
+    """The connection is reset after so many bytes."""
+    await request.head(Content_Length=len(request.body))
+    await request.send(request.body[: int(request.argument)])
+    request.reset()
+
+
+async def reset_once(request: Request) -> None:
+    """The same at the first request only."""
+    if request.server.requests[request.path] > 1:
+        await request.sound()
+    else:
+        await reset(request)
+
+
+async def status(request: Request) -> None:
+    """Always that status."""
+    await request.head(f"{request.argument} Fault", Content_Length=0)
+
+
+async def busy(request: Request) -> None:
+    """That status with Retry-After: 1 at the first two requests, then the track."""
+    if request.server.requests[request.path] > 2:
+        await request.sound()
+    else:
+        await request.head(f"{request.argument} Busy", Retry_After=1, Content_Length=0)
+
+
+async def no_length(request: Request) -> None:
+    """The body ends with the connection."""
+    await request.head()
+    await request.send(request.body)
+
+
+async def false_length(request: Request) -> None:
+    """Content-Length is off by so many bytes."""
+    await request.head(Content_Length=len(request.body) + int(request.argument))
+    await request.send(request.body)
+
+
+async def endless(request: Request) -> None:
+    """A body without an end, as fast as it goes."""
+    await request.head()
+    while True:
+        await request.send(bytes(65536))
+
+
+async def loop(request: Request) -> None:
+    """A redirect to itself."""
+    await request.head("302 Found", Location=request.path, Content_Length=0)
+
+
+async def inward(request: Request) -> None:
+    """A redirect to the address of a cloud's metadata service."""
+    await request.head(
+        "302 Found", Location="http://169.254.169.254/latest/meta-data/", Content_Length=0
+    )
+
+
+async def bomb(request: Request) -> None:
+    """A body that unpacks to so many MiB."""
+    body = _zeros(int(request.argument))
+    await request.head(Content_Length=len(body), Content_Encoding="gzip")
+    await request.send(body)
+
+
+async def drip(request: Request) -> None:
+    """A little now and then: never a stall, never done."""
+    await request.head(Content_Length=len(request.body))
+    for start in range(0, len(request.body), DRIP_BYTES):
+        await request.send(request.body[start : start + DRIP_BYTES])
+        await asyncio.sleep(DRIP_S)
+
+
+async def large(request: Request) -> None:
+    """Sound, and of so many seconds."""
+    request.body = track(int(request.path.rsplit("/", 1)[1].split(".")[0]), float(request.argument))
+    await request.sound()
+
+
+async def marked(request: Request) -> None:
+    """Sound, and louder than any music: see `launcher`."""
+    square = np.where(np.arange(round(DURATION_S * RATE_HZ)) // 20 % 2, 32_000, -32_000)
+    square[0] = int(request.path.rsplit("/", 1)[1].split(".")[0])  # distinct
+    request.body = wav(square.astype("<i2").tobytes())
+    await request.sound()
+
+
+FAULTS: dict[str, Answer] = {
+    answer.__name__.replace("_", "-"): answer
+    for answer in (
+        stall, reset, reset_once, status, busy, no_length, false_length, endless, loop, inward,
+        bomb, drip, large, marked,
+    )
+}  # fmt: skip
+
+
+@lru_cache
+def _zeros(mebibytes: int) -> bytes:
+    return gzip.compress(bytes(mebibytes << 20))
+
+
+class AudioServer:
+    """Listens on a free port of the loopback for as long as the context lasts.
+
+    `delay_s` holds back every answer; `requests` counts them by path; setting `released` ends what
+    stalls.
+    """
+
+    def __init__(self) -> None:
+        self.delay_s = 0.0
+        self.port = 0
+        self.requests: Counter[str] = Counter()
+        self.released = asyncio.Event()
+        self._handlers: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._server.close()
+        for handler in self._handlers:
+            handler.cancel()
+        await asyncio.gather(*self._handlers, return_exceptions=True)
+
+    def url(self, number: int, fault: str = "track", argument: object = None) -> str:
+        """The address of a track, sound or with a fault."""
+        middle = "" if argument is None else f"/{argument}"
+        return f"http://127.0.0.1:{self.port}/{fault}{middle}/{number}.wav"
+
+    async def _serve(self, reader: asyncio.StreamReader, out: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._handlers.add(task)
+        task.add_done_callback(self._handlers.discard)
+        async with _closing(out):
+            path = (await reader.readuntil(b"\r\n\r\n")).decode().split()[1]
+            self.requests[path] += 1
+            await asyncio.sleep(self.delay_s)
+            _, fault, *arguments, name = path.split("/")
+            argument = arguments[0] if arguments else ""
+            request = Request(self, path, argument, int(name.split(".")[0]), out)
+            await (request.sound() if fault == "track" else FAULTS[fault](request))
+
+
+@contextlib.asynccontextmanager
+async def _closing(out: asyncio.StreamWriter) -> AsyncIterator[None]:
+    """Close the connection at the end; a client that went away has heard enough."""
+    with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        try:
+            yield
+        finally:
+            out.close()

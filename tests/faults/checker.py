@@ -1,0 +1,258 @@
+"""What became of every event, told from the topics alone. Imports nothing of the worker's.
+
+An event that Kafka holds in the topic of new tracks must end in tags or in a dead letter. Answers
+may be there several times, and then must say the same outside of `processing`.
+"""
+
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Self
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+TOLERANCE = 1e-4
+HEADER = "timbre-"
+PER_FAILURE = ("failed-at", "attempts", "reason")
+POLL_MS = 200
+
+Place = tuple[str, int, int]
+"""Topic, partition and offset."""
+
+
+@dataclass(frozen=True, slots=True)
+class Topics:
+    """Names of a worker's topics."""
+
+    new: tuple[str, ...]
+    tags: str
+    features: str
+    dead_letter: str
+
+    def all(self) -> tuple[str, ...]:
+        return (*self.new, self.tags, self.features, self.dead_letter)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Counts of events and of what answered them.
+
+    `tags` and `dead_letters` count events answered so, `duplicates` every further answer to one,
+    `differing` events whose answers contradict each other.
+    """
+
+    events: int
+    tags: int
+    dead_letters: int
+    lost: int
+    duplicates: int
+    differing: int
+
+
+@dataclass
+class _Event:
+    place: Place
+    track_id: str | None
+
+
+@dataclass
+class Checker:
+    """Reads the topics, as often as asked, and keeps what they hold.
+
+    Parameters
+    ----------
+    connection
+        Keyword arguments by which aiokafka reaches the broker.
+    """
+
+    connection: Mapping[str, Any]
+    topics: Topics
+    events: list[_Event] = field(default_factory=list)
+    tags: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
+    features: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
+    letters: dict[Place, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
+    answered_s: list[float] = field(default_factory=list)
+    """When answers were first seen (`time.monotonic`), in order"""
+    seen_s: dict[str, float] = field(default_factory=dict)
+    """By track id, when its tags were first seen"""
+
+    async def __aenter__(self) -> Self:
+        self._consumer = AIOKafkaConsumer(
+            **self.connection,
+            group_id=None,
+            enable_auto_commit=False,
+            fetch_max_wait_ms=POLL_MS,
+            max_partition_fetch_bytes=16 * 1024 * 1024,
+        )
+        await self._consumer.start()
+        await self.follow()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._consumer.stop()
+
+    async def follow(self) -> None:
+        """Read every topic that is there, new ones from their beginning."""
+        before = {tp: await self._consumer.position(tp) for tp in self._consumer.assignment()}
+        partitions = []
+        for topic in self.topics.all():
+            await self._consumer._client.add_topic(topic)
+        await self._consumer._client.force_metadata_update()
+        for topic in self.topics.all():
+            numbers = self._consumer.partitions_for_topic(topic) or set()
+            partitions += [TopicPartition(topic, number) for number in numbers]
+        self._consumer.assign(partitions)
+        for tp in partitions:
+            self._consumer.seek(tp, before.get(tp, 0))
+
+    async def poll(self) -> None:
+        """Take in what has arrived since, waiting a moment for it."""
+        batch = await self._consumer.getmany(timeout_ms=POLL_MS)
+        now_s = time.monotonic()
+        for messages in batch.values():
+            for message in messages:
+                self._note(message, now_s)
+
+    async def read_to_end(self) -> None:
+        """Take in all there is now."""
+        partitions = list(self._consumer.assignment())
+        ends = await self._consumer.end_offsets(partitions)
+        while any([await self._consumer.position(tp) < ends[tp] for tp in partitions]):
+            await self.poll()
+
+    @property
+    def unanswered(self) -> list[Place]:
+        """Events that are in neither place yet."""
+        tagged = self._tagged()
+        return [
+            event.place
+            for event in self.events
+            if event.place not in self.letters and event.track_id not in tagged
+        ]
+
+    def verdict(self) -> Verdict:
+        """Counts over all that was read."""
+        tagged = self._tagged()
+        lettered = set(self.letters)
+        both = sum(event.place in lettered and event.track_id in tagged for event in self.events)
+        without_features = sum(event_id not in self.features for event_id in self.tags)
+        answers = [*self.tags.values(), *self.features.values(), *self.letters.values()]
+        duplicates = [*self.tags.values(), *self.letters.values()]
+        return Verdict(
+            events=len(self.events),
+            tags=len(self.tags),
+            dead_letters=len(self.letters),
+            lost=len(self.unanswered) + without_features,
+            duplicates=sum(len(group) - 1 for group in duplicates),
+            differing=both + sum(any(_differing(group)) for group in answers),
+        )
+
+    def reasons(self) -> Counter[str]:
+        """Dead letters by reason code."""
+        return Counter(group[0]["reason-code"] for group in self.letters.values())
+
+    def longest_silence_s(self, moments: list[float]) -> float:
+        """The longest time from one of the moments to the next answer."""
+        waits = [
+            min((at - moment for at in self.answered_s if at > moment), default=0.0)
+            for moment in moments
+        ]
+        return round(max(waits, default=0.0), 2)
+
+    def _tagged(self) -> set[str]:
+        return {group[0]["track_id"] for group in self.tags.values()}
+
+    def _note(self, message: Any, now_s: float) -> None:
+        place = (message.topic, message.partition, message.offset)
+        if message.topic in self.topics.new:
+            named = track_id(message.value)
+            self.events.append(_Event(place, named.decode() if named else None))
+        elif message.topic == self.topics.dead_letter:
+            letter = _letter(message)
+            origin = (
+                letter["origin-topic"],
+                int(letter["origin-partition"]),
+                int(letter["origin-offset"]),
+            )
+            self.letters[origin].append(letter)
+            self.answered_s.append(now_s)
+        else:
+            content = json.loads(message.value)
+            content.pop("processing")
+            kept = self.tags if message.topic == self.topics.tags else self.features
+            kept[content["event_id"]].append(content)
+            if kept is self.tags:
+                self.answered_s.append(now_s)
+                self.seen_s.setdefault(content["track_id"], now_s)
+
+
+def track_id(value: bytes | None) -> bytes | None:
+    """The id of the track that a plain event names; None where it can't be told."""
+    try:
+        named = json.loads(value or b"")["track_id"]
+        return named.encode() if isinstance(named, str) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _letter(message: Any) -> dict[str, Any]:
+    """A dead letter as a flat object: Timbre's headers by name, and the original."""
+    letter: dict[str, Any] = {"key": message.key, "value": message.value, "headers": []}
+    for name, value in message.headers:
+        if name.startswith(HEADER):
+            letter[name.removeprefix(HEADER)] = value.decode()
+        else:
+            letter["headers"].append((name, value))
+    return letter
+
+
+def _differing(group: list[dict[str, Any]]) -> Iterator[bool]:
+    for one, other in pairwise(group):
+        yield not same(one, other)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two answers say the same: numbers within the tolerance, tags by label."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        names = (one.keys() | other.keys()) - set(PER_FAILURE)
+        return all(
+            same_tags(one[name], other[name])
+            if name == "tags" and name in one and name in other
+            else name in one and name in other and same(one[name], other[name])
+            for name in names
+        )
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return abs(one - other) <= TOLERANCE
+    return bool(one == other)
+
+
+def same_tags(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
+    """Tags by head and label; only the last of a head may be in one list and not in the other."""
+    ours, theirs = ({(tag["head"], tag["label"]): tag for tag in tags} for tags in (one, other))
+    return all(
+        same(ours[name], theirs[name])
+        if name in ours and name in theirs
+        else _is_marginal(name, ours, theirs)
+        for name in ours.keys() | theirs.keys()
+    )
+
+
+def _is_marginal(
+    name: tuple[str, str],
+    ours: dict[tuple[str, str], dict[str, Any]],
+    theirs: dict[tuple[str, str], dict[str, Any]],
+) -> bool:
+    """Whether a tag is missing only since it stands at the limit below which tags are left out."""
+    tag = (ours.get(name) or theirs[name])["score"]
+    lowest = min(
+        entry["score"]
+        for tags in (ours, theirs)
+        for (head, _), entry in tags.items()
+        if head == name[0]
+    )
+    return bool(tag - lowest <= TOLERANCE)

@@ -1,0 +1,139 @@
+"""Workers that die, freeze, stop, join and leave; events that come again."""
+
+import asyncio
+import random
+import signal
+
+from tests.faults.scenarios import Outcome, conclude, now_s, require, scenario
+from tests.faults.stand import Stand
+
+IN_FLIGHT = 16
+
+
+@scenario
+async def kill9(stand: Stand, quick: bool) -> Outcome:
+    """Workers killed (-9) at random moments while tracks pass."""
+    kills, tracks = (2, 120) if quick else (20, 1000)
+    async with stand.lane("kill9") as lane:
+        workers = await lane.ready(2, worker__max_in_flight=IN_FLIGHT)
+        sending = asyncio.create_task(
+            lane.send(lane.tracks(range(tracks)), per_s=tracks / kills / 6)
+        )
+        moments = []
+        for number in range(kills):
+            await lane.watch(random.uniform(1, 9))
+            moments.append(now_s())
+            workers[number % 2].kill()
+            workers[number % 2] = lane.worker(worker__max_in_flight=IN_FLIGHT)
+        await sending
+        await lane.until_answered(tracks, 120)
+        outcome = await conclude(lane, moments, duplicates_at_most=2 * kills * IN_FLIGHT)
+        require(outcome.verdict.tags == tracks, f"every track is tagged: {outcome.verdict}")
+        return outcome
+
+
+@scenario
+async def redelivery(stand: Stand, quick: bool) -> Outcome:
+    """The same events again, answered from the cache, and again with the cache emptied."""
+    tracks = 20 if quick else 200
+    async with stand.lane("redelivery") as lane:
+        await lane.ready()
+        events = lane.tracks(range(tracks))
+        answers = lane.checker.tags
+        for times in (1, 2, 3):
+            if times == 3:
+                async with lane.redis() as client:
+                    await client.flushall()
+            await lane.send(events)
+            while sum(len(group) for group in answers.values()) < times * tracks:
+                await lane.checker.poll()
+            if times == 2:
+                require(
+                    all(first == second for first, second in answers.values()),
+                    "from the cache an answer is the same to the last digit",
+                )
+        return await conclude(lane, [], duplicates_at_most=2 * tracks)
+
+
+@scenario
+async def rebalance(stand: Stand, quick: bool) -> Outcome:
+    """Workers join and leave every few seconds: three workers, twelve partitions."""
+    rounds, tracks = (2, 120) if quick else (8, 800)
+    async with stand.lane("rebalance", partitions=12) as lane:
+        await lane.ready(2)
+        sending = asyncio.create_task(
+            lane.send(lane.tracks(range(tracks)), per_s=tracks / rounds / 8)
+        )
+        moments = []
+        for number in range(rounds):
+            third = await lane.worker().ready()
+            await lane.watch(random.uniform(1, 4))
+            moments.append(now_s())
+            if number % 2:
+                third.kill()
+            else:
+                require(await third.stop() == 0, "a worker that leaves exits with 0")
+            await lane.watch(random.uniform(0, 2))
+        await sending
+        await lane.until_answered(tracks, 90)
+        return await conclude(lane, moments, duplicates_at_most=6 * rounds * IN_FLIGHT)
+
+
+@scenario
+async def freeze(stand: Stand, quick: bool) -> Outcome:
+    """A worker frozen (SIGSTOP) past its session timeout and woken."""
+    freezes, tracks = (1, 100) if quick else (4, 400)
+    async with stand.lane("freeze") as lane:
+        workers = await lane.ready(2)
+        sending = asyncio.create_task(
+            lane.send(lane.tracks(range(tracks)), per_s=tracks / freezes / 14)
+        )
+        moments = []
+        for number in range(freezes):
+            await lane.watch(2)
+            frozen = workers[number % 2]
+            frozen.signal(signal.SIGSTOP)
+            await lane.watch(10)
+            moments.append(now_s())
+            frozen.signal(signal.SIGCONT)
+            await lane.watch(2)
+        await sending
+        await lane.until_answered(tracks, 90)
+        return await conclude(lane, moments, duplicates_at_most=2 * freezes * 2 * IN_FLIGHT)
+
+
+@scenario
+async def sigterm(stand: Stand, quick: bool) -> Outcome:
+    """SIGTERM under load: what is in flight finishes, one that hangs is given back, exit 0."""
+    stops, tracks = (1, 100) if quick else (4, 400)
+    async with stand.lane("sigterm") as lane:
+        await lane.send(lane.tracks(range(tracks)))
+        moments = []
+        for number in range(stops):
+            (worker,) = await lane.ready()
+            seen = len(lane.checker.answered_s)
+            while len(lane.checker.answered_s) < seen + 10:
+                await lane.checker.poll()
+            asked_s = now_s()
+            require(await worker.stop() == 0, "SIGTERM ends with 0")
+            moments.append(now_s())
+            require(moments[-1] - asked_s < 15, "SIGTERM ends inside the deadline")
+            await lane.checker.read_to_end()
+            answered = len(lane.checker.events) - len(lane.checker.unanswered)
+            require(answered < tracks or bool(number), "the stop comes under load")
+            committed = await lane.committed()
+            require(
+                committed == answered,
+                f"all that is finished is committed: {committed} of {answered}",
+            )
+        await lane.send([lane.event(stand.audio.url(0, "stall", 1000), track_id="stalled")])
+        worker = lane.worker(
+            fetch__stall_timeout_s=60, fetch__timeout_s=60, worker__stop_deadline_s=6
+        )
+        await lane.until_answered(tracks + 1, 60, unanswered=1)
+        asked_s = now_s()
+        require(await worker.stop() == 0, "SIGTERM ends with 0, though a track hangs")
+        require(now_s() - asked_s < 8, "a track that hangs does not hold up the end")
+        await lane.ready()
+        await lane.until_answered(tracks + 1, 60)
+        return await conclude(lane, moments, duplicates_at_most=tracks // lane.partitions)

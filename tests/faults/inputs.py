@@ -1,0 +1,1 @@
+"""What outsiders send: faults of HTTP, and events that are none."""

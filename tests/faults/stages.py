@@ -1,0 +1,278 @@
+"""One track that hangs or fails in each stage, a disk that is full, a bundle that is damaged.
+
+A track hangs while its neighbours finish; the worker is killed, and the track delivered again to a
+worker with short deadlines, where it hangs again: it meets its own deadline and leaves its
+partition.
+"""
+
+import asyncio
+import random
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from tests.faults.scenarios import Outcome, conclude, now_s, require, scenario
+from tests.faults.stand import ROOT, Lane, Stand, Worker, until
+
+PATIENT: dict[str, Any] = {
+    "fetch__stall_timeout_s": 60,
+    "fetch__timeout_s": 60,
+    "decode__timeout_s": 60,
+    "batch__timeout_s": 60,
+    "redis__timeout_s": 60,
+    "worker__track_deadline_s": 60,
+}
+SHORT: dict[str, Any] = {
+    "fetch__attempts": 1,
+    "decode__timeout_s": 2,
+    "batch__timeout_s": 2,
+    "redis__timeout_s": 0.5,
+}
+
+
+async def _killed_and_left(
+    lane: Lane,
+    hung: list[bytes],
+    *,
+    tracks: int,
+    waiting: int,
+    launcher: str | None = None,
+    prepare: Callable[[Worker], Awaitable[None]] | None = None,
+    processes: int = 1,
+) -> float:
+    """Up to the second worker's start; when the first was killed."""
+    options: dict[str, Any] = {"launcher": launcher, "decode__processes": processes}
+    (patient,) = await lane.ready(**options, **PATIENT)
+    if prepare is not None:
+        await prepare(patient)
+    await lane.send([*hung, *lane.tracks(range(tracks))])
+    events = tracks + len(hung)
+    await lane.until_answered(events, 60, unanswered=waiting)
+    await lane.watch(1)
+    require(len(lane.checker.unanswered) == waiting, "what hangs has no answer")
+    require(await lane.committed() < events, "what hangs is not acknowledged")
+    patient.kill()
+    killed_s = now_s()
+    (short,) = await lane.ready(**options, **SHORT)
+    if prepare is not None:
+        await prepare(short)
+    return killed_s
+
+
+async def _moved_on(lane: Lane, events: int) -> None:
+    """Every event has its answer and all offsets are committed."""
+    await lane.until_answered(events, 60)
+    end_s = now_s() + 10
+    while (committed := await lane.committed()) < events and now_s() < end_s:
+        await lane.watch(0.5)
+    require(committed == events, f"the partition moves on: {committed} of {events} committed")
+
+
+@scenario
+async def hang_fetch(stand: Stand, quick: bool) -> Outcome:
+    """A server that stalls, kill -9, then the fetch's own deadline."""
+    tracks = 30 if quick else 200
+    async with stand.lane("hang-fetch", partitions=2) as lane:
+        hung = [lane.event(stand.audio.url(0, "stall", 1000), track_id="stalled")]
+        at_s = await _killed_and_left(lane, hung, tracks=tracks, waiting=1)
+        await _moved_on(lane, tracks + 1)
+        require(lane.checker.reasons() == {"fetch_timeout": 1}, str(lane.checker.reasons()))
+        return await conclude(lane, [at_s], duplicates_at_most=tracks)
+
+
+@scenario
+async def hang_decode(stand: Stand, quick: bool) -> Outcome:
+    """A decoder that is frozen, kill -9, then the decoder's own deadline."""
+    tracks = 30 if quick else 200
+    async with stand.lane("hang-decode", partitions=2) as lane:
+
+        async def freeze_one(worker: Worker) -> None:
+            await until(lambda: len(worker.decoders()) == 2, "two decoders", 30)
+            await asyncio.sleep(1)
+            worker.decoders()[0].suspend()
+
+        at_s = await _killed_and_left(
+            lane, [], tracks=tracks, waiting=1, prepare=freeze_one, processes=2
+        )
+        await lane.until_answered(tracks, 60)
+        await lane.send(lane.tracks(range(tracks, tracks + 10)))
+        await _moved_on(lane, tracks + 10)
+        require(lane.checker.reasons() == {"decode_timeout": 1}, str(lane.checker.reasons()))
+        return await conclude(lane, [at_s], duplicates_at_most=tracks)
+
+
+@scenario
+async def hang_device(stand: Stand, quick: bool) -> Outcome:
+    """A device that hangs on one track, kill -9, then the batch's own deadline."""
+    tracks = 30 if quick else 200
+    async with stand.lane("hang-device", partitions=2) as lane:
+        marked = lane.event(stand.audio.url(0, "marked"), track_id="marked")
+        (patient,) = await lane.ready(launcher="hang", **PATIENT)
+        half = tracks // 2
+        await lane.send(lane.tracks(range(half)))
+        await lane.until_answered(half, 60)
+        await lane.send([marked, *lane.tracks(range(half, tracks))])
+        await lane.watch(5)
+        require("track-marked" not in lane.checker.seen_s, "the marked track hangs")
+        patient.kill()
+        at_s = now_s()
+        await lane.ready(launcher="hang", **SHORT)
+        await _moved_on(lane, tracks + 1)
+        require(
+            lane.checker.reasons() == {"device_hung": 1},
+            f"only the track that hangs the device is given up: {lane.checker.reasons()}",
+        )
+        return await conclude(lane, [at_s], duplicates_at_most=tracks)
+
+
+@scenario
+async def hang_redis(stand: Stand, quick: bool) -> Outcome:
+    """A Redis that is frozen, kill -9, then Redis's own deadline: tags flow without it."""
+    tracks = 30 if quick else 200
+    async with stand.lane("hang-redis", partitions=2) as lane:
+        stand.redis.pause()
+        at_s = await _killed_and_left(lane, [], tracks=tracks, waiting=tracks)
+        await _moved_on(lane, tracks)
+        stand.redis.resume()
+        await lane.until_stored(tracks, 30)
+        return await conclude(lane, [at_s], duplicates_at_most=tracks)
+
+
+@scenario
+async def hang_produce(stand: Stand, quick: bool) -> Outcome:
+    """A dead letter that Kafka does not take, kill -9, and again until it does."""
+    tracks = 30 if quick else 200
+    async with stand.lane("hang-produce", partitions=2, missing=("dead-letter",)) as lane:
+        hung = [lane.event(stand.audio.url(0, "status", 404), track_id="absent")]
+        await _killed_and_left(lane, hung, tracks=tracks, waiting=1)
+        more = lane.tracks(range(tracks, tracks + 10))
+        await lane.send(more)
+        await lane.until_answered(tracks + 11, 60, unanswered=1)
+        await lane.make_topics()
+        at_s = now_s()
+        await _moved_on(lane, tracks + 11)
+        require(lane.checker.reasons() == {"audio_not_found": 1}, str(lane.checker.reasons()))
+        return await conclude(lane, [at_s], duplicates_at_most=tracks)
+
+
+@scenario
+async def device_failing(stand: Stand, quick: bool) -> Outcome:
+    """Batches that fail on the device: the others of the batch are tagged."""
+    tracks = 40 if quick else 200
+    async with stand.lane("device-failing") as lane:
+        await lane.ready(launcher="fail")
+        events = lane.tracks(range(tracks))
+        marked = [lane.event(stand.audio.url(n, "marked")) for n in range(tracks // 10)]
+        await lane.send(random.sample(events + marked, tracks + len(marked)))
+        await lane.until_answered(tracks + len(marked), 60)
+        require(
+            lane.checker.reasons() == {"inference_failed": len(marked)},
+            f"only tracks on which the network fails are given up: {lane.checker.reasons()}",
+        )
+        return await conclude(lane, [])
+
+
+@scenario
+async def device_hanging_once(stand: Stand, quick: bool) -> Outcome:
+    """A batch that hangs once on the device: all its tracks are tagged at the second attempt."""
+    tracks = 30 if quick else 100
+    async with stand.lane("device-hanging-once") as lane:
+        await lane.ready(launcher="hang-once", **SHORT)
+        marked = lane.event(stand.audio.url(0, "marked"))
+        await lane.send([marked, *lane.tracks(range(tracks))])
+        await lane.until_answered(tracks + 1, 60)
+        require(not lane.checker.letters, f"no track is given up: {lane.checker.reasons()}")
+        return await conclude(lane, [])
+
+
+@scenario
+async def decoder_killed(stand: Stand, quick: bool) -> Outcome:
+    """Decoder processes killed (-9) at random moments."""
+    kills, tracks = (5, 100) if quick else (20, 400)
+    async with stand.lane("decoder-killed") as lane:
+        (worker,) = await lane.ready(decode__processes=2)
+        sending = asyncio.create_task(
+            lane.send(lane.tracks(range(tracks)), per_s=tracks / kills * 2)
+        )
+        moments = []
+        for _ in range(kills):
+            await lane.watch(random.uniform(0.2, 0.8))
+            await until(lambda: bool(worker.decoders()), "a decoder", 10)
+            moments.append(now_s())
+            random.choice(worker.decoders()).kill()
+        await sending
+        await lane.until_answered(tracks, 60)
+        require(worker.running, "the worker lives on")
+        require(not lane.checker.letters, f"no track is given up: {lane.checker.reasons()}")
+        return await conclude(lane, moments)
+
+
+@scenario
+async def disk_full(stand: Stand, quick: bool) -> Outcome:
+    """No room left on the disk of the spool for a while."""
+    full_s, tracks = (2, 60) if quick else (10, 300)
+    async with stand.lane("disk-full") as lane:
+        (worker,) = await lane.ready(wrapper=small_disk(lane.spool))
+        disk = Path(f"/proc/{worker.process.pid}/root{lane.spool}")
+        await lane.send(lane.tracks(range(tracks)))
+        await lane.watch(1)
+        ballast = disk / "ballast"
+        ballast.write_bytes(bytes(shutil.disk_usage(disk).free))
+        await lane.watch(full_s)
+        ballast.unlink()
+        moment_s = now_s()
+        await lane.until_answered(tracks, 90)
+        require(set(lane.checker.reasons()) <= {"spool_full"}, str(lane.checker.reasons()))
+        require(worker.running, "the worker lives on")
+        require(await worker.metric("timbre_retries_total", code="spool_full") > 0, "it was full")
+        return await conclude(lane, [moment_s])
+
+
+@scenario
+async def spool_small(stand: Stand, quick: bool) -> Outcome:
+    """A spool with room for three tracks, and sixteen in flight."""
+    tracks = 60 if quick else 300
+    async with stand.lane("spool-small") as lane:
+        await lane.ready(fetch__spool_max_bytes=300_000)
+        await lane.send(lane.tracks(range(tracks)))
+        await lane.until_answered(tracks, 90)
+        require(not lane.checker.letters, f"no track is given up: {lane.checker.reasons()}")
+        return await conclude(lane, [])
+
+
+@scenario
+async def corrupt_bundle(stand: Stand, quick: bool) -> Outcome:
+    """A damaged model bundle at start: a sentence, a status, and nothing taken."""
+    async with stand.lane("corrupt-bundle") as lane:
+        bundle = lane.folder / "bundle"
+        shutil.copytree(ROOT / "model" / "bundles" / "default", bundle)
+        weights = bundle / "model.safetensors"
+        damaged = bytearray(weights.read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        weights.write_bytes(damaged)
+        await lane.send(lane.tracks(range(5)))
+        worker = lane.worker(worker__bundle=bundle)
+        await until(lambda: not worker.running, "the worker's exit", 60)
+        require(worker.process.returncode == 1, f"exit status {worker.process.returncode}")
+        said = worker.text()
+        require("Traceback" not in said and str(bundle) in said, f"a sentence, not:\n{said}")
+        moment_s = now_s()
+        await lane.ready()
+        await lane.until_answered(5, 60)
+        return await conclude(lane, [moment_s])
+
+
+def small_disk(folder: Path, mebibytes: int = 4) -> list[str]:
+    """A command before another, which then has a small disk of its own at `folder`."""
+    mount = f'mkdir -p "{folder}" && mount -t tmpfs -o size={mebibytes}m none "{folder}"'
+    return [
+        "unshare",
+        "--user",
+        "--map-root-user",
+        "--mount",
+        "sh",
+        "-c",
+        f'{mount} && exec "$@"',
+        "sh",
+    ]
