@@ -211,7 +211,7 @@ async def scraped(worker: tuple[str, Path], prometheus: str, kafka_of_worker: Ka
                     )
                 sent += len(batch)
                 async with asyncio.timeout(WORK_TIMEOUT_S):
-                    while await value(prometheus, FINISHED) < sent:  # noqa: ASYNC110
+                    while await value(prometheus, FINISHED) < sent:
                         await asyncio.sleep(SCRAPE_S / 2)
     await asyncio.sleep(2 * SCRAPE_S)
     return prometheus
