@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from model.bundle import Bundle
@@ -19,6 +20,7 @@ MANY_CORES = 64
 UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 SERVICES = services()
 FILES = (BASE, *OVERRIDES)
+DOCS = (ROOT / "docs/deploy.md").read_text()
 
 
 def seconds(text: str) -> float:
@@ -129,6 +131,27 @@ def test_a_secret_is_named_as_the_settings_read_it(
     password = load().redis.password
     assert password is not None
     assert password.get_secret_value() == "open sesame"
+
+
+def test_the_override_that_the_docs_show_reaches_a_kafka_with_a_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (shown,) = re.findall(r"```yaml\n(.*?)```", DOCS, re.S)
+    override = yaml.safe_load(shown)
+    for name, value in override["services"]["worker"]["environment"].items():
+        monkeypatch.setenv(name, value)
+    for name in override["secrets"]:
+        (tmp_path / name).write_text("open sesame\n")
+    monkeypatch.setenv("TIMBRE_SECRETS_DIR", str(tmp_path))
+    kafka = load().kafka
+    assert kafka.security_protocol == "SASL_SSL"
+    assert kafka.sasl_password is not None
+    assert kafka.sasl_password.get_secret_value() == "open sesame"
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_the_docs_name_every_image(name: str) -> None:
+    assert f"`{SERVICES[name]['image']}`" in DOCS
 
 
 def test_the_worker_may_take_its_time_to_stop(worker_settings: Settings) -> None:
