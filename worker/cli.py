@@ -1,5 +1,6 @@
 """The command `timbre`. Thin and quick to load: a command's own module is imported when it runs."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,6 +31,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 
 def main() -> None:
     """The entry point: an error that Timbre knows is a sentence on standard error."""
+    # What a client library would complain of comes as an error; only `worker` keeps a log.
+    logging.getLogger("aiokafka").addHandler(logging.NullHandler())
     try:
         app()
     except TimbreError as error:

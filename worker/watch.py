@@ -5,7 +5,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Self
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import KafkaError
 from aiokafka.structs import ConsumerRecord
 from pydantic import ValidationError
@@ -32,12 +32,14 @@ class Watch:
         self, settings: KafkaSettings, *, from_beginning: bool = False, failures: bool = False
     ) -> None:
         self._settings = settings
-        self._from_beginning = from_beginning
         self._topics = [settings.topic_tags]
         if failures:
             self._topics.append(settings.topic_dead_letter)
         self._consumer = AIOKafkaConsumer(
-            **kafka.client_options(settings), group_id=None, enable_auto_commit=False
+            *self._topics,
+            **kafka.client_options(settings),
+            group_id=None,
+            auto_offset_reset="earliest" if from_beginning else "latest",
         )
 
     async def __aenter__(self) -> Self:
@@ -50,15 +52,11 @@ class Watch:
         """
         try:
             await self._consumer.start()
-            partitions = [tp for topic in self._topics for tp in await self._partitions(topic)]
-            self._consumer.assign(partitions)
-            offsets = (
-                await self._consumer.beginning_offsets(partitions)
-                if self._from_beginning
-                else await self._consumer.end_offsets(partitions)
-            )
-            for partition, offset in offsets.items():
-                self._consumer.seek(partition, offset)
+            for topic in self._topics:
+                await self._wait_for(topic)
+            # Asking for a position settles it: what is published from here on is seen.
+            for partition in self._consumer.assignment():
+                await self._consumer.position(partition)
         except BaseException as error:
             await self._consumer.stop()
             if isinstance(error, KafkaError):
@@ -91,11 +89,11 @@ class Watch:
             )  # fmt: skip
             return None
 
-    async def _partitions(self, topic: str) -> list[TopicPartition]:
+    async def _wait_for(self, topic: str) -> None:
+        """Until the partitions of a topic, which may just have been made, are assigned."""
         for _ in range(METADATA_ATTEMPTS):
-            if topic in await self._consumer.topics():
-                numbers = self._consumer.partitions_for_topic(topic) or set()
-                return [TopicPartition(topic, number) for number in sorted(numbers)]
+            if any(partition.topic == topic for partition in self._consumer.assignment()):
+                return
             await asyncio.sleep(METADATA_PAUSE_S)
         raise ServicesUnavailable(
             f"Kafka at {self._settings.bootstrap_servers} has no topic {topic}; make it, or name "
