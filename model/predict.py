@@ -134,7 +134,7 @@ def _audio_windows(bundle: Bundle) -> Reader:
 
         def batches(cut_windows: NDArray[np.float32]) -> Iterator[Tensor]:
             for first in range(0, len(cut_windows), BATCH):
-                batch = np.ascontiguousarray(cut_windows[first : first + BATCH])
+                batch = np.array(cut_windows[first : first + BATCH])  # the cutter reuses its memory
                 silent.append(is_silent(batch, cut.silence_dbfs))
                 yield torch.from_numpy(batch)
 

@@ -1,0 +1,80 @@
+"""`timbre model` over files, start to end: compare, explore, train, evaluate, info."""
+
+import csv
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from model.cli import app
+from tests import collections_of_music as music
+from worker.errors import DatasetInvalid
+
+
+def timbre_model(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def test_compare_lays_approaches_side_by_side_from_audio(tmp_path: Path) -> None:
+    table = tmp_path / "features.parquet"
+    root = music.gtzan(tmp_path / "music")
+    timbre_model("compare", "-d", root, "-o", tmp_path / "out", "--features", table, "--quick")
+    rows = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert len(rows) == 16
+    assert {row["items"] for row in rows} == {"clips", "segments"}
+    assert all(0 <= row[key] <= 1 for row in rows for key in ("apart", "mixed", "track"))
+    best = {row["approach"]: row["track"] for row in rows}
+    assert best["features over 3 s, logistic regression"] == 1.0
+    assert 'src="compare.png"' in (tmp_path / "out" / "index.html").read_text()
+    features = pd.read_parquet(table)
+    assert {"mfcc_00_mean", "chroma_11_std", "centroid_mean", "rolloff_mean"} <= set(features)
+    assert {"zero_crossings_mean", "tempo", "name", "label"} <= set(features)
+    assert features["segment"].max() == 1
+
+
+def test_compare_takes_archives_as_far_as_log_mels_go(tmp_path: Path) -> None:
+    archive, table = music.archive(tmp_path / "a.npz", clips=24), tmp_path / "features.csv"
+    timbre_model("compare", "-d", archive, "-o", tmp_path / "out", "--features", table, "--quick")
+    with table.open(newline="") as file:
+        columns = next(csv.reader(file))
+    assert "mfcc_19_std" in columns
+    assert "chroma_00_mean" not in columns
+
+
+def test_explore_draws_audio_and_archives(tmp_path: Path) -> None:
+    timbre_model("explore", "-d", music.folders(tmp_path / "own"), "-o", tmp_path / "audio")
+    drawn = {file.stem for file in (tmp_path / "audio").glob("*.png")}
+    assert drawn == {"balance", "durations", "waveforms", "spectrograms", "tsne_mel", "tsne_mfcc"}
+    archive = music.archive(tmp_path / "a.npz")
+    timbre_model("explore", "-d", archive, "-o", tmp_path / "archive", "--quick")
+    assert not (tmp_path / "archive" / "waveforms.png").exists()
+    assert "GTZAN" in (tmp_path / "archive" / "index.html").read_text()
+
+
+def test_train_evaluate_and_info_by_command(tmp_path: Path) -> None:
+    archive, recipe = music.archive(tmp_path / "a.npz"), tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"batch": 8, "network": {"channels": [8, 16], "member_dim": 16}}))
+    bundle = tmp_path / "own"
+    timbre_model("train", "-d", archive, "-o", bundle, "--recipe", recipe, "--passes", 4)
+    report = json.loads(
+        timbre_model("evaluate", bundle, "-d", archive, "--split", "valid", "--json")
+    )
+    assert report["tracks"] == 4
+    assert report["track"]["mean"]["accuracy"] >= 0
+    told = timbre_model("evaluate", bundle, "-d", archive, "-o", tmp_path / "out")
+    assert "majority" in told
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["tracks"] == 12
+    info = json.loads(timbre_model("info", bundle, "--json"))
+    assert info["training"]["recipe"]["passes"] == 4
+
+
+def test_the_default_bundle_hears_audio_and_says_that_it_takes_no_such_log_mels(
+    tmp_path: Path, shared_data: Path
+) -> None:
+    with pytest.raises(DatasetInvalid, match="front end"):
+        timbre_model("evaluate", "-d", shared_data / "gtzan" / "logmel30s.npz")

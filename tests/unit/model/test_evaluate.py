@@ -1,0 +1,172 @@
+"""Evaluation: figures by hand, every vote paired, archives and audio, single and multi-label."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.bundle import Bundle
+from model.datasets import load
+from model.evaluate import _coverage, _interval, _paired, _resamples, draw, evaluate
+from model.heads import Head
+from model.logmel_cnn import LogMelCnnConfig, build_logmel_cnn
+from model.measure import Voted, nll, window_accuracy
+from tests import collections_of_music as music
+from worker.errors import DatasetInvalid
+
+HEAD = Head(name="genre", kind="single", labels=music.GENRES, categories=("genre", "genre"))
+
+
+def bundle(folder: Path, *heads: Head) -> Bundle:
+    """An untrained bundle over the archive's front end."""
+    torch.manual_seed(0)
+    config = LogMelCnnConfig(channels=(8, 16), member_dim=16, stem_stride=(4, 4))
+    raw = config.model_dump(mode="json")
+    return Bundle(
+        name="untrained",
+        heads=heads,
+        sample_rate_hz=22_050,
+        window_s=3.0,
+        embedding_dim=16,
+        uncertain_threshold=0.5,
+        kind="logmel_cnn",
+        config=raw,
+        network=build_logmel_cnn(raw, heads),
+    ).save(folder, card="# untrained\n")
+
+
+def test_report_has_every_figure(tmp_path: Path) -> None:
+    dataset = load(music.archive(tmp_path / "a.npz", split="test"))
+    report = evaluate(bundle(tmp_path / "b", HEAD), dataset).report
+    report = json.loads(json.dumps(report))
+    assert report["tracks"] == 12
+    assert report["window"]["count"] == 36
+    for method in ("mean", "majority", "weighted"):
+        figures = report["track"][method]
+        low, high = figures["interval"]
+        assert 0 <= low <= figures["accuracy"] <= high <= 1
+        assert figures["nll"] > 0
+    assert len(report["paired"]) == 3
+    assert np.sum(report["confusion"]) == 12
+    assert set(report["f1"]) == set(music.GENRES)
+    assert 0 <= report["ece"] <= 1
+    assert report["coverage"]["curve"][-1] == {
+        "coverage": 1.0,
+        "accuracy": report["track"]["mean"]["accuracy"],
+    }
+    assert 0 <= report["neighbours"]["same_label"] <= 1
+
+
+def test_split_is_optional_and_an_unknown_one_is_refused(tmp_path: Path) -> None:
+    model = bundle(tmp_path / "b", HEAD)
+    dataset = load(music.archive(tmp_path / "a.npz"))
+    assert evaluate(model, dataset).report["tracks"] == 12
+    assert evaluate(model, dataset, "valid").report["tracks"] == 4
+    with pytest.raises(DatasetInvalid, match="train, valid"):
+        evaluate(model, dataset, "test")
+    bare = load(music.archive(tmp_path / "bare.npz", optional=False))
+    assert evaluate(model, bare).report["tracks"] == 12
+
+
+def test_one_seed_gives_one_report(tmp_path: Path) -> None:
+    model = bundle(tmp_path / "b", HEAD)
+    dataset = load(music.archive(tmp_path / "a.npz"))
+    assert evaluate(model, dataset).report == evaluate(model, dataset).report
+
+
+def test_audio_goes_the_workers_way_and_what_fails_is_named(tmp_path: Path) -> None:
+    root = music.folders(tmp_path / "own", 2)
+    (root / "blues" / "broken.mp3").write_bytes(b"\0" * 500)
+    silence = np.zeros((22_050 * 4, 2), np.float32)
+    from tests.audio import encode
+
+    encode(root / "blues" / "silent.wav", silence, 22_050, muxer="wav", codec="pcm_s16le")
+    evaluation = evaluate(bundle(tmp_path / "b", HEAD), load(root))
+    assert evaluation.report["tracks"] == 4
+    assert evaluation.report["window"]["count"] == 8  # 6.5 s: two windows, a tail too short
+    assert set(evaluation.report["skipped"]) == {"blues/broken.mp3", "blues/silent.wav"}
+
+
+def test_pictures_and_page_are_drawn(tmp_path: Path) -> None:
+    dataset = load(music.archive(tmp_path / "a.npz"))
+    page = draw(evaluate(bundle(tmp_path / "b", HEAD), dataset), tmp_path / "out")
+    told = page.read_text()
+    for name in ("confusion", "reliability", "coverage", "embeddings", "taggram"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 2_000
+        assert f'src="{name}.png"' in told
+
+
+def test_multi_label_has_areas_under_curves(tmp_path: Path) -> None:
+    dataset = load(music.manifest(tmp_path, several=True))
+    head = Head(name="tags", kind="multi", labels=dataset.labels, categories=("genre",) * 3)
+    evaluation = evaluate(bundle(tmp_path / "b", head), dataset)
+    report = json.loads(json.dumps(evaluation.report))
+    assert set(report["roc_auc"]["labels"]) == {"blues", "loud", "metal"}
+    assert 0 <= report["pr_auc"]["macro"] <= 1
+    assert "confusion" not in report
+    draw(evaluation, tmp_path / "out")
+
+
+def test_labels_that_no_head_knows_are_refused(tmp_path: Path) -> None:
+    other = HEAD.model_copy(update={"labels": ("blues", "polka")})
+    dataset = load(music.archive(tmp_path / "a.npz"))
+    with pytest.raises(DatasetInvalid, match="metal"):
+        evaluate(bundle(tmp_path / "b", other), dataset)
+
+
+def test_log_mels_of_another_front_end_are_refused(tmp_path: Path) -> None:
+    dataset = load(music.archive(tmp_path / "a.npz"))
+    assert dataset.logmels is not None
+    other = dataclasses.replace(dataset, logmels=dataclasses.replace(dataset.logmels, hop=512))
+    with pytest.raises(DatasetInvalid, match="front end"):
+        evaluate(bundle(tmp_path / "b", HEAD), other)
+
+
+def test_window_accuracy_and_likelihood_by_hand() -> None:
+    tracks = [np.array([[0.9, 0.1], [0.4, 0.6]]), np.array([[0.2, 0.8]])]
+    targets = np.array([[1.0, 0.0], [0.0, 1.0]])
+    assert window_accuracy(tracks, targets) == pytest.approx(2 / 3)
+    voted = Voted.of(tracks, HEAD, "mean")
+    np.testing.assert_allclose(voted.scores, [[0.65, 0.35], [0.2, 0.8]])
+    assert voted.hits(targets).tolist() == [True, True]
+    assert nll(voted.scores, targets, "single") == pytest.approx(-np.log([0.65, 0.8]).mean())
+    both = nll(np.array([[0.5, 0.5]]), np.array([[1.0, 0.0]]), "multi")
+    assert both == pytest.approx(np.log(2))
+
+
+def test_windows_that_do_not_vote_change_nothing() -> None:
+    windows = np.array([[0.9, 0.1], [0.0, 1.0]])
+    voted = Voted.of([windows], HEAD, "mean", [np.array([True, False])])
+    np.testing.assert_allclose(voted.scores, [[0.9, 0.1]])
+
+
+def test_paired_votes_count_who_alone_is_right() -> None:
+    first, second = np.array([1.0, 1, 1, 0]), np.array([1.0, 0, 0, 1])
+    pair = _paired("mean", "majority", first, second, _resamples(np.arange(4), 0))
+    assert (pair["only_first_right"], pair["only_second_right"]) == (2, 1)
+    assert pair["difference"] == 0.25
+    assert pair["p"] == 1.0
+
+
+def test_excerpts_of_one_recording_are_resampled_together() -> None:
+    values = np.tile([0.0, 1.0], 50)
+    apart = _interval(values, _resamples(np.arange(100), 0))
+    together = _interval(values, _resamples(np.repeat(np.arange(2), 50), 0))
+    assert apart[1] - apart[0] < 0.25
+    halves = _interval(np.repeat([0.0, 1.0], 50), _resamples(np.repeat(np.arange(2), 50), 0))
+    assert together == pytest.approx([0.5, 0.5])
+    assert halves == pytest.approx([0.0, 1.0])
+
+
+def test_coverage_keeps_the_most_confident() -> None:
+    confidence = np.array([0.9, 0.8, 0.6, 0.3])
+    right = np.array([1.0, 1.0, 0.0, 0.0])
+    found = _coverage(confidence, right, 0.5)
+    assert found["certain"] == 0.75
+    assert found["accuracy_of_certain"] == pytest.approx(2 / 3)
+    by_share = {point["coverage"]: point["accuracy"] for point in found["curve"]}
+    assert by_share[0.5] == 1.0
+    assert by_share[1.0] == 0.5

@@ -1,0 +1,205 @@
+"""Training: one seed one result, resuming, fine-tuning, both kinds of task, honest refusals."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.bundle import Bundle
+from model.datasets import load
+from model.datasets.dataset import Dataset
+from model.logmel_cnn import LogMelCnnConfig, build_logmel_cnn
+from model.network import Tagger
+from model.train import FINE_TUNING, Progress, Recipe, load_recipe, train
+from tests import collections_of_music as music
+from worker.errors import CheckpointInvalid, DatasetInvalid, SettingsInvalid
+
+SMALL = Recipe(
+    passes=60,
+    batch=8,
+    learning_rate=5e-3,
+    average=0.9,
+    network=LogMelCnnConfig(
+        channels=(8, 16), members=2, member_dim=16, stem_stride=(4, 4), balance=0.0
+    ),
+)
+BRIEF = SMALL.model_copy(update={"passes": 2})
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return load(music.archive(tmp_path_factory.mktemp("archive") / "logmels.npz"))
+
+
+def weights(bundle: Bundle) -> dict[str, torch.Tensor]:
+    return bundle.network.state_dict()
+
+
+def test_a_bundle_learns_loads_and_tells_what_it_is(dataset: Dataset, tmp_path: Path) -> None:
+    said: list[str] = []
+    bundle = train(dataset, tmp_path / "b", recipe=SMALL, progress=Progress(say=said.append))
+    loaded = Bundle.load(tmp_path / "b")
+    assert loaded.version == bundle.version
+    assert loaded.heads[0].labels == music.GENRES
+    assert loaded.heads[0].calibration.temperature.keys() == {"mean", "majority", "weighted"}
+    assert loaded.training["songs"] == 12
+    assert loaded.training["fit"] == "all"
+    assert loaded.figures["track_accuracy"]["mean"] == 1.0
+    assert 0 < loaded.uncertain_threshold < 1
+    assert any(line.startswith("rehearsal") and "valid" in line for line in said)
+    assert any(line.startswith("final") for line in said)
+    assert dataset.licence in (tmp_path / "b" / "README.md").read_text()
+    assert not (tmp_path / "b.work" / "checkpoint.pt").exists()
+
+
+def test_the_bundle_takes_audio(dataset: Dataset, tmp_path: Path) -> None:
+    bundle = train(dataset, tmp_path / "b", recipe=BRIEF)
+    output = bundle.network(torch.zeros(3, bundle.window_samples).uniform_(-0.1, 0.1))
+    assert output.probabilities["genre"].shape == (3, 2)
+    assert output.embedding.shape == (3, bundle.embedding_dim)
+    torch.testing.assert_close(output.probabilities["genre"].sum(1), torch.ones(3))
+
+
+def test_one_seed_gives_one_result(dataset: Dataset, tmp_path: Path) -> None:
+    versions = [
+        train(dataset, tmp_path / str(n), recipe=BRIEF, seed=seed, fit="train")
+        for n, seed in enumerate((1, 1, 2))
+    ]
+    first, again, other = (weights(bundle)["heads.genre.weight"] for bundle in versions)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+class Interrupted(Exception):
+    """What a test ends a run with."""
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    recipe = SMALL.model_copy(update={"passes": 6})
+    whole = train(dataset, tmp_path / "whole", recipe=recipe)
+
+    def stop(part: str, done: int, _total: int, _loss: float) -> None:
+        if part == "final" and done == 5:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(dataset, tmp_path / "cut", recipe=recipe, progress=Progress(step=stop))
+    steps: list[tuple[str, int]] = []
+    resumed = train(
+        dataset,
+        tmp_path / "cut",
+        recipe=recipe,
+        resume=True,
+        progress=Progress(step=lambda part, done, *_: steps.append((part, done))),
+    )
+    assert steps[0] == ("final", 5)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(resumed)[name]), name
+
+
+def test_resuming_needs_the_checkpoint_of_the_same_run(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointInvalid, match="resume"):
+        train(dataset, tmp_path / "b", recipe=SMALL, resume=True)
+
+    def stop(*_: object) -> None:
+        raise Interrupted
+
+    (tmp_path / "b.work").mkdir()
+    (tmp_path / "b.work" / "checkpoint.pt").write_bytes(b"damaged")
+    with pytest.raises(CheckpointInvalid, match="damaged"):
+        train(dataset, tmp_path / "b", recipe=SMALL, resume=True)
+    torch.save({"run": "another", "parts": {}}, tmp_path / "b.work" / "checkpoint.pt")
+    with pytest.raises(CheckpointInvalid, match="another data set, recipe or seed"):
+        train(dataset, tmp_path / "b", recipe=SMALL, resume=True)
+
+
+def test_fine_tuning_starts_at_the_bundle_with_a_new_head(dataset: Dataset, tmp_path: Path) -> None:
+    start = train(dataset, tmp_path / "start", recipe=BRIEF, fit="train")
+    other = dataclasses.replace(
+        dataset,
+        labels=("calm", "loud"),
+        clips=tuple(
+            dataclasses.replace(clip, labels=("calm" if clip.labels == ("blues",) else "loud",))
+            for clip in dataset.clips
+        ),
+    )
+    recipe = FINE_TUNING.model_copy(update={"passes": 2, "batch": 8, "learning_rate": 1e-5})
+    tuned = train(other, tmp_path / "tuned", recipe=recipe, start=start, fit="train")
+    assert tuned.heads[0].labels == ("calm", "loud")
+    assert tuned.training["start"] == f"{start.name} {start.version}"
+    stem = "trunk.members.0.stem.0.weight"
+    torch.testing.assert_close(weights(tuned)[stem], weights(start)[stem], atol=1e-3, rtol=0)
+
+
+def test_several_labels_a_clip_are_learnt_from_audio(tmp_path: Path) -> None:
+    dataset = load(music.manifest(tmp_path, several=True))
+    bundle = train(dataset, tmp_path / "b", recipe=SMALL.model_copy(update={"passes": 3}))
+    assert bundle.heads[0].kind == "multi"
+    assert bundle.heads[0].name == "tags"
+    assert bundle.heads[0].labels == ("blues", "loud", "metal")
+
+
+@pytest.mark.parametrize("layout", ["gtzan", "fma", "fma-all", "msd", "folders"])
+def test_every_layout_of_audio_can_be_trained_on(tmp_path: Path, layout: str) -> None:
+    make = {"fma-all": music.fma}.get(layout) or getattr(music, layout)
+    dataset = load(make(tmp_path / "music"), layout)
+    recipe = SMALL.model_copy(update={"passes": 1})
+    said: list[str] = []
+    bundle = train(dataset, tmp_path / "b", recipe=recipe, progress=Progress(say=said.append))
+    assert bundle.heads[0].labels == dataset.labels
+    assert len([line for line in said if line.startswith("skipped")]) == len(dataset.skipped)
+
+
+def test_nothing_to_train_on_is_said(tmp_path: Path) -> None:
+    dataset = load(music.archive(tmp_path / "a.npz", split="test"))
+    with pytest.raises(DatasetInvalid, match="only test"):
+        train(dataset, tmp_path / "b", recipe=SMALL)
+
+
+def test_members_together_say_the_mean_of_what_each_says(dataset: Dataset, tmp_path: Path) -> None:
+    bundle = train(dataset, tmp_path / "b", recipe=SMALL.model_copy(update={"passes": 1}))
+    network = bundle.network
+    assert isinstance(network, Tagger)
+    windows = torch.randn(4, 72, 128)
+    joint, embedding = network.logits(windows)
+    layer = network.heads["genre"]
+    assert isinstance(layer, torch.nn.Linear)
+    apart = [
+        2 * embedding[:, part] @ layer.weight[:, part].T + layer.bias
+        for part in (slice(0, 16), slice(16, 32))
+    ]
+    torch.testing.assert_close(joint["genre"], torch.stack(apart).mean(0))
+
+
+def test_the_network_hears_no_difference_in_gain_and_little_in_equalisation() -> None:
+    config = LogMelCnnConfig(balance=1.0).model_dump(mode="json")
+    bundle_head = Recipe().network
+    assert bundle_head.embedding_dim == 256
+    network = build_logmel_cnn(config, []).eval()
+    samples = torch.randn(2, 66_150, generator=torch.Generator().manual_seed(0)) * 0.1
+    with torch.inference_mode():
+        loud = network.from_logmel(network.front_end(samples)).embedding
+        quiet = network.from_logmel(network.front_end(samples * 0.1)).embedding
+    np.testing.assert_allclose(loud, quiet, atol=1e-3)
+
+
+def test_recipes_from_json_change_only_what_they_name(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text('{"batch": 16, "augmentation": {"pitch": 0.0}}')
+    recipe = load_recipe(path, 3.0, fine_tuning=False)
+    assert (recipe.batch, recipe.passes, recipe.augmentation.pitch) == (16, 3.0, 0.0)
+    assert recipe.augmentation.tempo == Recipe().augmentation.tempo
+    assert load_recipe(None, None, fine_tuning=True) == FINE_TUNING
+    path.write_text('{"bacth": 16}')
+    with pytest.raises(SettingsInvalid, match="bacth"):
+        load_recipe(path, None, fine_tuning=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_training_runs_on_cuda_in_mixed_precision(dataset: Dataset, tmp_path: Path) -> None:
+    bundle = train(dataset, tmp_path / "b", recipe=SMALL, device="cuda")
+    assert bundle.figures["track_accuracy"]["mean"] == 1.0
