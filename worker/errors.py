@@ -17,6 +17,14 @@ class TimbreError(Exception):
         self.message = message
 
 
+def failure_codes() -> list[str]:
+    """All codes there are."""
+    kinds = [TimbreError]
+    for kind in kinds:  # grows while it is walked
+        kinds += kind.__subclasses__()
+    return sorted({kind.code for kind in kinds})
+
+
 class Unexpected(TimbreError):
     """A fault in Timbre itself: the message carries the exception's type, the log its traceback."""
 

@@ -15,6 +15,8 @@ from prometheus_client import (
     generate_latest,
 )
 
+from worker.errors import failure_codes
+
 STAGE_BUCKETS_S = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
 )  # fmt: skip
@@ -27,7 +29,7 @@ class Metrics:
     """The worker's metrics on a registry of their own."""
 
     def __init__(self) -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -43,6 +45,8 @@ class Metrics:
         self.dead_letters = Counter(
             "timbre_dead_letters", "Dead letters by reason code", ["code"], registry=registry
         )
+        for code in failure_codes():  # Prometheus can't see the first increment of a new series
+            self.dead_letters.labels(code)
         self.retries = Counter(
             "timbre_retries", "Attempts repeated, by stage and reason code", ["stage", "code"],
             registry=registry,
