@@ -2,7 +2,8 @@
 
 Every value can be given in the environment as `TIMBRE_<SECTION>__<NAME>` (for example
 `TIMBRE_KAFKA__BOOTSTRAP_SERVERS`), or as a file in the folder named by `TIMBRE_SECRETS_DIR`, which
-is how passwords should arrive: `redis__password` holds TIMBRE_REDIS__PASSWORD. The environment wins.
+is how passwords should arrive: `redis__password` holds TIMBRE_REDIS__PASSWORD. The environment
+wins.
 """
 
 import os
