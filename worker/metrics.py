@@ -63,7 +63,7 @@ class Metrics:
         )  # fmt: skip
         self.stage_seconds = Histogram(
             "timbre_stage_seconds",
-            "Seconds of a track in a stage: fetch, wait, decode, batch, vote, publish, store, total",
+            "Seconds by stage: fetch, wait, decode, batch, vote, publish, store, total",
             ["stage"],
             buckets=STAGE_BUCKETS_S,
             registry=registry,
