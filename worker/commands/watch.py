@@ -59,13 +59,13 @@ def print_line(out: Console, result: TrackTags | DeadLetter) -> None:
     else:
         heads = dict.fromkeys(tag.head for tag in result.tags)
         line = Text.assemble(_cell(result.track_id), ("✓ ", "green"))
+        if result.uncertain:
+            line.append("uncertain ", style="yellow")
         parts = [
             console.best(result.tags, head, TAGS_SHOWN if number else GENRES_SHOWN)
             for number, head in enumerate(heads)
         ]
         line.append_text(Text("  ·  ", style="dim").join(parts))
-        if result.uncertain:
-            line.append("  uncertain", style="yellow")
         if result.processing.cached:
             line.append("  cached", style="dim")
     out.print(line, overflow="ellipsis", no_wrap=out.is_terminal)

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import shlex
+import shutil
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -12,7 +14,6 @@ from ipaddress import ip_network
 from pathlib import Path
 
 from rich.console import Console
-from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
@@ -95,6 +96,8 @@ def run_demo(settings: Settings, *, music: Path | None = None, keep: bool = Fals
         Leave Kafka, Redis, the worker and the music server running.
     """
     out = console.out()
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell had them ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         with ExitStack() as unless_kept:
             status = _run(settings, out, _music(settings, out, music), unless_kept, keep=keep)
@@ -273,35 +276,37 @@ def _point_on(
     exports = [
         f"export {name}={shlex.quote(value)}" for name, value in addresses.environment().items()
     ]
+    timbre = _command()
     look = {
         f"curl {worker.address}/metrics": "counts, lag, seconds by stage",
         f"curl {worker.address}/health/ready": "whether it may be sent work",
-        f"timbre show {track}": "a track's result, from Redis",
-        "timbre watch --from-beginning -n 3": "results, from their topic",
-        "timbre dead-letters list": "what could not be tagged",
-        "timbre tag FILE...": "tags of files, without Kafka",
+        f"{timbre} show {track}": "a track's result, from Redis",
+        f"{timbre} watch --from-beginning -n 3": "results, from their topic",
+        f"{timbre} dead-letters list": "what could not be tagged",
+        f"{timbre} tag FILE...": "tags of files, without Kafka",
     }
     width = max(map(len, look))
-    commands = [f"{command:<{width}}  [dim]{what}[/dim]" for command, what in look.items()]
+    commands = [f"  {command:<{width}}  [dim]{what}[/dim]" for command, what in look.items()]
     if kept:
-        title = "Everything goes on running"
-        lines = [*exports, "", *commands, "", f"The worker's log: {worker.log}"]
-        lines.append("To stop it all: [bold]timbre services down[/bold]")
+        lines = ["[bold]Everything goes on running.[/bold] Where to look next:", ""]
+        lines += [*(f"  {export}" for export in exports), "", *commands, ""]
+        lines += [f"The worker's log is {worker.log}"]
+        lines += [f"To stop it all: [bold]{timbre} services down[/bold]"]
     else:
-        title = "Where to look next"
         lines = [
-            "With [bold]make demo KEEP=1[/bold] (timbre demo --keep) all this goes on running:"
+            "[bold]Where to look next[/bold], with [bold]make demo KEEP=1[/bold], which leaves"
         ]
-        lines += [
-            "",
-            *commands,
-            "",
-            "With [bold]make demo MUSIC=DIR[/bold] it tags your own music.",
-        ]
-    if out.is_terminal:
-        out.print(Panel("\n".join(lines), title=title, title_align="left", expand=False))
-    else:
-        out.print("\n".join(["", f"[bold]{title}[/bold]", *lines]))
+        lines += ["it all running (and [bold]make demo MUSIC=DIR[/bold] tags music of your own):"]
+        lines += ["", *commands]
+    out.print("\n".join(["", *lines]))
+
+
+def _command() -> str:
+    """How `timbre` is called from here: by its name where the shell finds it."""
+    if shutil.which("timbre"):
+        return "timbre"
+    path = Path(sys.executable).with_name("timbre")
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 @contextmanager
