@@ -56,7 +56,8 @@ class Location(NamedTuple):
 
 
 class ObjectStores:
-    """Clients by bucket; credentials come from the settings, and without any requests are unsigned.
+    """Clients by bucket. Credentials are those of the settings, or the machine's own where allowed;
+    without any, requests are unsigned.
 
     Retries are left to the fetch that all addresses have in common.
     """
@@ -104,7 +105,7 @@ class ObjectStores:
         if key is not None and secret is not None:
             config["access_key_id"] = key.get_secret_value()
             config["secret_access_key"] = secret.get_secret_value()
-        else:
+        elif not self._settings.ambient_credentials:
             config["skip_signature"] = True
         client = self._client(endpoint)
         return S3Store(bucket, config=config, client_options=client, retry_config=NO_RETRIES)
@@ -114,7 +115,7 @@ class ObjectStores:
         config: GCSConfig = {"base_url": endpoint}
         if (key := self._settings.gs_service_account_key) is not None:
             config["service_account_key"] = key.get_secret_value()
-        else:
+        elif not self._settings.ambient_credentials:
             config["skip_signature"] = True
         client = self._client(endpoint)
         return GCSStore(bucket, config=config, client_options=client, retry_config=NO_RETRIES)
@@ -129,7 +130,7 @@ class ObjectStores:
         config: AzureConfig = {"account_name": account, "endpoint": endpoint}
         if (key := self._settings.az_account_key) is not None:
             config["account_key"] = key.get_secret_value()
-        else:
+        elif not self._settings.ambient_credentials:
             config["skip_signature"] = True
         client = self._client(endpoint)
         return AzureStore(container, config=config, client_options=client, retry_config=NO_RETRIES)

@@ -53,6 +53,9 @@ class FetchSettings(Section):
     attempts: int = Field(5, ge=1, description="Attempts for what can pass")
     backoff_initial_s: float = Field(0.25, gt=0, description="First wait between attempts")
     backoff_max_s: float = Field(20.0, gt=0, description="Longest wait between attempts")
+    ambient_credentials: bool = Field(
+        False, description="Without keys, use the machine's (an IAM role, a workload identity)"
+    )
     s3_endpoint: str | None = Field(None, description="Endpoint of an S3-compatible store")
     s3_region: str | None = Field(None, description="Region of the S3 store")
     s3_access_key_id: SecretStr | None = Field(None, description="S3 access key")
