@@ -65,14 +65,16 @@ class LogMel(nn.Module):
         # Frames by hand: `torch.stft` gives bins before frames, and turning that round costs more
         # than the transform itself.
         spectrum = torch.fft.rfft(self._framed(samples) * self.window)
-        return spectrum.real.square() + spectrum.imag.square()
+        power: Tensor = spectrum.real.square() + spectrum.imag.square()
+        return power
 
     def _framed(self, samples: Tensor) -> Tensor:
         """`(windows, frames, n_fft)`, padded with zeros on both sides where frames reach out."""
         lead = self.config.n_fft // 2
         end = (self.config.frames - 1) * self.config.hop + lead
         padded = functional.pad(samples[..., :end], (lead, max(0, end - samples.shape[-1])))
-        return padded.unfold(-1, self.config.n_fft, self.config.hop)
+        frames: Tensor = padded.unfold(-1, self.config.n_fft, self.config.hop)
+        return frames
 
     def _compress(self, mel: Tensor) -> Tensor:
         if self.config.compression == "musicnn":

@@ -1,0 +1,318 @@
+"""The genre head: one linear layer over the student's embedding, chosen and measured by songs.
+
+GTZAN's archive has log-mels of 639 labelled songs and audio of few, mostly two seconds. So the
+archive's log-mels go through the student as blurred as they are, and a ridge regression over music
+that exists in both forms says what their embeddings would have been of the audio itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+from model.bundle import Bundle
+from model.calibration import (
+    Calibration,
+    expected_calibration_error,
+    fit_temperature,
+    threshold_for_coverage,
+)
+from model.heads import Head
+from model.network import Musicnn, Tagger
+from model.recipe.coarse import (
+    ARCHIVE_FPS,
+    COARSE_FPS,
+    FINE_FPS,
+    WINDOW_FRAMES,
+    Floats,
+    Translation,
+    compress,
+    sampled,
+)
+from model.recipe.music import Recording
+from model.recipe.student import BATCH, clip_window
+from worker.vote import vote
+
+Ints = NDArray[np.int64]
+Method = Literal["mean", "majority", "weighted"]
+METHODS: tuple[Method, ...] = ("mean", "majority", "weighted")
+COVERAGE = 0.7
+ARCHIVE_WEIGHT = 0.3  # of a window that is only known blurred
+CHOICES = (0.001, 0.003, 0.01)  # of the regularisation
+FOLDS = 10
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Embeddings `(windows, dims)` and, of each, whose it is: a position in `songs`."""
+
+    embeddings: Floats
+    owner: Ints
+    songs: NDArray[np.str_]
+    genres: Ints
+    splits: NDArray[np.str_]
+
+    def of(self, chosen: NDArray[np.bool_]) -> tuple[Floats, Ints, Ints]:
+        """Embeddings, genres and owners of the windows of the chosen songs."""
+        kept = chosen[self.owner]
+        return self.embeddings[kept], self.genres[self.owner[kept]], self.owner[kept]
+
+
+@torch.inference_mode()
+def embed(student: Tagger, logmel: Floats) -> Floats:
+    """Embeddings of log-mels `(windows, WINDOW_FRAMES, 96)`."""
+    parts = torch.split(torch.from_numpy(np.ascontiguousarray(logmel, np.float32)), BATCH)
+    return np.asarray(torch.cat([student.trunk(part) for part in parts]).numpy())
+
+
+def cut(recording: Recording, hop: int = WINDOW_FRAMES) -> Floats:
+    """A recording's windows of log-mels, one every `hop` frames."""
+    starts = range(0, max(1, len(recording.fine) - WINDOW_FRAMES + 1), hop)
+    windows = [recording.fine[at : at + WINDOW_FRAMES] for at in starts]
+    return np.stack(windows).astype(np.float32)
+
+
+def heard(student: Tagger, excerpts: Sequence[Recording], labels: Sequence[str]) -> Windows:
+    """Embeddings of the excerpts of audio, in the windows that the worker would cut."""
+    parts = [embed(student, cut(one)) for one in excerpts]
+    return Windows(
+        np.concatenate(parts),
+        np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
+        np.array([one.name for one in excerpts]),
+        np.array([labels.index(one.genre or "") for one in excerpts]),
+        np.array([one.split for one in excerpts]),
+    )
+
+
+def read(
+    student: Tagger,
+    archive: Any,
+    clips: Sequence[Floats],
+    translation: Translation,
+    sharpen: Pipeline,
+) -> Windows:
+    """Embeddings of the archive's clips, brought to what audio would have given."""
+    starts = np.arange(0.0, len(clips[0]) / ARCHIVE_FPS - 3.1, 3.0)
+    parts = [
+        embed(student, np.stack([clip_window(clip, at, translation) for at in starts]))
+        for clip in clips
+    ]
+    return Windows(
+        np.asarray(sharpen.predict(np.concatenate(parts)), np.float32),
+        np.repeat(np.arange(len(clips)), len(starts)),
+        archive["names"].astype(str),
+        archive["y"].astype(np.int64),
+        archive["split"].astype(str),
+    )
+
+
+def fit_sharpening(
+    student: Tagger, recordings: Sequence[Recording], translation: Translation
+) -> Pipeline:
+    """Ridge regression from embeddings of blurred windows to those of the same windows as heard."""
+    sharp, blurred = [], []
+    for recording in recordings:
+        windows = cut(recording)[:12]
+        sharp.append(windows)
+        times = np.arange(WINDOW_FRAMES) / FINE_FPS
+        logmel = compress(recording.coarse[: round(40 * COARSE_FPS)].astype(np.float32))
+        for index in range(len(windows)):
+            at = (times + index * WINDOW_FRAMES / FINE_FPS) * COARSE_FPS
+            blurred.append(translation(sampled(logmel, at)))
+    source, target = embed(student, np.stack(blurred)), embed(student, np.concatenate(sharp))
+    return make_pipeline(StandardScaler(), Ridge(alpha=100.0)).fit(source, target)
+
+
+def fit_head(
+    audio: Windows,
+    archive: Windows,
+    chosen: NDArray[np.bool_],
+    chosen_clips: NDArray[np.bool_],
+    strength: float,
+) -> Pipeline:
+    """Logistic regression on windows; a recording's windows weigh as the root of their number."""
+    x, y, owner = audio.of(chosen)
+    weight = 1 / np.sqrt(np.bincount(owner)[owner])
+    more_x, more_y, _ = archive.of(chosen_clips)
+    weights = np.concatenate([weight, np.full(len(more_y), ARCHIVE_WEIGHT)])
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1_000))
+    return model.fit(
+        np.concatenate([x, more_x]),
+        np.concatenate([y, more_y]),
+        logisticregression__sample_weight=weights,
+    )
+
+
+@dataclass(frozen=True)
+class Genres:
+    """The fitted head with its calibration, and figures for the card."""
+
+    weight: Tensor
+    bias: Tensor
+    calibration: Calibration
+    uncertain_threshold: float
+    figures: dict[str, Any]
+
+
+def learn(audio: Windows, archive: Windows, head: Head) -> Genres:
+    """Choose the regularisation by cross-validation over songs, calibrate on validation songs
+    whose artists the fit has not heard, and fit on all."""
+    table = {strength: _cross_validated(audio, archive, strength) for strength in CHOICES}
+    strength = min(table, key=lambda choice: table[choice]["nll"])
+    held = audio.splits == "valid"
+    fitted = fit_head(audio, archive, ~held, archive.splits != "valid", strength)
+    tracks = np.flatnonzero(held)
+    truth = audio.genres[tracks]
+    said = [fitted.predict_proba(audio.embeddings[audio.owner == track]) for track in tracks]
+    voted = {
+        method: np.stack([_voted(windows, head, method) for windows in said]) for method in METHODS
+    }
+    calibration = Calibration(
+        temperature={
+            method: round(fit_temperature(scores, truth), 4) for method, scores in voted.items()
+        }
+    )
+    confidence = calibration.apply(voted["mean"], kind="single", method="mean").max(1)
+    threshold = round(threshold_for_coverage(confidence, COVERAGE), 3)
+    right = voted["mean"].argmax(1) == truth
+    crossed = _cross_calibrated(voted["mean"], truth, audio.songs[tracks])
+    clips = archive.splits == "valid"
+    figures = {
+        "cross_validation_over_songs": {str(choice): row for choice, row in table.items()},
+        "regularisation": strength,
+        "validation": {
+            "excerpts": len(tracks),
+            "accuracy": {
+                method: round(float((scores.argmax(1) == truth).mean()), 4)
+                for method, scores in voted.items()
+            },
+            "ece": round(expected_calibration_error(crossed.max(1), right), 4),
+            "accuracy_at_70_percent_coverage": round(
+                float(right[confidence >= threshold].mean()), 4
+            ),
+            "nearest_neighbour_shares_genre": round(_neighbours(audio, tracks), 4),
+            "archive_clips": int(clips.sum()),
+            "archive_accuracy": round(_accuracy(fitted, archive, np.flatnonzero(clips)), 4),
+        },
+    }
+    everything = fit_head(
+        audio, archive, np.ones_like(held), np.ones(len(archive.songs), bool), strength
+    )
+    scaler, linear = everything[0], everything[1]
+    weight = linear.coef_ / scaler.scale_
+    bias = linear.intercept_ - weight @ scaler.mean_
+    return Genres(
+        torch.tensor(weight, dtype=torch.float32),
+        torch.tensor(bias, dtype=torch.float32),
+        calibration,
+        threshold,
+        figures,
+    )
+
+
+def _cross_validated(audio: Windows, archive: Windows, strength: float) -> dict[str, float]:
+    """Accuracy and negative log-likelihood over all excerpts, fold by song."""
+    probabilities = np.zeros((len(audio.songs), int(archive.genres.max()) + 1))
+    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
+    for _, tested in folds.split(audio.genres, audio.genres, audio.songs):
+        out = np.isin(np.arange(len(audio.songs)), tested)
+        unseen = np.isin(archive.songs, audio.songs[out])
+        fitted = fit_head(audio, archive, ~out, ~unseen, strength)
+        for track in tested:
+            windows = audio.embeddings[audio.owner == track]
+            probabilities[track] = fitted.predict_proba(windows).mean(0)
+    right = probabilities.argmax(1) == audio.genres
+    chosen = probabilities[np.arange(len(right)), audio.genres]
+    return {
+        "accuracy": round(float(right.mean()), 4),
+        "nll": round(float(-np.log(np.maximum(chosen, 1e-6)).mean()), 4),
+    }
+
+
+def _accuracy(fitted: Pipeline, windows: Windows, tracks: Ints) -> float:
+    best = [
+        fitted.predict_proba(windows.embeddings[windows.owner == track]).mean(0).argmax()
+        for track in tracks
+    ]
+    return float(np.mean(np.array(best) == windows.genres[tracks]))
+
+
+def _voted(said: Floats, head: Head, method: Method) -> Floats:
+    """Voted scores in the head's order; `head` has no calibration yet."""
+    everyone = np.ones(len(said), bool)
+    verdict = vote({head.name: said}, everyone, [head], method=method, uncertain_below=0)
+    scores = {tag.label: tag.score for tag in verdict.tags}
+    return np.array([scores[label] for label in head.labels], dtype=np.float32)
+
+
+def _cross_calibrated(scores: Floats, truth: Ints, songs: NDArray[np.str_]) -> Floats:
+    """Scores of each half of the songs at the temperature of the other half."""
+    half = np.array([sum(name.encode()) % 2 for name in songs])
+    result = np.empty_like(scores)
+    for side in (0, 1):
+        fitted = fit_temperature(scores[half != side], truth[half != side])
+        calibration = Calibration(temperature={"mean": fitted})
+        result[half == side] = calibration.apply(scores[half == side], kind="single", method="mean")
+    return result
+
+
+def _neighbours(audio: Windows, tracks: Ints) -> float:
+    """How often the nearest excerpt of another song, among `tracks`, has the same genre."""
+    mean = np.stack([audio.embeddings[audio.owner == track].mean(0) for track in tracks])
+    mean /= np.linalg.norm(mean, axis=1, keepdims=True)
+    likeness = mean @ mean.T
+    songs, genres = audio.songs[tracks], audio.genres[tracks]
+    likeness[songs[:, None] == songs[None, :]] = -np.inf
+    return float((genres[likeness.argmax(1)] == genres).mean())
+
+
+def standardise(student: Tagger, sample: Floats) -> None:
+    """Give every number of the embedding mean 0 and deviation 1 over `sample` `(windows, dims)`,
+    so that distances weigh them alike; the heads change against it and answer as before."""
+    trunk = student.trunk
+    assert isinstance(trunk, Musicnn)
+    mean = torch.from_numpy(sample.mean(0))
+    deviation = torch.from_numpy(sample.std(0) + 1e-3)
+    with torch.no_grad():
+        trunk.scale.div_(deviation)
+        trunk.shift.sub_(mean).div_(deviation)
+        for layer in student.heads.values():
+            assert isinstance(layer, nn.Linear)
+            layer.bias.add_(layer.weight @ mean)
+            layer.weight.mul_(deviation)
+
+
+def compare_tags(
+    student: Tagger, reference: Bundle, tracks: Sequence[Recording]
+) -> dict[str, float]:
+    """Mean tags of whole tracks: correlation with the reference's, and how many of its five best
+    the student gives too."""
+    assert isinstance(reference.network, Tagger)
+    both = np.stack(
+        [
+            np.stack([_tags(network, cut(track)) for network in (student, reference.network)])
+            for track in tracks
+        ]
+    )
+    best = np.argsort(both, axis=2)[:, :, -5:]
+    shared = [len(set(mine.tolist()) & set(theirs.tolist())) for mine, theirs in best]
+    return {
+        "tracks": len(tracks),
+        "correlation": round(float(np.corrcoef(both[:, 0].ravel(), both[:, 1].ravel())[0, 1]), 4),
+        "of_five_best": round(float(np.mean(shared)), 2),
+    }
+
+
+@torch.inference_mode()
+def _tags(network: Tagger, logmel: Floats) -> Floats:
+    parts = torch.split(torch.from_numpy(logmel), BATCH)
+    said = [network.logits(part)[0]["tags"].sigmoid() for part in parts]
+    return np.asarray(torch.cat(said).mean(0).numpy())

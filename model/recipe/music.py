@@ -1,0 +1,167 @@
+"""Music to learn from: Debian's free game music, the shared tracks, and GTZAN's excerpts."""
+
+import csv
+import hashlib
+import logging
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.recipe import coarse
+from worker.decoder import decode_samples
+from worker.errors import DecodeFailed
+
+log = logging.getLogger(__name__)
+
+RATE_HZ = 16_000
+PACKAGES = (
+    "asc-music",
+    "drascula-music",
+    "fb-music-high",
+    "hyperrogue-music",
+    "nexuiz-music",
+    "planetblupi-music-ogg",
+    "singularity-music",
+    "ufoai-music",
+    "warzone2100-music",
+    "wesnoth-1.16-music",
+)
+SUFFIXES = {".ogg", ".opus", ".mp3"}
+MIN_BYTES = 100_000  # what is smaller is a jingle
+MAX_TRACK_S = 360.0  # of a longer track the first minutes count
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recording's log-mels, `fine` `(frames, 96)` of the reference and `coarse`
+    `(frames, bands)` in decibels as in GTZAN's archive, both float16."""
+
+    name: str
+    fine: NDArray[np.float16]
+    coarse: NDArray[np.float16]
+    genre: str | None = None
+    split: str | None = None
+
+
+def debian_music(work: Path) -> list[Path]:
+    """Audio files of Debian's game music, downloaded and unpacked below `work`.
+
+    Without apt the recipe goes on with the music at hand, and says so: the tags then follow the
+    reference less closely.
+    """
+    folder = work / "debian"
+    done = folder / "unpacked"
+    if not done.exists():
+        if not all(map(shutil.which, ("apt-get", "dpkg"))):
+            log.warning(
+                "no apt here, so without Debian's game music: unpack %s into %s by hand and "
+                "create the file %s to have it",
+                ", ".join(PACKAGES),
+                folder,
+                done,
+            )
+            return []
+        folder.mkdir(parents=True, exist_ok=True)
+        for package in PACKAGES:
+            _unpack(package, folder)
+        done.touch()
+    return _distinct(folder)
+
+
+def shared_tracks(audio: Path) -> list[Path]:
+    """Full-length tracks at hand, kept from the first stage to measure with."""
+    return _distinct(audio / "tracks")
+
+
+def _distinct(folder: Path) -> list[Path]:
+    """Audio files below `folder` that aren't jingles, each content once."""
+    found: dict[str, Path] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() in SUFFIXES and file.is_file() and file.stat().st_size >= MIN_BYTES:
+            found.setdefault(_digest(file), file)
+    return list(found.values())
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:24]
+
+
+def _unpack(package: str, folder: Path) -> None:
+    fetched = subprocess.run(  # noqa: S603
+        ["apt-get", "download", package],  # noqa: S607
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if fetched.returncode:
+        log.warning("without %s: %s", package, fetched.stderr.strip()[-300:])
+        return
+    for archive in folder.glob(f"{package}_*.deb"):
+        subprocess.run(["dpkg", "-x", archive.name, "files"], cwd=folder, check=True)  # noqa: S603, S607
+        archive.unlink()
+    for packed in folder.rglob("*.pk3"):
+        with zipfile.ZipFile(packed) as content:
+            for name in content.namelist():
+                if Path(name).suffix.lower() in SUFFIXES and ".." not in name:
+                    content.extract(name, folder / "files")
+        packed.unlink()
+
+
+def recordings(files: Sequence[Path], cache: Path) -> Iterator[Recording]:
+    """Log-mels of audio files, made on all cores and kept in `cache`."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor() as pool:
+        for file, made in zip(files, pool.map(_logmels, files, [cache] * len(files)), strict=True):
+            if made is None:
+                continue
+            with np.load(made) as stored:
+                yield Recording(str(file), stored["fine"], stored["coarse"])
+
+
+def excerpts(gtzan: Path, cache: Path) -> list[Recording]:
+    """The labelled excerpts of GTZAN that `manifest.csv` lists, tiled to a window where shorter."""
+    with (gtzan / "manifest.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    cache.mkdir(parents=True, exist_ok=True)
+    found = []
+    for row in rows:
+        made = _logmels(gtzan / row["path"], cache)
+        if made is None:
+            continue
+        with np.load(made) as stored:
+            found.append(
+                Recording(
+                    row["song"],
+                    stored["fine"],
+                    stored["coarse"],
+                    row["genre"],
+                    row["filtered_split"],
+                )
+            )
+    return found
+
+
+def _logmels(file: Path, cache: Path) -> Path | None:
+    """Path of the stored log-mels of an audio file; None where it can't be decoded."""
+    made = cache / f"{_digest(file)}.npz"
+    if not made.exists():
+        try:
+            samples = decode_samples(file, RATE_HZ)[: round(MAX_TRACK_S * RATE_HZ)]
+        except DecodeFailed as error:
+            log.warning("left out %s: %s", file, error)
+            return None
+        window = 3 * RATE_HZ
+        if len(samples) < window:
+            samples = np.tile(samples, -(-window // len(samples)))[:window]
+        partial = made.with_suffix(".partial.npz")
+        np.savez(partial, fine=coarse.fine(samples), coarse=coarse.coarse(samples))
+        partial.replace(made)
+    return made
