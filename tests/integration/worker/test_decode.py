@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import av
 import numpy as np
 import psutil
 import pytest
@@ -412,6 +413,7 @@ PLAYLISTS = {
     "m3u": "#EXTM3U\n#EXTINF:4,a\n{url}/a.mp3\n",
     "pls": "[playlist]\nFile1={url}/a.mp3\nNumberOfEntries=1\n",
     "concat": "ffconcat version 1.0\nfile {file}\nfile {url}/a.mp3\n",
+    "concat of a neighbour": "ffconcat version 1.0\nfile bait.mp3\n",
     "dash": (
         '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
         'mediaPresentationDuration="PT4S"><Period><AdaptationSet mimeType="audio/mpeg">'
@@ -440,6 +442,19 @@ async def test_a_playlist_makes_nobody_open_another_address_or_file(
         await hear(pool, playlist)
 
     assert not asked
+
+
+async def test_a_playlist_is_bait_to_ffmpeg_left_alone(
+    bait: tuple[str, list[str]], tmp_path: Path
+) -> None:
+    url, asked = bait
+    playlist = tmp_path / "playlist.m3u8"
+    playlist.write_text(PLAYLISTS["hls"].format(url=url))
+
+    with playlist.open("rb") as file, await asyncio.to_thread(av.open, file) as container:
+        assert container.format.name == "hls"
+
+    assert asked
 
 
 async def test_truncated_files_give_a_result_or_a_typed_error(
