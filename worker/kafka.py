@@ -67,11 +67,15 @@ def faust_credentials(kafka: KafkaSettings) -> SASLCredentials | SSLCredentials 
 
 
 def producer(kafka: KafkaSettings) -> AIOKafkaProducer:
-    """A producer that reports delivery only once every in-sync replica has the message."""
+    """A producer that reports delivery only once every in-sync replica has the message.
+
+    Not an idempotent one: aiokafka numbers a batch before it gives it up (no leader for a while, or
+    a message that is too large), and the broker then refuses everything after the gap, for good.
+    So a message may be there twice, under the same event id.
+    """
     return AIOKafkaProducer(
         **client_options(kafka),
         acks="all",
-        enable_idempotence=True,
         compression_type="gzip",
         linger_ms=5,
         max_request_size=8 * kafka.max_event_bytes + MAX_REQUEST_OVERHEAD_BYTES,
