@@ -7,6 +7,7 @@ the random split flatters.
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,7 +22,7 @@ from sklearn.base import BaseEstimator
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedShuffleSplit
+from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold, StratifiedShuffleSplit
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
@@ -40,6 +41,7 @@ from model.pictures import Gallery, canvas
 from worker.errors import DatasetInvalid
 
 QUICK_CLIPS = 6  # of each label and split
+LEAST_CLIPS = {False: 24, True: 6}  # to learn from, by `quick`: the most neighbours of a fold
 BATCH = 32
 IMAGE_FRAMES, THREE_LAYER_FRAMES = 1_024, 599
 
@@ -109,10 +111,16 @@ def _chosen(dataset: Dataset, seed: int, quick: bool) -> Dataset:
     measured = "test" if "test" in dataset.splits else "valid"
     if not {"train", measured} <= set(dataset.splits):
         raise DatasetInvalid(f"{dataset.name} needs splits train and valid or test to compare on")
-    kept, counts = [], dict[tuple[str, str], int]()
+    learnt = Counter(clip.labels[0] for clip in dataset.clips if clip.split == "train")
+    if min(learnt[label] for label in dataset.labels) < 3 or learnt.total() < LEAST_CLIPS[quick]:
+        raise DatasetInvalid(
+            f"{dataset.name}: the grid search needs {LEAST_CLIPS[quick]} clips to learn from, "
+            f"3 of each label; it has {dict(learnt)}"
+        )
+    kept, counts = [], Counter[tuple[str, str]]()
     for index, clip in enumerate(dataset.clips):
         key = (clip.labels[0], str(clip.split))
-        counts[key] = counts.get(key, 0) + 1
+        counts[key] += 1
         if clip.split in {"train", measured} and not (quick and counts[key] > QUICK_CLIPS):
             kept.append(index)
     logmels = dataset.logmels
@@ -230,18 +238,19 @@ def _searched(  # noqa: PLR0917  (bound by `partial` but for the last two)
     search = GridSearchCV(
         make_pipeline(StandardScaler(), model),
         {f"{step}__{name}": points for name, points in grid.items()},
-        cv=GroupKFold(3),
+        cv=StratifiedGroupKFold(3),
     )
     with warnings.catch_warnings():
         # A point of the grid that has not converged loses the search; that is what it is for.
         warnings.simplefilter("ignore", ConvergenceWarning)
         search.fit(values[learn], items.truth[learn], groups=items.clip[learn])
     best = search.best_estimator_
-    raw = (
-        best.predict_proba(values[test])
-        if hasattr(best, "predict_proba")
-        else torch.from_numpy(best.decision_function(values[test])).softmax(1).numpy()
-    )
+    if hasattr(best, "predict_proba"):
+        raw = best.predict_proba(values[test])
+    else:
+        margins = best.decision_function(values[test])
+        both = margins if margins.ndim == 2 else np.stack([-margins, margins], 1)
+        raw = torch.from_numpy(both).softmax(1).numpy()
     scores = np.zeros((len(test), int(items.truth.max()) + 1))
     scores[:, best.classes_] = raw
     return scores

@@ -28,8 +28,8 @@ def song(path: Path, genre: str, seed: int, duration_s: float = 6.5) -> Path:
 
 
 def gtzan(root: Path, suffix: str = "wav") -> Path:
-    """Five clips of each of two genres: two to train, one or two to validate, one to test."""
-    numbers = {"blues": (29, 30, 0, 1, 12), "metal": (2, 3, 0, 1, 12)}
+    """Seven clips of each of two genres: four to train, two to validate, one to test."""
+    numbers = {"blues": (29, 30, 31, 32, 0, 1, 12), "metal": (2, 3, 5, 21, 0, 1, 12)}
     for genre, chosen in numbers.items():
         for number in chosen:
             song(root / "genres" / genre / f"{genre}.{number:05d}.{suffix}", genre, number)

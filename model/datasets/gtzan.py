@@ -106,7 +106,7 @@ def load(path: Path) -> Dataset:
         name="GTZAN",
         layout="gtzan",
         kind="single",
-        labels=tuple(genre for genre in GENRES if (folder / genre).is_dir()),
+        labels=tuple(genre for genre in GENRES if any(genre in clip.labels for clip in clips)),
         clips=tuple(clips),
         grouped_by="recording",
         licence=LICENCE,

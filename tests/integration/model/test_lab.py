@@ -37,6 +37,11 @@ def test_compare_lays_approaches_side_by_side_from_audio(tmp_path: Path) -> None
     assert features["segment"].max() == 1
 
 
+def test_compare_says_when_there_is_too_little_to_learn_from(tmp_path: Path) -> None:
+    with pytest.raises(DatasetInvalid, match="24 clips"):
+        timbre_model("compare", "-d", music.archive(tmp_path / "a.npz"), "-o", tmp_path / "out")
+
+
 def test_compare_takes_archives_as_far_as_log_mels_go(tmp_path: Path) -> None:
     archive, table = music.archive(tmp_path / "a.npz", clips=24), tmp_path / "features.csv"
     timbre_model("compare", "-d", archive, "-o", tmp_path / "out", "--features", table, "--quick")
