@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from worker.demo.music import Sample, sample_tracks
 from worker.services import create_topics, local_services, topics_of
 from worker.settings import KafkaSettings, Settings, load
 
@@ -83,6 +84,12 @@ def topics(kafka_settings: KafkaSettings) -> MakeTopics:
         return own
 
     return make
+
+
+@pytest.fixture(scope="session")
+def music_files(given_settings: Settings) -> list[Sample]:
+    """The demo's sample tracks, a style each, in four codecs."""
+    return sample_tracks(given_settings.services.cache_dir / "music")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,73 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from worker.cli import main
+
+TIMBRE = Path(sys.executable).with_name("timbre")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["timbre", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def test_help_names_every_command_and_loads_nothing_heavy() -> None:
+    script = (
+        "import sys; sys.argv = ['timbre', '--help']\n"
+        "from worker.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'faust', 'aiokafka', 'pydantic', 'av'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    for command in ("worker", "submit", "watch", "show", "tag", "dead-letters", "services", "demo"):
+        assert command in done.stdout
+
+
+def test_an_error_is_one_sentence_on_standard_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "submit", "/nowhere.mp3") == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == (
+        "timbre: /nowhere.mp3 is not there: give a file, a folder, a URL or a CSV table.\n"
+    )
+
+
+def test_settings_that_cant_be_used_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TIMBRE_BATCH__MAX_WINDOWS", "many")
+    assert run(monkeypatch, "show", "t-1") == 1
+    assert "TIMBRE_BATCH__MAX_WINDOWS" in capsys.readouterr().err
+
+
+def test_an_unknown_command_is_a_mistake_of_usage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "sing") == 2
+    assert "sing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["x", "1", "1:", "1:2:3"])
+def test_a_dead_letters_place_is_a_partition_and_an_offset(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    assert run(monkeypatch, "dead-letters", "show", place) == 1
+    assert "PARTITION:OFFSET" in capsys.readouterr().err
+
+
+def test_retrying_says_which_letters_it_must_be_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "dead-letters", "retry") == 1
+    assert "--all" in capsys.readouterr().err

@@ -1,0 +1,98 @@
+from pathlib import Path
+
+import pytest
+
+from worker.errors import SourceInvalid
+from worker.sources import audio, track_id, tracks
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("b.MP3", "a.flac", "cover.jpg", "disc 2/ä #1.ogg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    return tmp_path
+
+
+def test_a_folder_is_walked_for_audio_in_order_of_names(folder: Path) -> None:
+    assert [shown for shown, _ in audio(str(folder))] == [
+        str(folder / name) for name in ("a.flac", "b.MP3", "disc 2/ä #1.ogg")
+    ]
+
+
+def test_a_file_becomes_an_address_that_any_character_survives(folder: Path) -> None:
+    [(_, uri)] = audio(str(folder / "disc 2/ä #1.ogg"))
+    assert uri.startswith("file:///")
+    assert uri.endswith("/disc%202/%C3%A4%20%231.ogg")
+
+
+def test_a_url_is_taken_as_it_is() -> None:
+    assert list(audio("s3://bucket/a b.mp3")) == [("s3://bucket/a b.mp3", "s3://bucket/a b.mp3")]
+
+
+@pytest.mark.parametrize("source", ["/nowhere/a.mp3", ".git-no-such"])
+def test_what_is_not_there_is_named(source: str) -> None:
+    with pytest.raises(SourceInvalid, match=source):
+        list(tracks([source]))
+
+
+def test_a_folder_without_audio_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SourceInvalid, match="no audio"):
+        list(audio(str(tmp_path)))
+
+
+def test_a_track_id_is_readable_and_the_same_each_time() -> None:
+    uri = "https://cdn.example/Music/My%20Song.mp3?v=2"
+    assert track_id(uri) == track_id(uri)
+    assert track_id(uri).startswith("my-20song-")
+    assert track_id(uri) != track_id(uri.replace("v=2", "v=3"))
+    assert len(track_id("https://cdn.example/" + "x" * 500)) < 100
+    assert track_id("https://cdn.example/")
+
+
+def test_the_same_file_makes_the_same_event(folder: Path) -> None:
+    assert list(tracks([str(folder)])) == list(tracks([str(folder)]))
+    first = next(tracks([str(folder)]))
+    assert first.uploaded_at is not None
+    assert first.priority == "upload"
+
+
+def test_backfill_is_the_tracks_priority(folder: Path) -> None:
+    assert {track.priority for track in tracks([str(folder)], "backfill")} == {"backfill"}
+
+
+def test_a_table_names_tracks_with_ids_and_metadata(folder: Path) -> None:
+    table = folder / "tracks.csv"
+    table.write_text(
+        "path,track_id,artist,year\na.flac,t-1,Ada,1999\nhttps://cdn.example/b.mp3,,Bo,\n",
+        encoding="utf-8-sig",
+    )
+    first, second = tracks([str(table)])
+    assert first.track_id == "t-1"
+    assert first.audio.uri == (folder / "a.flac").as_uri()
+    assert first.metadata == {"artist": "Ada", "year": "1999"}
+    assert second.track_id == track_id("https://cdn.example/b.mp3")
+    assert second.metadata == {"artist": "Bo"}
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("title\nx\n", "no column"),
+        ("uri\n\n \n", "line 3: no uri"),
+        ("uri,sha256\nhttps://a/b,zz\n", "line 2: sha256"),
+        ("uri\nhttps://a/b,more\n", "line 2: more cells"),
+    ],
+)
+def test_a_faulty_table_names_the_line_and_the_fault(tmp_path: Path, text: str, fault: str) -> None:
+    table = tmp_path / "tracks.csv"
+    table.write_text(text)
+    with pytest.raises(SourceInvalid, match=fault):
+        list(tracks([str(table)]))
+
+
+def test_a_table_that_is_no_text_is_an_error(tmp_path: Path) -> None:
+    table = tmp_path / "tracks.csv"
+    table.write_bytes(b"\xff\xfe\x00uri")
+    with pytest.raises(SourceInvalid, match="can't be read"):
+        list(tracks([str(table)]))
