@@ -123,6 +123,7 @@ class DecoderPool:
             slot_windows=settings.slot_windows,
         )
         self._idle: asyncio.Queue[_Process] = asyncio.Queue()
+        self._turn = asyncio.Lock()  # tracks are served in the order they came, a queue's aren't
         self._living: set[_Process] = set()
         self._keepers: list[asyncio.Task[None]] = []
         # One thread starts and buries all processes, in order. It lives as long as the pool, which
@@ -196,9 +197,10 @@ class DecoderPool:
                 process.kill()
 
     async def _free_process(self) -> "_Process":
-        while (process := await self._idle.get()).ended.is_set():
-            pass  # died while idle: its keeper starts another
-        return process
+        async with self._turn:
+            while (process := await self._idle.get()).ended.is_set():
+                pass  # died while idle: its keeper starts another
+            return process
 
     async def _keep(self, process: "_Process | None") -> None:
         """See to it that one process lives: when it has ended, bury it and start another."""

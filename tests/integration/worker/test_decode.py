@@ -264,6 +264,22 @@ async def test_a_process_serves_one_track_after_the_other(song: Path, tmp_path: 
         assert decoders(pool) == before
 
 
+async def test_tracks_are_served_in_the_order_they_came(tmp_path: Path) -> None:
+    path = tmp_path / "short"
+    path.write_bytes(wav(tone(0.1, RATE_HZ), RATE_HZ))
+    served: list[str] = []
+
+    async def hear_often(pool: DecoderPool, name: str) -> None:
+        for _ in range(4):
+            await hear(pool, path)
+            served.append(name)
+
+    async with pool_of() as pool:
+        await asyncio.gather(*(hear_often(pool, name) for name in "abc"))
+
+    assert "".join(served) == "abcabcabcabc"
+
+
 async def test_a_killed_decoder_ends_its_track_alone(song: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.flac"
     other.write_bytes(song.read_bytes())
