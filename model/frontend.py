@@ -64,17 +64,16 @@ class LogMel(nn.Module):
         """Power spectrogram `(windows, frames, bins)` of float32 `samples`."""
         # Frames by hand: `torch.stft` gives bins before frames, and turning that round costs more
         # than the transform itself.
-        spectrum = torch.fft.rfft(self._framed(samples) * self.window)
+        frames = self.padded(samples).unfold(-1, self.config.n_fft, self.config.hop)
+        spectrum = torch.fft.rfft(frames * self.window)
         power: Tensor = spectrum.real.square() + spectrum.imag.square()
         return power
 
-    def _framed(self, samples: Tensor) -> Tensor:
-        """`(windows, frames, n_fft)`, padded with zeros on both sides where frames reach out."""
+    def padded(self, samples: Tensor) -> Tensor:
+        """`samples` with zeros on both sides where frames reach out, to the end of the last."""
         lead = self.config.n_fft // 2
         end = (self.config.frames - 1) * self.config.hop + lead
-        padded = functional.pad(samples[..., :end], (lead, max(0, end - samples.shape[-1])))
-        frames: Tensor = padded.unfold(-1, self.config.n_fft, self.config.hop)
-        return frames
+        return functional.pad(samples[..., :end], (lead, max(0, end - samples.shape[-1])))
 
     def _compress(self, mel: Tensor) -> Tensor:
         if self.config.compression == "musicnn":
