@@ -37,6 +37,7 @@ from worker.errors import (
     DeadlineExceeded,
     DecodeFailed,
     DecoderCrashed,
+    DecoderKilled,
     DecodeTimeout,
     TimbreError,
     Unexpected,
@@ -289,6 +290,11 @@ class Decoding:
                 "raise TIMBRE_DECODE__TIMEOUT_S."
             )
         status = await asyncio.wrap_future(self._process.status)
+        if status == -signal.SIGKILL:
+            return DecoderKilled(
+                "The decoder process was killed (SIGKILL), perhaps since memory ran out; "
+                "give the machine more, or lower TIMBRE_DECODE__PROCESSES."
+            )
         how = f"with status {status}" if status >= 0 else f"of {signal.Signals(-status).name}"
         return DecoderCrashed(f"The decoder process died {how}: the file may be damaged.")
 

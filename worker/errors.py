@@ -176,6 +176,13 @@ class DecoderCrashed(DecodeFailed):
     code = "decoder_crashed"
 
 
+class DecoderKilled(DecoderCrashed):
+    """The decoder process was killed from outside, as the kernel does when memory runs out."""
+
+    code = "decoder_killed"
+    retryable = True
+
+
 # Batch and vote -----------------------------------------------------------------------------
 
 
