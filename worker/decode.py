@@ -403,7 +403,11 @@ class _Process:
             self.ended.set()
             self.inbox.put_nowait(None)
             return
-        message: Message = json.loads(data)
+        try:
+            message: Message = json.loads(data)
+        except ValueError:  # no decoder of ours says that: its input has taken it over
+            self.kill()
+            return
         if "slot" in message:
             self._held += 1
             self.released.clear()

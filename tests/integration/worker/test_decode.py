@@ -523,6 +523,22 @@ async def test_odd_files_of_others_give_a_result_or_a_typed_error(
     assert list(codes.values()).count("ok") > len(paths) / 2
 
 
+async def test_odd_files_of_others_cut_short_give_a_result_or_a_typed_error(
+    pool: DecoderPool, shared_data: Path, tmp_path: Path
+) -> None:
+    paths = sorted(path for path in (shared_data / "audio" / "odd").rglob("*") if path.is_file())
+    codes: dict[tuple[Path, float], str] = {}
+    for share in (0.1, 0.5, 0.95):
+        cut = [tmp_path / f"{number} cut at {share}" for number in range(len(paths))]
+        for path, whole in zip(cut, paths, strict=True):
+            data = whole.read_bytes()
+            path.write_bytes(data[: int(len(data) * share)])
+        ends = await asyncio.gather(*(outcome(pool, path) for path in cut))
+        codes |= {(path, share): code for path, code in zip(paths, ends, strict=True)}
+
+    assert set(codes.values()) <= {"ok", "audio_unreadable", "audio_empty"}, codes
+
+
 async def test_a_decoder_process_holds_no_secrets_and_has_limits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -2,6 +2,7 @@ import math
 import struct
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -159,6 +160,33 @@ def test_numbers_that_are_none_and_nonsense_levels_are_made_harmless(write: Writ
     assert np.isfinite(samples).all()
     assert np.abs(samples).max() <= 8.0
     np.testing.assert_allclose(samples[500:], signal[500:, 0])
+
+
+def test_of_a_video_the_audio_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "film.mp4"
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("mpeg4", rate=25)
+        assert isinstance(video, av.VideoStream)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        audio = container.add_stream("aac", rate=44_100)
+        assert isinstance(audio, av.AudioStream)
+        picture = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8))
+        sound = av.AudioFrame.from_ndarray(
+            np.ascontiguousarray(tone(2.0, 44_100, channels=2).T), format="fltp", layout="stereo"
+        )
+        sound.sample_rate = 44_100
+        for _ in range(50):
+            container.mux(video.encode(picture))
+        container.mux(audio.encode(sound))
+        for stream in (video, audio):
+            container.mux(stream.encode(None))
+
+    decoder = Decoder(path, RATE_HZ)
+    samples = np.concatenate(list(decoder))
+
+    assert (decoder.facts.container, decoder.facts.codec) == ("mp4", "aac")
+    assert samples.size / RATE_HZ == pytest.approx(2.0, abs=0.1)
+    assert amplitude_db(samples, 440.0) == pytest.approx(0.0, abs=0.6)
 
 
 def test_a_change_of_format_half_way_is_followed(tmp_path: Path) -> None:
