@@ -1,12 +1,11 @@
 """`timbre watch`: results as they arrive, beside any worker and without a consumer group."""
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator
 from typing import Self
 
 from aiokafka import AIOKafkaConsumer
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 from aiokafka.structs import ConsumerRecord
 from pydantic import ValidationError
 
@@ -18,8 +17,7 @@ from worker.settings import KafkaSettings
 
 log = logging.getLogger(__name__)
 
-METADATA_ATTEMPTS = 20
-METADATA_PAUSE_S = 0.25
+REQUEST_TIMEOUT_MS = 10_000  # somebody waits for it
 
 
 class Watch:
@@ -37,7 +35,7 @@ class Watch:
             self._topics.append(settings.topic_dead_letter)
         self._consumer = AIOKafkaConsumer(
             *self._topics,
-            **kafka.client_options(settings),
+            **kafka.client_options(settings) | {"request_timeout_ms": REQUEST_TIMEOUT_MS},
             group_id=None,
             auto_offset_reset="earliest" if from_beginning else "latest",
         )
@@ -51,20 +49,14 @@ class Watch:
             Kafka can't be reached, or a topic is not there.
         """
         try:
-            await self._consumer.start()
-            for topic in self._topics:
-                await self._wait_for(topic)
+            await self._consumer.start()  # waits for the topics
             # Asking for a position settles it: what is published from here on is seen.
             for partition in self._consumer.assignment():
                 await self._consumer.position(partition)
         except BaseException as error:
             await self._consumer.stop()
             if isinstance(error, KafkaError):
-                raise ServicesUnavailable(
-                    f"Kafka at {self._settings.bootstrap_servers} can't be reached "
-                    f"({type(error).__name__}); check that it runs, and "
-                    "TIMBRE_KAFKA__BOOTSTRAP_SERVERS."
-                ) from error
+                raise self._unavailable(error) from error
             raise
         return self
 
@@ -89,13 +81,14 @@ class Watch:
             )  # fmt: skip
             return None
 
-    async def _wait_for(self, topic: str) -> None:
-        """Until the partitions of a topic, which may just have been made, are assigned."""
-        for _ in range(METADATA_ATTEMPTS):
-            if any(partition.topic == topic for partition in self._consumer.assignment()):
-                return
-            await asyncio.sleep(METADATA_PAUSE_S)
-        raise ServicesUnavailable(
-            f"Kafka at {self._settings.bootstrap_servers} has no topic {topic}; make it, or name "
-            "the topics in use with TIMBRE_KAFKA__TOPIC_*."
+    def _unavailable(self, error: KafkaError) -> ServicesUnavailable:
+        servers = self._settings.bootstrap_servers
+        if isinstance(error, UnknownTopicOrPartitionError):
+            return ServicesUnavailable(
+                f"Kafka at {servers} has no topic {' or '.join(self._topics)}; make it, or name "
+                "the topics in use with TIMBRE_KAFKA__TOPIC_*."
+            )
+        return ServicesUnavailable(
+            f"Kafka at {servers} can't be reached ({type(error).__name__}); check that it runs, "
+            "and TIMBRE_KAFKA__BOOTSTRAP_SERVERS."
         )

@@ -1,0 +1,115 @@
+"""The demo, as a person runs it."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.audio import encode, tone
+from worker.demo.music import Sample
+
+TIMBRE = Path(sys.executable).with_name("timbre")
+TIME_LIMIT_S = 200
+
+
+@pytest.fixture
+def own_music(tmp_path: Path) -> Path:
+    folder = tmp_path / "my music"
+    folder.mkdir()
+    encode(folder / "a tone.flac", tone(9, 44_100), 44_100, muxer="flac", codec="flac")
+    (folder / "text.mp3").write_text("This is no music.")
+    return folder
+
+
+def environment(kafka: str, redis_url: str, state_dir: Path) -> dict[str, str]:
+    return os.environ | {
+        "TIMBRE_KAFKA__BOOTSTRAP_SERVERS": kafka,
+        "TIMBRE_REDIS__URL": redis_url,
+        "TIMBRE_SERVICES__STATE_DIR": str(state_dir),
+    }
+
+
+def test_every_sample_track_is_tagged_and_nothing_is_left(music_files: list[Sample]) -> None:
+    before = {process.pid for process in psutil.process_iter()}
+    done = subprocess.run(
+        [TIMBRE, "demo"], capture_output=True, text=True, timeout=TIME_LIMIT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for sample in music_files:
+        assert f"demo-{sample.genre} " in done.stdout
+    assert f"{len(music_files)} of {len(music_files)} tracks tagged" in done.stdout
+    assert "/metrics" in done.stdout
+    addresses = re.findall(r"127\.0\.0\.1:(\d+)", done.stdout)
+    left = [
+        process.info["cmdline"]
+        for process in psutil.process_iter(["cmdline"])
+        if process.pid not in before
+        and any(port in " ".join(process.info["cmdline"] or ()) for port in addresses)
+    ]
+    assert left == []
+
+
+async def test_own_music_is_tagged_and_kept_running_until_down(
+    kafka: str, redis_url: str, own_music: Path, tmp_path: Path
+) -> None:
+    given = environment(kafka, redis_url, tmp_path / "state")
+
+    async def timbre(*arguments: str) -> tuple[int | None, str]:
+        process = await asyncio.create_subprocess_exec(
+            TIMBRE, *arguments, env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        output, _ = await asyncio.wait_for(process.communicate(), TIME_LIMIT_S)
+        return process.returncode, output.decode()
+
+    try:
+        status, said = await timbre("demo", "--keep", "--music", str(own_music))
+        assert status == 1  # one of the two is no music
+        assert "1 of 2 tracks tagged" in said
+        [track] = re.findall(r"(a-tone-\w+) ", said)[:1]
+        status, shown = await timbre("show", track, "--json")
+        assert status == 0
+        assert json.loads(shown)["track_id"] == track
+        state = json.loads((tmp_path / "state" / "services.json").read_text())
+        kept = [psutil.Process(pid) for pid, _ in state["processes"]]
+        assert len(kept) == 2  # Kafka and Redis were given
+    finally:
+        status, _ = await timbre("services", "down")
+    assert status == 0
+    assert not any(process.is_running() for process in kept)
+
+
+def test_an_interrupt_ends_the_demo_and_all_it_started(
+    kafka: str, redis_url: str, tmp_path: Path
+) -> None:
+    with subprocess.Popen(
+        [TIMBRE, "demo"],
+        env=environment(kafka, redis_url, tmp_path),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("✓ Kafka")
+        assert process.stdout.readline().startswith("✓ Music")
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+        assert process.wait(60) == 130
+    assert "nothing is left running" in rest
+    assert started
+    _, alive = psutil.wait_procs(started, timeout=15)
+    assert alive == []
+
+
+def test_a_folder_without_music_is_an_error(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [TIMBRE, "demo", "--music", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"timbre: {tmp_path} holds no audio files.\n"

@@ -1,0 +1,225 @@
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from schemas.events import (
+    AudioFacts,
+    DeadLetter,
+    ModelRef,
+    NewTrack,
+    Processing,
+    Tag,
+    TrackTags,
+    WindowCounts,
+)
+from tests.conftest import MakeTopics
+from worker import kafka
+from worker.cache import Keys
+from worker.commands import dead_letters
+from worker.commands.show import show_track
+from worker.commands.submit import submit_tracks
+from worker.commands.watch import watch_results
+from worker.errors import ServicesUnavailable, TrackUnknown
+from worker.settings import KafkaSettings, RedisSettings, Settings, load
+from worker.sources import tracks
+from worker.submit import submit
+from worker.watch import Watch
+
+
+def result(track_id: str) -> TrackTags:
+    return TrackTags(
+        event_id="e",
+        track_id=track_id,
+        audio=AudioFacts(
+            uri=f"https://cdn.example/{track_id}.mp3",
+            sha256="0" * 64,
+            size_bytes=1,
+            container="mp3",
+            codec="mp3",
+            sample_rate_hz=44_100,
+            channels=2,
+            duration_s=61.0,
+        ),
+        tags=[Tag(head="genre", label="jazz", category="genre", score=0.8125, share=0.9)],
+        uncertain=False,
+        windows=WindowCounts(total=20, silent=1),
+        vote="mean",
+        model=ModelRef(name="m", version="v"),
+        metadata={"label": "Blue"},
+        processing=Processing.model_validate(
+            {
+                "processed_at": "2026-01-31T12:00:00Z",
+                "timings_s": {"fetch": 0.5},
+                "cached": False,
+                "attempt": 1,
+            }
+        ),
+    )
+
+
+async def publish(settings: KafkaSettings, topic: str, value: bytes) -> None:
+    async with kafka.producer(settings) as producer:
+        await producer.send_and_wait(topic, value)
+
+
+async def events(settings: KafkaSettings, topic: str, count: int) -> list[NewTrack]:
+    """The first events of a topic, read by the means of `Watch`'s own client."""
+    from aiokafka import AIOKafkaConsumer
+
+    consumer = AIOKafkaConsumer(
+        topic, **kafka.client_options(settings), auto_offset_reset="earliest"
+    )
+    async with consumer, asyncio.timeout(30):
+        return [NewTrack.from_bytes((await consumer.getone()).value) for _ in range(count)]
+
+
+@pytest.fixture
+async def settings(topics: MakeTopics) -> Settings:
+    return load(kafka=await topics(partitions=3))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in range(30):
+        (tmp_path / f"{number:02}.mp3").write_bytes(b"")
+    return tmp_path
+
+
+async def test_submitted_files_are_events_on_the_topic(
+    settings: Settings, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert await asyncio.to_thread(submit_tracks, settings, [str(folder)], backfill=False) == 0
+    assert f"Submitted 30 tracks to {settings.kafka.topic_new}" in capsys.readouterr().out
+    found = await events(settings.kafka, settings.kafka.topic_new, 30)
+    assert {track.track_id for track in found} == {t.track_id for t in tracks([str(folder)])}
+
+
+async def test_backfill_goes_to_its_own_topic(
+    settings: Settings, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(folder / "00.mp3")
+    assert await asyncio.to_thread(submit_tracks, settings, [source], backfill=True) == 0
+    [track] = await events(settings.kafka, settings.kafka.topic_backfill, 1)
+    assert track.priority == "backfill"
+    assert capsys.readouterr().out.startswith(track.track_id)
+
+
+async def test_what_kafka_does_not_take_is_counted_and_named(
+    settings: Settings, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = load(
+        kafka=settings.kafka.model_copy(
+            update={"topic_new": "a bad name", "request_timeout_s": 3.0}
+        )
+    )
+    assert await asyncio.to_thread(submit_tracks, missing, [str(folder)], backfill=False) == 1
+    assert "Not submitted" in capsys.readouterr().err
+
+
+async def test_progress_is_told_of_every_track(settings: Settings, folder: Path) -> None:
+    told: list[str] = []
+    submission = await submit(
+        settings.kafka, tracks([str(folder)]), lambda track: told.append(track.track_id)
+    )
+    assert len(told) == 30 == sum(submission.delivered.values())
+
+
+async def test_a_watch_sees_what_is_published_after_its_start(settings: Settings) -> None:
+    await publish(settings.kafka, settings.kafka.topic_tags, result("early").to_bytes())
+    async with Watch(settings.kafka) as watch, asyncio.timeout(30):
+        await publish(settings.kafka, settings.kafka.topic_tags, b"not a result")
+        await publish(settings.kafka, settings.kafka.topic_tags, result("late").to_bytes())
+        assert await anext(aiter(watch)) == result("late")
+
+
+async def test_a_watch_from_the_beginning_prints_results_as_json(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for track_id in ("one", "two"):
+        await publish(settings.kafka, settings.kafka.topic_tags, result(track_id).to_bytes())
+    await asyncio.to_thread(watch_results, settings, from_beginning=True, count=2, as_json=True)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["track_id"] for line in lines} == {"one", "two"}
+
+
+async def test_a_watch_prints_tags_and_failures_in_lines(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await publish(settings.kafka, settings.kafka.topic_tags, result("one").to_bytes())
+    await publish(settings.kafka, settings.kafka.topic_dead_letter, b"{}")
+    await asyncio.to_thread(watch_results, settings, from_beginning=True, failures=True, count=2)
+    said = capsys.readouterr().out
+    assert "jazz 0.81" in said
+    assert "Not written by Timbre" in said
+
+
+async def test_a_watch_of_a_topic_that_is_not_there_says_so(settings: Settings) -> None:
+    nowhere = settings.kafka.model_copy(update={"topic_tags": "no-such-topic"})
+    with pytest.raises(ServicesUnavailable, match="no-such-topic"):
+        async with Watch(nowhere):
+            pass
+
+
+async def test_a_track_is_shown_from_redis(
+    redis_url: str, redis_prefix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = load(redis=RedisSettings.model_validate({"url": redis_url, "prefix": redis_prefix}))
+    async with Redis.from_url(redis_url) as client:
+        key = Keys(redis_prefix).track("t-1")
+        await client.hset(key, "result", result("t-1").to_bytes())
+    await asyncio.to_thread(show_track, settings, "t-1", as_json=False)
+    shown = capsys.readouterr().out
+    assert "1:01" in shown
+    assert "0.812" in shown
+    assert "Blue" in shown
+    await asyncio.to_thread(show_track, settings, "t-1", as_json=True)
+    assert TrackTags.from_bytes(capsys.readouterr().out.encode()) == result("t-1")
+    with pytest.raises(TrackUnknown, match="t-2"):
+        await asyncio.to_thread(show_track, settings, "t-2", as_json=False)
+
+
+async def test_show_without_redis_says_what_to_check() -> None:
+    nowhere = load(redis=RedisSettings.model_validate({"url": "redis://127.0.0.1:9/0"}))
+    with pytest.raises(ServicesUnavailable, match="TIMBRE_REDIS__URL"):
+        await asyncio.to_thread(show_track, nowhere, "t-1", as_json=False)
+
+
+async def test_dead_letters_are_listed_shown_and_sent_again(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    headers = {
+        "reason-code": "audio_not_found",
+        "reason": "There is no audio there.",
+        "origin-topic": settings.kafka.topic_new,
+        "track-id": "t-1",
+    }
+    event = next(tracks(["https://cdn.example/a.mp3"])).to_bytes()
+    async with kafka.producer(settings.kafka) as producer:
+        sent = await producer.send_and_wait(
+            settings.kafka.topic_dead_letter,
+            event,
+            headers=[(f"timbre-{name}", value.encode()) for name, value in headers.items()],
+        )
+    place = f"{sent.partition}:{sent.offset}"
+
+    async def run(*arguments: object, **options: object) -> str:
+        await asyncio.to_thread(*arguments, **options)  # type: ignore[arg-type]
+        return capsys.readouterr().out
+
+    listed = await run(dead_letters.list_all, settings, code=None, limit=None, as_json=False)
+    assert listed.split()[:3] == [place, "audio_not_found", "t-1"]
+    as_json = await run(dead_letters.list_all, settings, code=None, limit=None, as_json=True)
+    assert json.loads(as_json)["place"] == place
+    assert DeadLetter.model_validate_json(as_json).reason.message == "There is no audio there."
+    other = await run(
+        dead_letters.list_all, settings, code="fetch_failed", limit=None, as_json=True
+    )
+    assert other == ""
+    shown = await run(dead_letters.show_one, settings, place, as_json=False)
+    assert "https://cdn.example/a.mp3" in shown
+    again = await run(dead_letters.retry_some, settings, [place], code=None, everything=False)
+    assert again == "Sent 1 events again\n"
+    assert (await events(settings.kafka, settings.kafka.topic_new, 1))[0].to_bytes() == event

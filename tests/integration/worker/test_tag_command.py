@@ -1,0 +1,108 @@
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.audio import encode, tone
+from worker.commands.tag import CSV_COLUMNS, tag_tracks
+from worker.demo.music import Sample
+from worker.errors import SourceInvalid
+from worker.settings import Settings
+
+TIMBRE = Path(sys.executable).with_name("timbre")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two tracks that can be tagged around two that can't."""
+    folder = tmp_path_factory.mktemp("files")
+    first = encode(folder / "long.flac", tone(40, 44_100), 44_100, muxer="flac", codec="flac")
+    second = encode(folder / "short.mp3", tone(4, 44_100), 44_100, muxer="mp3", codec="libmp3lame")
+    (folder / "text.mp3").write_text("This is no music.")
+    return [str(first), str(folder / "text.mp3"), str(folder / "absent.ogg"), str(second)]
+
+
+def test_json_has_a_line_for_each_file_in_the_order_given(files: list[str]) -> None:
+    done = subprocess.run(
+        [TIMBRE, "tag", "--json", *files], capture_output=True, text=True, check=False
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["source"] for line in lines] == files
+    tagged, broken, absent, _ = lines
+    assert tagged["error"] is None
+    assert tagged["uncertain"] in {True, False}
+    scores = [tag["score"] for tag in tagged["tags"] if tag["head"] == "genre"]
+    assert scores == sorted(scores, reverse=True)
+    assert {"head", "label", "score", "share"} <= tagged["tags"][0].keys()
+    assert tagged["windows"]["total"] == 14
+    assert tagged["audio"]["duration_s"] == pytest.approx(40, abs=0.01)
+    assert broken["tags"] == absent["tags"] == []
+    assert broken["error"].keys() == {"code", "message"}
+    assert absent["error"]["code"] == "source_invalid"
+    assert done.returncode == 1
+
+
+def test_the_status_is_0_when_all_were_tagged(
+    given_settings: Settings, files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tag_tracks(given_settings, [files[0], files[3]]) == 0
+    shown = capsys.readouterr().out
+    assert files[0] in shown
+    assert "0:40" in shown
+    assert "genre" in shown
+
+
+def test_csv_has_a_row_for_each_tag_and_each_error(
+    given_settings: Settings, files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tag_tracks(given_settings, files, form="csv") == 1
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert tuple(rows[0]) == CSV_COLUMNS
+    assert list(dict.fromkeys(row["source"] for row in rows)) == files
+    by_source = {row["source"]: row for row in rows}
+    assert by_source[files[1]]["error"]
+    assert 0 <= float(by_source[files[0]]["score"]) <= 1
+
+
+def test_a_folder_is_walked_and_each_file_named(
+    given_settings: Settings, files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(files[0]).parent
+    tag_tracks(given_settings, [str(folder)], form="json")
+    sources = [json.loads(line)["source"] for line in capsys.readouterr().out.splitlines()]
+    assert sources == sorted(str(path) for path in folder.iterdir())
+
+
+def test_plots_are_drawn_beside_one_another_or_into_the_one_named(
+    given_settings: Settings,
+    music_files: list[Sample],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    chosen = [str(sample.path) for sample in music_files[:2]]
+    assert tag_tracks(given_settings, chosen, form="json", plot=True) == 0
+    drawn = {path.name: path.read_bytes()[:4] for path in tmp_path.iterdir()}
+    assert drawn == {f"{s.genre}.taggram.png": b"\x89PNG" for s in music_files[:2]}
+    assert tag_tracks(given_settings, [*chosen, "both.svg"], form="json", plot=True) == 0
+    assert "both.svg" in {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_model_that_is_not_there_is_an_error_before_anything_is_tagged(files: list[str]) -> None:
+    done = subprocess.run(
+        [TIMBRE, "tag", "--model", "no-such-model", *files],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("timbre: ")
+
+
+def test_nothing_to_tag_is_an_error(given_settings: Settings) -> None:
+    with pytest.raises(SourceInvalid, match="at least one"):
+        tag_tracks(given_settings, ["picture.png"], plot=True)
