@@ -249,6 +249,27 @@ def export(
     _console().print(f"{onnx}")
 
 
+@app.command()
+def recipe(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the bundle to write.")],
+    data: Annotated[
+        Path, typer.Option("--data", help="The shared data: gtzan/ and audio/ in it.")
+    ] = Path("../shared"),
+    work: Annotated[
+        Path, typer.Option("--work", help="Keeps downloads and log-mels for the next time.")
+    ] = Path("build/recipe"),
+    seed: Seed = 0,
+) -> None:
+    """Make the default bundle anew from published weights, game music and GTZAN."""
+    import logging
+
+    from model.recipe import build_default
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    bundle = build_default(out, data=data, work=work, seed=seed)
+    _console().print(f"{out}: {bundle.name}, version {bundle.version}")
+
+
 # What people see -----------------------------------------------------------------------------
 
 

@@ -165,7 +165,7 @@ def _approaches(
     image = normalise(torch.stack([_resized(source, row, IMAGE_FRAMES) for row in every]))
     three = normalise(torch.stack([_resized(source, row, THREE_LAYER_FRAMES) for row in every]))
     cepstra = normalise(mfccs(three))
-    labels, passes = len(dataset.labels), 2 if quick else 30
+    labels, steps = len(dataset.labels), 10 if quick else 600
     windows = [source.windows(row) for row in every]
     names = [c.name for c, cut in zip(dataset.clips, windows, strict=True) for _ in cut]
     networks: list[tuple[str, Items, Tensor, Callable[[], nn.Module]]] = [
@@ -181,9 +181,7 @@ def _approaches(
     ]
     for name, items, plane, build in networks:
         kind = "clips" if items is clips else "segments"
-        found.append(
-            (name, items, kind, partial(_learned, build, plane, items.truth, passes, seed))
-        )
+        found.append((name, items, kind, partial(_learned, build, plane, items.truth, steps, seed)))
     return found
 
 
@@ -260,11 +258,17 @@ def _searched(  # noqa: PLR0917  (bound by `partial` but for the last two)
 
 
 def image_cnn(labels: int) -> nn.Module:
-    """A picture's network over a whole clip's spectrogram: 3 x 3 filters, halved five times."""
+    """A picture's network over a whole clip's spectrogram, halved six times."""
     layers: list[nn.Module] = []
-    for before, after in ((1, 16), (16, 32), (32, 64), (64, 64), (64, 64)):
-        layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after)]
-        layers += [nn.ReLU(), nn.MaxPool2d(2)]
+    for before, after, size, stride in (
+        (1, 16, 5, 2),
+        (16, 32, 3, 1),
+        (32, 64, 3, 1),
+        (64, 64, 3, 1),
+        (64, 64, 3, 1),
+    ):
+        convolution = nn.Conv2d(before, after, size, stride, padding=size // 2, bias=False)
+        layers += [convolution, nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(
         nn.Unflatten(1, (1, -1)),
         *layers,
@@ -309,27 +313,25 @@ def _learned(  # noqa: PLR0917  (bound by `partial` but for the last two)
     build: Callable[[], nn.Module],
     plane: Tensor,
     truth: NDArray[np.intp],
-    passes: int,
+    steps: int,
     seed: int,
     learn: Rows,
     test: Rows,
 ) -> Floats:
-    """Plain training, the same for every network: AdamW, half a cosine, no augmentation."""
+    """Plain training, the same for every network: as many batches, AdamW, half a cosine."""
     torch.manual_seed(seed)
-    network = build()
+    network = build().train()
     wanted = torch.from_numpy(truth)
-    batches = max(1, len(learn) // BATCH)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, passes * batches)
-    network.train()
-    for _ in range(passes):
-        shuffled = torch.from_numpy(learn)[torch.randperm(len(learn))]
-        for rows in torch.tensor_split(shuffled, batches):
-            loss = functional.cross_entropy(network(plane[rows]), wanted[rows], label_smoothing=0.1)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    known = torch.from_numpy(learn)
+    for _ in range(steps):
+        rows = known[torch.randint(len(known), (min(BATCH, len(known)),))]
+        loss = functional.cross_entropy(network(plane[rows]), wanted[rows], label_smoothing=0.1)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
     network.eval()
     with torch.inference_mode():
         said = [

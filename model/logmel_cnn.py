@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,6 +28,9 @@ ARCHIVE_FRONT_END = LogMelConfig(
     compression="decibel",
     normalise=True,
 )
+
+
+MAX_EMBEDDING_DIM = 256  # of a bundle
 
 
 class LogMelCnnConfig(BaseModel):
@@ -51,6 +54,12 @@ class LogMelCnnConfig(BaseModel):
     @property
     def embedding_dim(self) -> int:
         return self.members * self.member_dim
+
+    @model_validator(mode="after")
+    def _embedding_fits(self) -> "LogMelCnnConfig":
+        if self.embedding_dim > MAX_EMBEDDING_DIM:
+            raise ValueError(f"members x member_dim is above {MAX_EMBEDDING_DIM}")
+        return self
 
 
 class Block(nn.Module):

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -150,6 +151,7 @@ def train(
     progress = progress or Progress()
     work = work or out.with_name(out.name + ".work")
     where = _device(device)
+    _make_folder(out)
     dataset = _with_splits(dataset, seed)
     plan = _plan(dataset, recipe, start)
     source, dataset = open_source(
@@ -179,7 +181,7 @@ def train(
         network = trainer.fit("final", np.concatenate([songs, held]), recipe.passes, None)
 
     bundle = Bundle(
-        name=out.resolve().name,
+        name=_bundle_name(out),
         heads=(plan.head.model_copy(update={"calibration": calibration}),),
         sample_rate_hz=plan.front_end.sample_rate_hz,
         window_s=plan.window_s,
@@ -428,14 +430,30 @@ def _with_splits(dataset: Dataset, seed: int) -> Dataset:
     )
 
 
+def _make_folder(out: Path) -> None:
+    """Before the work, so that an hour of it isn't lost over a name."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsInvalid(f"{out} can't be made a folder: {error.strerror}") from error
+
+
+def _bundle_name(out: Path) -> str:
+    """The folder's name, in the letters that a bundle's name may have."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", out.resolve().name).strip("-._")[:64] or "bundle"
+
+
 def _plan(dataset: Dataset, recipe: Recipe, start: Bundle | None) -> Plan:
     single = dataset.kind == "single"
-    head = Head(
-        name="genre" if single else "tags",
-        kind=dataset.kind,
-        labels=dataset.labels,
-        categories=("genre",) * len(dataset.labels),
-    )
+    try:
+        head = Head(
+            name="genre" if single else "tags",
+            kind=dataset.kind,
+            labels=dataset.labels,
+            categories=("genre",) * len(dataset.labels),
+        )
+    except ValidationError as error:
+        raise DatasetInvalid(f"{dataset.name}: labels that no model can have: {error}") from error
     if start is not None:
         front_end = LogMelConfig.model_validate(start.config.get("front_end", {}))
         return Plan(start.kind, start.config, front_end, head, start.window_s, start)

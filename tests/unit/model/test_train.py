@@ -199,6 +199,19 @@ def test_recipes_from_json_change_only_what_they_name(tmp_path: Path) -> None:
         load_recipe(path, None, fine_tuning=False)
 
 
+def test_what_would_fail_in_the_end_fails_at_once(dataset: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsInvalid, match="folder"):
+        train(dataset, tmp_path / "file", recipe=SMALL)
+    with pytest.raises(ValueError, match="256"):
+        LogMelCnnConfig(members=4, member_dim=128)
+    blank = tuple(dataclasses.replace(clip, labels=("",)) for clip in dataset.clips)
+    with pytest.raises(DatasetInvalid, match="labels"):
+        train(dataclasses.replace(dataset, labels=("",), clips=blank), tmp_path / "b", recipe=SMALL)
+    bundle = train(dataset, tmp_path / "my model!", recipe=BRIEF, fit="train")
+    assert bundle.name == "my-model"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_training_runs_on_cuda_in_mixed_precision(dataset: Dataset, tmp_path: Path) -> None:
     bundle = train(dataset, tmp_path / "b", recipe=SMALL, device="cuda")
