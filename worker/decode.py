@@ -192,7 +192,7 @@ class DecoderPool:
                 async with deadline.scope():
                     await process.released.wait()
         finally:
-            if decoding.ended and decoding.process_sound and process.released.is_set():
+            if decoding.ended_in_order and process.released.is_set():
                 self._idle.put_nowait(process)
             else:
                 process.kill()
@@ -221,7 +221,7 @@ class DecoderPool:
                 useless = 0 if process.tracks else useless + 1
                 process = None
             if useless:
-                await asyncio.sleep(min(BACKOFF_MAX_S, BACKOFF_INITIAL_S * 2**useless))
+                await asyncio.sleep(min(BACKOFF_MAX_S, BACKOFF_INITIAL_S * 2 ** min(useless, 10)))
 
     async def _start(self) -> "_Process":
         try:
@@ -249,12 +249,17 @@ class Decoding:
         self, process: "_Process", path: Path, deadline: "_Deadline", work_s: float
     ) -> None:
         self.ended = False
-        self.process_sound = True
+        self._process_sound = True
         self._facts: DecodedFacts | None = None
         self._process = process
         self._deadline = deadline
         self._work_s = work_s
         process.begin(path, work_s)
+
+    @property
+    def ended_in_order(self) -> bool:
+        """Whether the process is as good as before the track."""
+        return self.ended and self._process_sound and not self._process.overdue
 
     @property
     def facts(self) -> DecodedFacts:
@@ -274,11 +279,11 @@ class Decoding:
             return self._process.block(message)
         self.ended = True
         if message is None:
-            self.process_sound = False
+            self._process_sound = False
             raise await self._death()
         if "error" in message:
             error = _error(message["error"])
-            self.process_sound = error.code in OF_THE_AUDIO
+            self._process_sound = error.code in OF_THE_AUDIO
             raise error
         self._facts = DecodedFacts(**message["facts"])
         raise StopAsyncIteration
@@ -364,9 +369,13 @@ class _Process:
             self._popen.kill()
 
     def deafen(self) -> None:
-        """Stop listening to it."""
+        """Stop listening to it: it has ended, or is about to be."""
+        if self.ended.is_set():
+            return
         self._end_clock()
         self._loop.remove_reader(self._control)
+        self.ended.set()
+        self.inbox.put_nowait(None)
 
     def bury(self) -> None:
         """Kill it, wait until it is gone, and keep its exit status."""
@@ -400,8 +409,6 @@ class _Process:
             data = b""
         if not data:
             self.deafen()
-            self.ended.set()
-            self.inbox.put_nowait(None)
             return
         try:
             message: Message = json.loads(data)

@@ -254,6 +254,18 @@ async def test_leaving_waits_for_blocks_still_in_use(song: Path) -> None:
         assert [before] == decoders(pool), "the process serves the next track"
 
 
+async def test_a_block_may_be_released_after_its_pool_has_closed(song: Path) -> None:
+    async with pool_of(slots=2, slot_windows=3) as pool:
+        track = pool.decode(song, timeout_s=60)
+        held = await anext(await track.__aenter__())
+    as_it_was = held.windows.copy()
+
+    held.release()
+    await track.__aexit__(None, None, None)
+
+    assert np.array_equal(held.windows, as_it_was)
+
+
 async def test_a_process_serves_one_track_after_the_other(song: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.write_bytes(b"no audio")
