@@ -1,1 +1,236 @@
-"""What outsiders send: faults of HTTP, and events that are none."""
+"""What outsiders send: faults of HTTP, addresses that lead inward, odd audio, malformed events."""
+
+import asyncio
+import random
+import struct
+from pathlib import Path
+
+from tests.audio import encode_as, noise, wav
+from tests.faults import hostile
+from tests.faults.audio_server import track
+from tests.faults.scenarios import Outcome, conclude, now_s, require, scenario
+from tests.faults.stand import ROOT, Lane, Message, Stand
+
+ODD = ROOT.parent / "shared" / "audio" / "odd"
+EVENT_CODES = {"event_malformed", "event_too_large", "event_version_unknown"}
+IN_TIME_S = 10.0
+
+
+async def _neighbours_in_time(lane: Lane, sent_s: dict[str, float]) -> None:
+    """Sound tracks between the others have tags, and had them soon."""
+    missing = sent_s.keys() - lane.checker.seen_s.keys()
+    require(not missing, f"sound tracks between them are tagged; not so {sorted(missing)[:5]}")
+    slowest_s = max(lane.checker.seen_s[name] - at_s for name, at_s in sent_s.items())
+    require(slowest_s < IN_TIME_S, f"sound tracks are tagged in time; one took {slowest_s:.1f} s")
+
+
+@scenario
+async def http_faults(stand: Stand, quick: bool) -> Outcome:
+    """Servers that stall at each byte, reset, lie, never end, redirect in circles, drip."""
+    size = len(track(0))
+    stalls = (-1, 0, 1, 43, 44, 1000, size - 1) if quick else (-1, *range(48), 1000, size - 1)
+    resets = (0, 1, 44, 1000, size - 1)
+    expected: list[tuple[str, object, set[str]]] = [
+        *(("stall", at, {"fetch_timeout"}) for at in stalls),
+        *(("reset", at, {"fetch_unavailable"}) for at in resets),
+        *(("reset-once", at, {"tags"}) for at in resets),
+        ("status", 404, {"audio_not_found"}),
+        ("status", 410, {"audio_not_found"}),
+        ("status", 403, {"fetch_forbidden"}),
+        ("status", 500, {"fetch_unavailable"}),
+        ("status", 503, {"fetch_unavailable"}),
+        ("busy", 429, {"tags"}),
+        ("busy", 503, {"tags"}),
+        ("no-length", None, {"tags"}),
+        ("false-length", 1000, {"fetch_unavailable"}),
+        ("false-length", -1000, {"tags", "fetch_unavailable"}),
+        ("endless", None, {"audio_too_large"}),
+        ("loop", None, {"redirect_limit"}),
+        ("inward", None, {"address_refused"}),
+        ("bomb", 100, {"audio_too_large", "audio_unreadable"}),
+        ("drip", None, {"fetch_timeout"}),
+    ]
+    async with stand.lane("http-faults") as lane:
+        await lane.ready(worker__max_in_flight=96, fetch__max_bytes=5_000_000)
+        events, wanted, sent_s = [], {}, {}
+        for number, (fault, argument, codes) in enumerate(expected):
+            name = f"{fault}-{argument}"
+            wanted[name] = codes
+            uri = stand.audio.url(number, fault, argument)
+            events += [lane.event(uri, track_id=name), *lane.tracks([1000 + number])]
+            sent_s[f"track-{1000 + number}"] = now_s()
+        await lane.send(events)
+        await lane.until_answered(len(events), 90)
+        await _neighbours_in_time(lane, sent_s)
+        got = _ends(lane)
+        wrong = {name: got[name] for name, codes in wanted.items() if got[name] not in codes}
+        require(not wrong, f"each fault ends as documented; not so {wrong}")
+        return await conclude(lane, [])
+
+
+@scenario
+async def addresses(stand: Stand, quick: bool) -> Outcome:
+    """Addresses that lead inward, in every spelling: refused without a connection."""
+    del quick  # it takes a second
+    async with stand.lane("addresses") as lane:
+        inside, secret = lane.folder / "music", lane.folder / "secret.wav"
+        inside.mkdir()
+        for path in (inside / "sound.wav", secret):
+            path.write_bytes(track(1))
+        (inside / "link.wav").symlink_to(secret)
+        port = stand.audio.port
+        hosts = [
+            "127.0.0.1", "localhost", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "0.0.0.0",
+            "[::1]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[64:ff9b::7f00:1]", "[::]",
+            "user:secret@127.0.0.1", "10.0.0.1", "192.168.0.1", "172.16.0.1", "169.254.169.254",
+            "[fe80::1]", "[fd00::1]", "[fd00:ec2::254]", "100.64.0.1",
+        ]  # fmt: skip
+        uris = [f"http://{host}:{port}/track/1.wav" for host in hosts]
+        uris += [f"file://{path}" for path in (secret, inside / "link.wav", "/etc/passwd")]
+        uris += [
+            f"file://{inside}/../secret.wav",
+            f"file://{inside}/%2e%2e/secret.wav",
+            f"file://elsewhere{inside}/sound.wav",
+            "gopher://127.0.0.1/1",
+            "data:audio/wav;base64,UklGRg==",
+            "concat:/etc/passwd|/etc/hosts",
+        ]
+        await lane.ready(fetch__allowed_networks="[]", fetch__file_roots=f'["{inside}"]')
+        sound = lane.event(f"file://{inside}/sound.wav", track_id="sound")
+        events = [lane.event(uri, track_id=f"{n}") for n, uri in enumerate(uris)]
+        await lane.send([*events, sound])
+        await lane.until_answered(len(uris) + 1, 60)
+        got = _ends(lane)
+        require(got.pop("sound") == "tags", "a file below the roots is tagged")
+        refused = {"address_refused", "uri_unsupported"}
+        wrong = {uris[int(name)]: code for name, code in got.items() if code not in refused}
+        require(not wrong, f"refused is every address that leads inward; not so {wrong}")
+        require(not stand.audio.requests, f"nothing was asked for: {stand.audio.requests}")
+        require("secret@" not in lane.workers[0].text(), "credentials in an address stay unsaid")
+        return await conclude(lane, [])
+
+
+@scenario
+async def odd_audio(stand: Stand, quick: bool) -> Outcome:
+    """Audio that is cut, fuzzed, extreme, lying, or leads elsewhere: a result or a reason."""
+    async with stand.lane("odd-audio") as lane:
+        folder = lane.folder / "odd"
+        folder.mkdir()
+        await asyncio.to_thread(_write_odd, folder, stand.audio.port, 10 if quick else 100)
+        files = sorted(folder.iterdir())
+        roots = [folder]
+        if ODD.is_dir():
+            found = sorted(path for path in ODD.rglob("*") if path.is_file())
+            files += found[:: 10 if quick else 1]
+            roots.append(ODD)
+        named = '", "'.join(map(str, roots))
+        (worker,) = await lane.ready(fetch__file_roots=f'["{named}"]', decode__timeout_s=10)
+        events = list[bytes]()
+        for number, path in enumerate(files):
+            events += [
+                lane.event(path.as_uri(), track_id=f"{number} {path.name}"),
+                *lane.tracks([number]),
+            ]
+        await lane.send(events)
+        most_bytes = 0
+        started_s = now_s()
+        while len(lane.checker.events) < len(events) or lane.checker.unanswered:
+            require(now_s() - started_s < 30 + len(files), "every file comes to an end")
+            require(worker.running, "the worker lives on")
+            await lane.watch(0.5)
+            most_bytes = max(most_bytes, worker.memory_bytes())
+        missing = {f"track-{n}" for n in range(len(files))} - lane.checker.seen_s.keys()
+        require(not missing, f"sound tracks between them are tagged; not so {sorted(missing)[:5]}")
+        require(most_bytes < 2 << 30, f"memory is bounded: {most_bytes >> 20} MiB")
+        canary = [path for path in stand.audio.requests if path.startswith("/status/404")]
+        require(not canary, f"no file makes the decoder fetch another: {canary}")
+        require(
+            "internal_error" not in lane.checker.reasons(),
+            f"known reasons: {lane.checker.reasons()}",
+        )
+        return await conclude(lane, [])
+
+
+@scenario
+async def hostile_events(stand: Stand, quick: bool) -> Outcome:
+    """Ten thousand malformed events, and sound ones between them."""
+    count = 500 if quick else 10_000
+    malformed = hostile.messages(count) + hostile.enormous()
+    random.shuffle(malformed)
+    async with stand.lane("hostile-events") as lane:
+        await lane.ready()
+        sent_s: dict[str, float] = {}
+        step = len(malformed) // 20 + 1
+        for number, start in enumerate(range(0, len(malformed), step)):
+            (sound,) = lane.tracks([number])
+            part: list[bytes | Message] = [*malformed[start : start + step]]
+            part.insert(len(part) // 2, sound)
+            await lane.send(part)
+            sent_s[f"track-{number}"] = now_s()
+            await lane.watch(0.1)
+        await lane.until_answered(len(malformed) + len(sent_s), 120)
+        await _neighbours_in_time(lane, sent_s)
+        unknown = lane.checker.reasons().keys() - EVENT_CODES
+        require(not unknown, f"each has a reason of an event's: {lane.checker.reasons()}")
+        require(len(lane.checker.letters) == len(malformed), "each is one dead letter")
+        return await conclude(lane, [])
+
+
+def _ends(lane: Lane) -> dict[str, str]:
+    """By track id: `tags`, or the reason code of the dead letter."""
+    ends = dict.fromkeys(lane.checker.seen_s, "tags")
+    for group in lane.checker.letters.values():
+        ends[group[0]["track-id"]] = group[0]["reason-code"]
+    return ends
+
+
+def _write_odd(folder: Path, port: int, fuzzed: int) -> None:
+    """Files that a decoder must survive; those that name others name our server."""
+    chance = random.Random(1)
+    sources = [
+        encode_as(folder / f"whole.{suffix}") for suffix in ("mp3", "flac", "ogg", "m4a", "wav")
+    ]
+    for path in sources:
+        data = path.read_bytes()
+        for end in (0, 1, 4, 44, 100, len(data) // 4, len(data) // 2, len(data) - 1):
+            (folder / f"cut-{end}{path.suffix}").write_bytes(data[:end])
+        for number in range(fuzzed // len(sources) + 1):
+            damaged = bytearray(data)
+            for _ in range(chance.randint(1, 20)):
+                damaged[chance.randrange(min(400, len(damaged)))] = chance.randrange(256)
+            (folder / f"fuzzed-{number}{path.suffix}").write_bytes(damaged)
+    for rate_hz in (8, 768_000):
+        (folder / f"rate-{rate_hz}.wav").write_bytes(wav(noise(4, rate_hz), rate_hz))
+    (folder / "channels-64.wav").write_bytes(wav(noise(3, 16_000, channels=64), 16_000))
+    (folder / "one-sample.wav").write_bytes(wav(noise(1 / 16_000, 16_000), 16_000))
+    (folder / "silence.wav").write_bytes(wav(0 * noise(600, 8_000), 8_000))
+    lying = bytearray(track(2))
+    lying[40:44] = struct.pack("<I", 0xFFFFFFF0)
+    (folder / "lying-duration.wav").write_bytes(lying)
+    picture = _id3_picture(50 << 20)
+    (folder / "picture-50-mib.mp3").write_bytes(picture + (folder / "whole.mp3").read_bytes())
+    url = f"http://127.0.0.1:{port}/status/404/1.wav"
+    for name, text in {
+        "list.m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{url}\n#EXT-X-ENDLIST\n",
+        "list.m3u": f"{url}\n",
+        "list.pls": f"[playlist]\nFile1={url}\nNumberOfEntries=1\n",
+        "list.ffconcat": f"ffconcat version 1.0\nfile '{url}'\n",
+        "list.sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
+        "m=audio 5004 RTP/AVP 0\n",
+        "list.asx": f'<asx version="3.0"><entry><ref href="{url}"/></entry></asx>',
+        "list.mpd": f"<MPD><Period><AdaptationSet><BaseURL>{url}</BaseURL></AdaptationSet></Period>"
+        "</MPD>",
+    }.items():
+        (folder / name).write_text(text)
+        (folder / f"{name}.mp3").write_text(text)
+
+
+def _id3_picture(size: int) -> bytes:
+    """An ID3v2.4 tag with a picture of so many bytes."""
+
+    def syncsafe(number: int) -> bytes:
+        return bytes(number >> shift & 0x7F for shift in (21, 14, 7, 0))
+
+    body = b"\x00image/png\x00\x03\x00" + bytes(size)
+    frame = b"APIC" + syncsafe(len(body)) + b"\x00\x00" + body
+    return b"ID3\x04\x00\x00" + syncsafe(len(frame)) + frame

@@ -268,7 +268,7 @@ class Lane:
             for count, event in enumerate(events, 1):
                 message = event if isinstance(event, Message) else Message(event, track_id(event))
                 await producer.send(
-                    topic or self.new, message.value, key=message.key, headers=message.headers
+                    topic or self.new, message.value, key=message.key, headers=list(message.headers)
                 )
                 if per_s is not None and count % 10 == 0:
                     await producer.flush()
