@@ -34,7 +34,7 @@ CONTAINERS = (
     "mov,mp3,mpc,mpc8,mpeg,mpegts,nut,ogg,oma,qoa,rm,shn,sox,tak,truehd,tta,voc,w64,wav,wsd,wv,xwma"
 )
 MIN_RATE_HZ = 8
-MAX_RATE_HZ = 3_072_000  # what DSD at 64 times 44.1 kHz and its multiples decode to
+MAX_RATE_HZ = 3_072_000  # DSD512 decodes to 2.8224 MHz
 MAX_CHANNELS = 64
 # Samples beyond full scale by more than a lossy codec's overshoot are nonsense, and their squares
 # would overflow in the network.
