@@ -301,7 +301,7 @@ class WindowCnn(nn.Module):
 
     def __init__(self, labels: tuple[str, ...]) -> None:
         super().__init__()
-        config = LogMelCnnConfig(members=1).model_dump(mode="json")
+        config = LogMelCnnConfig(balance=(0.5,)).model_dump(mode="json")
         head = Head(name="genre", kind="single", labels=labels, categories=labels)
         self.tagger = build_logmel_cnn(config, [head])
 

@@ -6,7 +6,7 @@ at the defaults takes 0.1 GFLOP for a window of 3 s.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -31,14 +31,15 @@ ARCHIVE_FRONT_END = LogMelConfig(
 
 
 MAX_EMBEDDING_DIM = 256  # of a bundle
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class LogMelCnnConfig(BaseModel):
     """Shape of the network.
 
-    `members` networks of `channels` each see the same log-mel and share the head: what they say is
-    averaged before the softmax. `balance` is how much of each band's mean over the window is taken
-    out, from 0, where the recording's equalisation stays, to 1, where none of it is left.
+    There is one member for each of `balance`: how much of each band's mean over the window is taken
+    out before it looks, from 0, where the recording's equalisation stays, to 1, where none of it is
+    left. What they say is averaged before the softmax; members that hear differently gain more.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,19 +47,18 @@ class LogMelCnnConfig(BaseModel):
     front_end: LogMelConfig = ARCHIVE_FRONT_END
     channels: tuple[int, ...] = Field((16, 40, 80, 160), min_length=1, max_length=6)
     stem_stride: tuple[int, int] = (2, 2)
-    members: int = Field(1, ge=1, le=16)
-    member_dim: int = Field(128, ge=1, le=256)
-    balance: float = Field(0.9, ge=0, le=1)
+    balance: tuple[Share, ...] = Field((0.0, 0.5, 1.0), min_length=1, max_length=16)
+    member_dim: int = Field(80, ge=1, le=256)
     dropout: float = Field(0.3, ge=0, lt=1)
 
     @property
     def embedding_dim(self) -> int:
-        return self.members * self.member_dim
+        return len(self.balance) * self.member_dim
 
     @model_validator(mode="after")
     def _embedding_fits(self) -> "LogMelCnnConfig":
         if self.embedding_dim > MAX_EMBEDDING_DIM:
-            raise ValueError(f"members x member_dim is above {MAX_EMBEDDING_DIM}")
+            raise ValueError(f"{len(self.balance)} x member_dim is above {MAX_EMBEDDING_DIM}")
         return self
 
 
@@ -116,12 +116,16 @@ class LogMelCnn(nn.Module):
     def __init__(self, config: LogMelCnnConfig) -> None:
         super().__init__()
         self.balance = config.balance
-        self.members = nn.ModuleList(Member(config) for _ in range(config.members))
+        self.members = nn.ModuleList(Member(config) for _ in config.balance)
 
     def forward(self, logmel: Tensor) -> Tensor:
-        balanced = logmel - self.balance * logmel.mean(1, keepdim=True)
-        plane = balanced.unsqueeze(1).contiguous(memory_format=torch.channels_last)
-        return torch.cat([member(plane) for member in self.members], 1)
+        plane = logmel.unsqueeze(1).contiguous(memory_format=torch.channels_last)
+        means = plane.mean(2, keepdim=True)
+        heard = [
+            member(plane - balance * means)
+            for member, balance in zip(self.members, self.balance, strict=True)
+        ]
+        return torch.cat(heard, 1)
 
 
 def build_logmel_cnn(config: Mapping[str, Any], heads: Sequence[Head]) -> Tagger:

@@ -50,7 +50,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    passes: float = Field(900, gt=0)
+    passes: float = Field(600, gt=0)
     rehearsal: float = Field(0.4, gt=0, le=1)
     batch: int = Field(64, ge=2)
     learning_rate: float = Field(2e-3, gt=0)
@@ -60,7 +60,7 @@ class Recipe(BaseModel):
     average: float = Field(0.998, ge=0, lt=1)
     clip_norm: float = Field(5.0, gt=0)
     augmentation: Augmentation = Augmentation()
-    network: LogMelCnnConfig = LogMelCnnConfig(members=2)
+    network: LogMelCnnConfig = LogMelCnnConfig()
 
 
 FINE_TUNING = Recipe(passes=60, rehearsal=1.0, learning_rate=3e-4, average=0.99)
