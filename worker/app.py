@@ -154,8 +154,8 @@ class Worker:
         """Take one record to its end."""
         try:
             tracks = intake.read(record, max_bytes=self._settings.kafka.max_event_bytes)
-        except TimbreError as error:
-            await self._dead_letter(record, error, stage="intake")
+        except Exception as error:
+            await self._dead_letter(record, _typed(error), stage="intake")
             return
         for track in tracks:
             await self._handle_track(record, track)
@@ -186,8 +186,8 @@ class Worker:
                 await self._until_delivered(lambda: self._publisher.publish(tags, features))
         except WorkerStopping:
             raise  # not the track's fault: it stays unacknowledged
-        except TimbreError as error:
-            await self._dead_letter(record, error, attempts=attempts, track=track)
+        except Exception as error:
+            await self._dead_letter(record, _typed(error), attempts=attempts, track=track)
             return
         async with timings.measure("store"):
             await self._cache.store(tags, analysis)
@@ -219,21 +219,13 @@ class Worker:
             return analysis
 
         async def attempt() -> Analysis:
-            try:
-                return await self._tagger.tag(
-                    track.audio.uri,
-                    priority=priority,
-                    expected_sha256=track.audio.sha256,
-                    timings=timings,
-                    lookup=lookup,
-                )
-            except TimbreError:
-                raise
-            except Exception as error:
-                log.exception("Unexpected failure while tagging")
-                raise Unexpected(
-                    f"Timbre failed unexpectedly ({type(error).__name__}); see the worker's log."
-                ) from error
+            return await self._tagger.tag(
+                track.audio.uri,
+                priority=priority,
+                expected_sha256=track.audio.sha256,
+                timings=timings,
+                lookup=lookup,
+            )
 
         options = self._settings.worker
         retrying = AsyncRetrying(
@@ -318,6 +310,14 @@ class Worker:
             metrics.audio_seconds.inc(analysis.audio.duration_s)
             metrics.windows.labels("silent").inc(windows.silent)
             metrics.windows.labels("voted").inc(windows.total - windows.silent)
+
+
+def _typed(error: Exception) -> TimbreError:
+    """The error itself, or, for a fault of our own, one that must not hold up the partition."""
+    if isinstance(error, TimbreError):
+        return error
+    log.error("Unexpected failure", exc_info=error)
+    return Unexpected(f"Timbre failed unexpectedly ({type(error).__name__}); see its log.")
 
 
 def _stage(error: TimbreError) -> str:
