@@ -73,15 +73,15 @@ class DecodeSettings(Section):
     """The decoder processes and their limits."""
 
     processes: int = Field(
-        default_factory=lambda: len(os.sched_getaffinity(0)),
+        default_factory=lambda: max(2, len(os.sched_getaffinity(0))),
         ge=1,
-        description="Decoder processes, one track each at a time",
+        description="Decoder processes, one track each at a time; two, so that none waits for long",
     )
     timeout_s: float = Field(
         180.0, gt=0, description="Seconds of work for one track before its decoder is ended"
     )
     max_memory_bytes: int = Field(
-        1024 * MIB, gt=0, description="Address space of one decoder above what it needs at rest"
+        512 * MIB, gt=0, description="Address space of one decoder above what it needs at rest"
     )
     max_duration_s: float = Field(6 * 3600.0, gt=0, description="Seconds of audio in one track")
     slots: int = Field(3, ge=2, description="Shared-memory blocks of one decoder")
