@@ -6,12 +6,21 @@ import json
 import logging
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from tests.faults import delivery, inputs, services, stages  # noqa: F401  # they enter the list
+from tests.faults import (  # noqa: F401  # they enter the list
+    delivery,
+    exposure,
+    growth,
+    inputs,
+    services,
+    stages,
+)
 from tests.faults.scenarios import SCENARIOS, Outcome
 from tests.faults.stand import Failed, Stand
 
@@ -31,19 +40,20 @@ def main() -> int:
 
 
 async def _run(names: list[str], quick: bool) -> int:
-    console = Console()
-    table = Table("fault", *COLUMNS, "took")
+    console = Console(width=120) if not sys.stdout.isatty() else Console()
+    table = Table("fault", *(column.replace("_", " ") for column in COLUMNS), "took")
     lines: list[dict[str, object]] = []
-    failures: dict[str, str] = {}
+    failed: list[str] = []
     async with Stand() as stand:
         for name in names:
             started_s = time.monotonic()
             console.print(f"[bold]{name}[/]: {SCENARIOS[name].summary}")
             try:
                 outcome: Outcome = await SCENARIOS[name].run(stand, quick)
-            except Failed as error:
-                failures[name] = str(error)
-                console.print(f"  [red]failed[/]: {error}", markup=True, highlight=False)
+            except Exception as error:
+                failed.append(name)
+                what = str(error) if isinstance(error, Failed) else traceback.format_exc()
+                console.print("  [red]failed:[/]", Text(what))
                 table.add_row(name, "[red]failed[/]")
                 continue
             line = outcome.line(name)
@@ -53,7 +63,7 @@ async def _run(names: list[str], quick: bool) -> int:
             _write(lines)
     console.print(table)
     console.print(f"Written to {FILE}.")
-    return 1 if failures else 0
+    return 1 if failed else 0
 
 
 def _write(lines: list[dict[str, object]]) -> None:

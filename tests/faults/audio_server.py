@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import gzip
 import io
+import struct
 import wave
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,7 +19,7 @@ import numpy as np
 
 RATE_HZ = 16_000
 DURATION_S = 3.0
-FOR_EVER_S = 3600.0
+WAV_HEADER_BYTES = 44
 DRIP_BYTES, DRIP_S = 200, 0.2
 
 Answer = Callable[["Request"], Awaitable[None]]
@@ -60,6 +61,7 @@ class Request:
         self.server = server
         self.path = path
         self.argument = argument
+        self.number = number
         self.body = track(number)
         self._out = out
 
@@ -164,15 +166,20 @@ async def drip(request: Request) -> None:
 
 
 async def large(request: Request) -> None:
-    """Sound, and of so many seconds."""
-    request.body = track(int(request.path.rsplit("/", 1)[1].split(".")[0]), float(request.argument))
-    await request.sound()
+    """Sound, of so many seconds: its first minute again and again."""
+    minute = np.frombuffer(track(request.number, 60.0), "<i2")[WAV_HEADER_BYTES // 2 :]
+    times = round(float(request.argument) / 60)
+    header = wav(b"")[: WAV_HEADER_BYTES - 4] + struct.pack("<I", times * minute.nbytes)
+    await request.head(Content_Length=len(header) + times * minute.nbytes)
+    await request.send(header)
+    for _ in range(times):
+        await request.send(minute.tobytes())
 
 
 async def marked(request: Request) -> None:
     """Sound, and louder than any music: see `launcher`."""
     square = np.where(np.arange(round(DURATION_S * RATE_HZ)) // 20 % 2, 32_000, -32_000)
-    square[0] = int(request.path.rsplit("/", 1)[1].split(".")[0])  # distinct
+    square[0] = request.number  # distinct
     request.body = wav(square.astype("<i2").tobytes())
     await request.sound()
 

@@ -180,7 +180,11 @@ class Worker:
 
     def memory_bytes(self) -> int:
         """Memory of the worker and its decoders, what they share counted once."""
-        return sum(process.memory_full_info().pss for process in self.tree())
+        total = 0
+        for process in self.tree():
+            with contextlib.suppress(psutil.NoSuchProcess):  # a decoder that was just replaced
+                total += process.memory_full_info().pss
+        return total
 
 
 class Lane:
@@ -416,6 +420,7 @@ class Stand:
         missing
             Of `tags`, `features`, `dead-letter`: topics that `Lane.make_topics` makes later.
         """
+        self.audio.requests.clear()
         name = f"{name}-{uuid.uuid4().hex[:8]}"
         topics = Topics(
             new=(f"{name}.new", f"{name}.backfill"),

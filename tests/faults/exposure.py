@@ -1,0 +1,123 @@
+"""What can be seen of a worker from outside: its port, and its secrets nowhere."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+import trustme
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from tests.faults.scenarios import Outcome, conclude, require, scenario
+from tests.faults.stand import Lane, Stand, Worker, until
+from worker.services import Security
+
+USER, PASSWORD = "alice", "correct-horse-battery"
+SERVED = ("/metrics", "/health/live", "/health/ready")
+FAUST_SERVES = (
+    "/", "/stats", "/stats/", "/router", "/router/", "/table", "/table/", "/graph", "/graph/",
+    "/production_index", "/production_index/", "/livecheck/", "/static/", "/debug/",
+    "/metrics/", "/health", "/docs",
+)  # fmt: skip
+
+
+@scenario
+async def port(stand: Stand, quick: bool) -> Outcome:
+    """The worker's port serves metrics and health, and nothing of faust's."""
+    del quick
+    async with stand.lane("port") as lane:
+        (worker,) = await lane.ready()
+        await lane.send(lane.tracks(range(3)))
+        await lane.until_answered(3, 30)
+        for path in SERVED:
+            status, _ = await worker.get(path)
+            require(status == 200, f"{path} is served, not {status}")
+        for path in FAUST_SERVES:
+            status, body = await worker.get(path)
+            require(status == 404, f"{path} is not served: {status} {body[:80]}")
+        listening = {
+            connection.laddr.port
+            for process in worker.tree()
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
+        require(listening == {worker.port}, f"it listens on one port: {listening}")
+        return await conclude(lane, [])
+
+
+@scenario
+async def secrets(stand: Stand, quick: bool) -> Outcome:
+    """Kafka over TLS and SASL, Redis over TLS with a password: from files, and told nowhere."""
+    del quick
+    folder = stand.folder / f"tls-{os.urandom(4).hex()}"
+    folder.mkdir()
+    async with Stand(security=security(folder)) as secured, secured.lane("secrets") as lane:
+        await lane.ready(**_options(secured), worker__log_level="debug")
+        events = [*lane.tracks(range(5)), b"no event", lane.event("http://127.0.0.1:1/x.mp3")]
+        await lane.send(events)
+        await lane.until_answered(len(events), 60)
+        await lane.until_stored(5, 10)
+        await _untold(lane)
+        outcome = await conclude(lane, [])
+        require(outcome.verdict.tags == 5, f"tracks are tagged: {outcome.verdict}")
+        (wrong := folder / "wrong").mkdir()
+        (wrong / "kafka__sasl_password").write_text("wrong-password")
+        stranger = lane.worker(**_options(secured) | {"secrets_dir": wrong})
+        require(await _ends(stranger) == 1, f"a wrong password ends it: {stranger.tail()}")
+        require("Traceback" not in stranger.text(), f"with a sentence: {stranger.text()}")
+        require("wrong-password" not in stranger.text(), "a wrong password is told nowhere")
+        return outcome
+
+
+def security(folder: Path) -> Security:
+    """A certificate of an authority of its own, a user and a password, and the secret files."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    key = load_pem_private_key(certificate.private_key_pem.bytes(), None)
+    pkcs8 = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    chain = b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
+    (folder / "server.pem").write_bytes(pkcs8 + chain)
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    (files := folder / "secrets").mkdir()
+    for name in ("kafka__sasl_password", "redis__password"):
+        (files / name).write_text(f"{PASSWORD}\n")
+    return Security(USER, PASSWORD, folder / "server.pem", folder / "ca.pem")
+
+
+def _options(stand: Stand) -> dict[str, Any]:
+    assert stand.security is not None
+    ca_file = stand.security.ca_file
+    return {
+        "secrets_dir": ca_file.parent / "secrets",
+        "kafka__security_protocol": "SASL_SSL",
+        "kafka__sasl_username": USER,
+        "kafka__ssl_ca_file": ca_file,
+        "redis__ssl_ca_file": ca_file,
+    }
+
+
+async def _untold(lane: Lane) -> None:
+    """No password in a log line, a metric, a command line, a dead letter or a result."""
+    (worker,) = lane.workers
+    _, metrics = await worker.get("/metrics")
+    places = {
+        "the log": worker.text(),
+        "the metrics": metrics,
+        "a command line": str([process.cmdline() for process in worker.tree()]),
+        "a decoder's environment": str([process.environ() for process in worker.decoders()]),
+        "a dead letter": str(lane.checker.letters),
+        "a result": str(lane.checker.tags),
+    }
+    for place, text in places.items():
+        require(PASSWORD not in text, f"no password in {place}")
+
+
+async def _ends(worker: Worker) -> int:
+    """The status with which a worker that can't start ends."""
+    await until(lambda: not worker.running, "the end of a worker that is refused", 90)
+    return worker.process.returncode
