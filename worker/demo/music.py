@@ -1,8 +1,11 @@
 """Sample tracks: the demo's compositions, rendered and encoded once into a cache."""
 
 import hashlib
+import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import av
@@ -62,14 +65,19 @@ def sample_tracks(
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         progress(0, len(missing))
-    for done, number in enumerate(missing, start=1):
-        style, codec = STYLES[number], CODECS[number % len(CODECS)]
-        path = samples[number].path
-        unfinished = path.with_name(f".{path.name}")
-        encode(style.compose(), unfinished, codec, _tags(style, number))
-        unfinished.replace(path)
-        progress(done, len(missing))
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        rendered = [pool.submit(_render, number, samples[number].path) for number in missing]
+        for done, future in enumerate(as_completed(rendered), start=1):
+            future.result()
+            progress(done, len(missing))
     return samples
+
+
+def _render(number: int, path: Path) -> None:
+    style = STYLES[number]
+    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
+    encode(style.compose(), unfinished, CODECS[number % len(CODECS)], _tags(style, number))
+    unfinished.replace(path)
 
 
 def encode(sound: Sound, path: Path, codec: Codec, tags: dict[str, str]) -> None:

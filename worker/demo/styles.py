@@ -9,7 +9,7 @@ import numpy as np
 from worker.demo import synth
 from worker.demo.synth import RATE, Sound
 
-TAIL_S = 1.0
+TAIL_S = 0.6
 HUMAN_TIMING_S = 0.006
 HUMAN_GAIN = 0.12
 
@@ -122,9 +122,13 @@ class Song:
         """Send a whole bus through an effect."""
         self.buses[bus] = change(self.buses[bus])
 
-    def mix(self, loudness: float) -> Sound:
-        """All buses together, (samples, 2), at a root mean square of `loudness`."""
+    def mix(self, loudness: float, *, ratio: float = 2.0, hiss: float = 0.04) -> Sound:
+        """All buses together, mastered, (samples, 2), at a root mean square of `loudness`.
+
+        `ratio` is how far loud and soft are brought together, `hiss` the noise between.
+        """
         total: Sound = np.sum(np.stack(list(self.buses.values())), axis=0)
+        total = synth.tape(synth.compress(synth.reverb(total, 0.35, 0.22), ratio), hiss)
         total *= loudness / max(1e-6, float(np.sqrt(np.mean(total**2))))
         end = round(TAIL_S * RATE)
         total[-end:] *= np.linspace(1, 0, end, dtype=np.float32)[:, None]
@@ -297,16 +301,16 @@ def hiphop() -> Sound:
         if bar % 4 == 3:
             song.beat(synth.hat(0.02), at + 3, [roll / 6 for roll in range(6)], 0.3, 0.15)
         bass = [(0, chord[0] - 24, 0.7), (0.75, chord[0] - 24, 1.2), (2.5, chord[0] - 24, 1.3)]
-        song.play(synth.sub_bass, at, bass, 1.0)
+        song.play(synth.sub_bass, at, bass, 0.5)
         chops = [(0, 1.4), (1.5, 0.4), (2.25, 1.6)]
-        song.strum(synth.electric_piano, chord, at, chops, 0.7, -0.2, "sample")
+        song.strum(synth.electric_piano, chord, at, chops, 0.35, -0.2, "sample")
         if bar >= 1:
             _rap(song, at)
     song.add(synth.crackle(song.length(song.beats)), 0, 0.5, 0, "sample")
     song.effect("sample", lambda mix: synth.lowpass(mix, 3200))
     song.effect("rap", lambda mix: synth.reverb(synth.highpass(mix, 180), 0.3, 0.12))
     song.effect("drums", lambda mix: np.tanh(1.4 * mix).astype(np.float32))
-    return song.mix(0.2)
+    return song.mix(0.2, ratio=1.3, hiss=0.1)
 
 
 def _rap(song: Song, at: float) -> None:
@@ -354,8 +358,8 @@ def jazz() -> Sound:
 
 
 def metal() -> Sound:
-    """Drop D at 172: palm-muted power chords left and right, double kick, a shouting voice."""
-    song = Song(bpm=172, beats=72, seed=17)
+    """Drop D at 140: palm-muted power chords left and right, double kick, a shouting voice."""
+    song = Song(bpm=140, beats=60, seed=17)
     riff, progression = (38, 38, 38, 41, 38, 38, 44, 43), (38, 41, 36, 43)
     shouted: Line = [(0, 50, 0.9), (1, 53, 0.9), (2, 52, 0.9), (3, 50, 0.9)]
     guitar, shout = pluck(0.95, 0.999), sing("ae", 0.9)
@@ -366,21 +370,21 @@ def metal() -> Sound:
         for beat, root in zip(EIGHTHS, roots, strict=True):
             stroke = [(beat, 0.55 if chorus or root != 38 else 0.3)]
             for side, pan, detune in (("left", -0.9, 0.06), ("right", 0.9, -0.05)):
-                power = [root + detune + interval for interval in (0, 7, 12)]
-                song.strum(guitar, power, at, stroke, 1.1, pan, side, 0.0)
+                power = [root + detune + interval for interval in (0, 7, 12, 19, 24)]
+                song.strum(guitar, power, at, stroke, 0.6, pan, side, 0.0)
         song.play(synth.electric_bass, at,
                   [(beat, root - 12, 0.45) for beat, root in zip(EIGHTHS, roots, strict=True)],
                   0.9, 0, "bass")  # fmt: skip
-        song.beat(synth.kick(58, 2.2, 0.14), at, SIXTEENTHS, 0.5)
+        song.beat(synth.kick(58, 2.2, 0.14), at, SIXTEENTHS, 1.8)
         song.beat(synth.snare(185, 1.3), at, BACKBEAT, 0.7)
-        song.beat(synth.crash(1.2) if chorus else synth.hat(0.12), at, BEATS, 0.4, 0.4)
+        song.beat(synth.crash(1.2) if chorus else synth.hat(0.12), at, BEATS, 1.0, 0.4)
         if bar % 4 == 3:
             for step in range(8):
                 song.add(synth.tom(160 - 12 * step), at + 2 + step / 4, 0.6, 0, "drums")
         if chorus:
-            song.play(shout, at, shouted, 1.0, 0, "shout")
+            song.play(shout, at, shouted, 6.0, 0, "shout")
     for side in ("left", "right"):
-        song.effect(side, lambda mix: 0.6 * synth.distort(mix, 24))
+        song.effect(side, lambda mix: 0.6 * synth.distort(mix, 10))
     song.effect("bass", lambda mix: 0.4 * synth.distort(mix, 4))
     song.effect("shout", lambda mix: synth.reverb(0.3 * synth.distort(mix, 6), 0.8, 0.2))
     song.effect("drums", lambda mix: synth.reverb(mix, 0.5, 0.12, 9000))
@@ -439,18 +443,18 @@ def reggae() -> Sound:
         at, chord = 4 * bar, chords[bar % 4]
         song.beat(synth.kick(48, 0.8), at, (2,), 1.0)
         song.beat(synth.rim(), at, (2,), 0.7, 0, "echo")
-        song.beat(synth.hat(0.04), at, BEATS, 0.3, 0.25)
+        song.beat(synth.hat(0.04), at, BEATS, 0.8, 0.25)
         song.beat(synth.hat(0.03), at, (0.5, 1.5, 2.5, 3.5), 0.16, 0.25)
         off = [(beat, 0.28) for beat in BACKBEAT]
-        song.strum(pluck(0.85, 0.985), [n + 12 for n in chord[1:]], at, off, 1.2, -0.4, "skank",
+        song.strum(pluck(0.85, 0.985), [n + 12 for n in chord[1:]], at, off, 2.2, -0.4, "skank",
                    0.012)  # fmt: skip
         song.strum(synth.piano, chord[1:], at, off, 0.6, -0.2, "skank", 0.005)
-        song.strum(synth.organ, chord[1:], at, bubble, 0.4, 0.45, "skank", 0)
-        song.play(bass, at, [(b, chord[0] - 12 + n, d) for b, n, d in riddim[bar % 2]], 1.4)
+        song.strum(synth.organ, chord[1:], at, bubble, 1.0, 0.45, "skank", 0)
+        song.play(bass, at, [(b, chord[0] - 12 + n, d) for b, n, d in riddim[bar % 2]], 0.8)
         if bar % 4 == 3:
             song.beat(synth.snare(250, 0.9), at, (3.5,), 0.6, 0.2, "echo")
             song.beat(synth.tom(140), at, (3,), 0.6, -0.3, "echo")
-        if bar % 4 == 0 and bar:
+        if bar % 4 == 0:
             song.play(singer, at, toast, 1.0, 0.1, "echo")
     song.effect("echo", lambda mix: synth.reverb(synth.echo(mix, song.length(1.5), 0.4), 1.0, 0.2))
     song.effect("skank", lambda mix: synth.reverb(synth.highpass(mix, 250), 0.6, 0.15))
@@ -484,7 +488,7 @@ def rock() -> Sound:
                 pluck(0.9, 0.999), at, song.wander(scale, (0.5, 0.5, 1.0), 3.6), 1.2, 0.1, "solo"
             )
         elif bar % 2:
-            song.play(singer, at, verse, 1.1, 0, "voice")
+            song.play(singer, at, verse, 2.2, 0, "voice")
     for side in ("left", "right"):
         song.effect(side, lambda mix: 0.5 * synth.distort(mix, 8))
     song.effect("solo", lambda mix: synth.reverb(0.4 * synth.distort(mix, 9), 0.9, 0.25))

@@ -15,6 +15,7 @@ RATE = 44_100
 NYQUIST = RATE / 2
 NOISE_SEED = 7
 FILTER_TAPS = 4096
+COMPRESSOR_S = 0.08
 
 Sound = NDArray[np.float32]
 
@@ -106,9 +107,41 @@ def bandpass(sound: Sound, low_hz: float, high_hz: float, order: int = 2) -> Sou
 
 
 def distort(sound: Sound, drive: float) -> Sound:
-    """An overdriven amplifier and its cabinet: clipped, without the highs and the deep lows."""
-    driven = np.tanh(drive * sound) + 0.15 * np.tanh(drive * sound - 0.4)
-    return bandpass(driven.astype(np.float32), 85, 5200, 3)
+    """An overdriven amplifier and its cabinet: the lows are tamed before they clip, the presence
+    stands out after."""
+    tight = equalise(sound, lambda f: 0.25 + 1 / (1 + (350 / np.maximum(f, 1)) ** 2))
+    driven = np.tanh(drive * tight) + 0.15 * np.tanh(drive * tight - 0.4)
+
+    def cabinet(f: NDArray[Any]) -> NDArray[Any]:
+        body = 1 + 0.8 * np.exp(-(((f - 140) / 90) ** 2))
+        presence = 1.6 * np.exp(-(((f - 2800) / 1400) ** 2))
+        cut = 1 + (f / 5600) ** 8 + (70 / np.maximum(f, 1)) ** 4
+        return np.asarray((body + presence) / np.sqrt(cut))
+
+    return equalise(driven.astype(np.float32), cabinet)
+
+
+def compress(mix: Sound, ratio: float, ambience: float = 0.03) -> Sound:
+    """Even out loudness, as every record's master is: `ratio` dB louder become 1.
+
+    `ambience` is the loudness, against the loudest, below which there is only the room.
+    """
+    power = (mix**2).mean(axis=1)
+    width = round(COMPRESSOR_S * RATE)
+    sums = np.cumsum(np.pad(power.astype(np.float64), (width // 2 + 1, width - width // 2 - 1)))
+    loudness = np.sqrt(np.maximum(sums[width:] - sums[:-width], 0) / width)[: len(mix)]
+    floor = ambience * float(loudness.max())
+    gain = np.maximum(loudness, floor) ** (1 / ratio - 1)
+    evened: Sound = (mix * gain[:, None]).astype(np.float32)
+    return evened
+
+
+def tape(mix: Sound, hiss: float) -> Sound:
+    """The noise that a recording never goes below, `hiss` against its mean loudness."""
+    sides = [lowpass(noise(len(mix), seed), 2500, 1) for seed in (31, 37)]
+    level = hiss * float(np.sqrt(np.mean(mix**2)))
+    hissing: Sound = mix + level / np.float32(np.std(sides[0])) * np.stack(sides, axis=1)
+    return hissing.astype(np.float32)
 
 
 def echo(mix: Sound, delay_s: float, feedback: float, repeats: int = 5) -> Sound:
