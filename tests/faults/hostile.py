@@ -57,7 +57,9 @@ encodings = st.sampled_from(["utf-16", "utf-16-le", "utf-32", "cp500"]).map(
     lambda name: json.dumps(_event(metadata={"note": "Grüße"}), ensure_ascii=False).encode(name)
 )
 latin = st.text(st.characters(min_codepoint=128, max_codepoint=255), min_size=1, max_size=20).map(
-    lambda text: json.dumps(_event(metadata={"note": text}), ensure_ascii=False).encode("latin-1")
+    lambda text: json.dumps(_event(metadata={"note": text + "ÿ"}), ensure_ascii=False).encode(
+        "latin-1"
+    )
 )
 deep = st.tuples(st.integers(300, 20_000), st.sampled_from(["[", '{"a":'])).map(
     lambda shape: f'{{"track_id": "{KEY}", "metadata": '.encode() + shape[1].encode() * shape[0]

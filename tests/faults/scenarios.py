@@ -37,9 +37,14 @@ class Scenario:
 SCENARIOS: dict[str, Scenario] = {}
 
 
+def named(run: Run) -> str:
+    """The name of a fault, from its function's."""
+    return run.__name__.replace("_", "-")
+
+
 def scenario(run: Run) -> Run:
     """Enter a function in the list, under its own name."""
-    name = run.__name__.replace("_", "-")
+    name = named(run)
     SCENARIOS[name] = Scenario(name, (run.__doc__ or "").splitlines()[0], run)
     return run
 

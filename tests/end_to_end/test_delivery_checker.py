@@ -1,0 +1,104 @@
+"""The checker of the faults sees what it is there to see."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from aiokafka import AIOKafkaProducer
+
+from tests.conftest import MakeTopics
+from tests.faults.checker import Checker, Topics, Verdict
+from worker import kafka
+from worker.settings import KafkaSettings
+
+
+class Topic:
+    """Writes what a worker would."""
+
+    def __init__(self, own: KafkaSettings, producer: AIOKafkaProducer) -> None:
+        self.own = own
+        self._producer = producer
+
+    async def event(self, track_id: str) -> int:
+        value = json.dumps({"track_id": track_id, "audio": {"uri": "https://x.example/1"}})
+        sent = await self._producer.send_and_wait(self.own.topic_new, value.encode())
+        return int(sent.offset)
+
+    async def tags(self, track_id: str, score: float = 0.5, **more: Any) -> None:
+        event = {"event_id": f"event of {track_id}", "track_id": track_id}
+        tags = {"tags": [{"head": "genre", "label": "jazz", "score": score}]}
+        for topic, content in (
+            (self.own.topic_tags, event | tags | more),
+            (self.own.topic_features, event | {"embedding": [score, 0.0]}),
+        ):
+            processing = {"processing": {"at": str(id(content))}}
+            await self._producer.send_and_wait(topic, json.dumps(content | processing).encode())
+
+    async def dead_letter(self, offset: int, code: str = "audio_not_found") -> None:
+        headers = {
+            "reason-code": code,
+            "origin-topic": self.own.topic_new,
+            "origin-partition": "0",
+            "origin-offset": str(offset),
+        }
+        await self._producer.send_and_wait(
+            self.own.topic_dead_letter,
+            b"{}",
+            headers=[(f"timbre-{name}", value.encode()) for name, value in headers.items()],
+        )
+
+    async def verdict(self) -> Verdict:
+        own = self.own
+        topics = Topics((own.topic_new,), own.topic_tags, own.topic_features, own.topic_dead_letter)
+        async with Checker(kafka.client_options(own), topics) as checker:
+            await checker.read_to_end()
+            return checker.verdict()
+
+
+@pytest.fixture
+async def topic(topics: MakeTopics) -> AsyncIterator[Topic]:
+    own = await topics()
+    async with AIOKafkaProducer(**kafka.client_options(own)) as producer:
+        yield Topic(own, producer)
+
+
+async def test_an_event_without_an_answer_is_lost(topic: Topic) -> None:
+    await topic.event("tagged")
+    await topic.tags("tagged")
+    await topic.dead_letter(await topic.event("failed"))
+    await topic.event("forgotten")
+
+    verdict = await topic.verdict()
+
+    assert (verdict.events, verdict.tags, verdict.dead_letters) == (3, 1, 1)
+    assert (verdict.lost, verdict.duplicates, verdict.differing) == (1, 0, 0)
+
+
+async def test_a_second_answer_that_says_the_same_is_a_duplicate(topic: Topic) -> None:
+    await topic.event("twice")
+    await topic.tags("twice", 0.5)
+    await topic.tags("twice", 0.50005)
+
+    verdict = await topic.verdict()
+
+    assert (verdict.lost, verdict.duplicates, verdict.differing) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("second", [{"score": 0.51}, {"uncertain": True}])
+async def test_a_second_answer_that_says_something_else_differs(
+    topic: Topic, second: dict[str, Any]
+) -> None:
+    await topic.event("twice")
+    await topic.tags("twice")
+    await topic.tags("twice", **second)
+
+    assert (await topic.verdict()).differing > 0
+
+
+async def test_an_event_with_tags_and_a_dead_letter_differs(topic: Topic) -> None:
+    offset = await topic.event("both")
+    await topic.tags("both")
+    await topic.dead_letter(offset)
+
+    assert (await topic.verdict()).differing == 1
