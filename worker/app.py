@@ -60,6 +60,7 @@ STAGES = (
     (ResultTooLarge, "publish"),
 )
 PUBLISH_BACKOFF_S = (0.2, 10.0)
+ATTEMPTS_BEFORE_A_WARNING = 3
 
 
 def run_worker(settings: Settings) -> int:
@@ -282,6 +283,8 @@ class Worker:
         error = state.outcome.exception() if state.outcome else None
         assert isinstance(error, TimbreError)  # nothing else is retried
         self.metrics.retries.labels(_stage(error), error.code).inc()
+        if isinstance(error, PublishFailed) and state.attempt_number == ATTEMPTS_BEFORE_A_WARNING:
+            log.warning("%s; trying on", error.message)
 
     def _count(
         self,

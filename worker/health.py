@@ -71,11 +71,14 @@ class LagProbe:
             group_id=self._settings.kafka.group,
             enable_auto_commit=False,
         )
-        async with group:
+        try:
+            await group.start()
             while True:
                 async with asyncio.timeout(PROBE_TIMEOUT_S):
                     self._note(await self._measure(group))
                 await asyncio.sleep(LAG_INTERVAL_S)
+        finally:
+            await group.stop()  # also where it could not start
 
     async def _measure(self, group: AIOKafkaConsumer) -> dict[tuple[str, int], int]:
         positions = {(topic, number): at for topic, number, at in self._consumer.positions()}
