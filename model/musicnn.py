@@ -231,9 +231,11 @@ def as_published(checkpoint: Checkpoint, logmel: Tensor) -> tuple[Tensor, Tensor
 def folded(checkpoint: Checkpoint, network: Network = "MSD_musicnn") -> Bundle:
     """The network without its dead filters, as a bundle that is not yet saved."""
     branches, state = _fold(checkpoint)
-    config = MusicnnConfig(front_end=LogMelConfig(), branches=tuple(branches)).model_dump(
-        mode="json"
-    )
+    config = MusicnnConfig(
+        front_end=LogMelConfig(),
+        branches=tuple(branches),
+        mid_filters=len(checkpoint["conv2d_5/bias"]),
+    ).model_dump(mode="json")
     head = tags_head(network)
     tagger = build("musicnn", config, [head])
     tagger.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})

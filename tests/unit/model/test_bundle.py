@@ -1,0 +1,197 @@
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.bundle import MAX_MANIFEST_BYTES, Bundle, Calibration, shipped
+from tests.unit.model.music import chords
+from worker.errors import BundleInvalid
+
+
+@pytest.fixture(scope="module")
+def default() -> Bundle:
+    return Bundle.load()
+
+
+@pytest.fixture
+def folder(default: Bundle, tmp_path: Path) -> Path:
+    default.save(tmp_path / "bundle", card="# A bundle\n")
+    return tmp_path / "bundle"
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    manifest = json.loads((folder / "model.json").read_text())
+    change(manifest)
+    (folder / "model.json").write_text(json.dumps(manifest))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def resign(folder: Path) -> None:
+    """Give the folder the version of its content: an attacker can compute a hash too."""
+    from model import bundle
+
+    manifest = bundle._read_manifest(folder)
+    version = bundle._version(manifest, load_file(folder / "model.safetensors"))
+    edit(folder, lambda told: told.update(version=version))
+
+
+def test_a_bundle_comes_back_as_it_was_saved(default: Bundle, folder: Path) -> None:
+    loaded = Bundle.load(folder)
+
+    assert loaded.version == default.version
+    assert loaded.heads == default.heads
+    assert loaded.uncertain_threshold == default.uncertain_threshold
+    with torch.inference_mode():
+        windows = chords(2)
+        torch.testing.assert_close(
+            loaded.network(windows).embedding, default.network(windows).embedding
+        )
+
+
+def test_shipped_bundles_load_by_name() -> None:
+    assert "default" in shipped()
+    for name in shipped():
+        assert Bundle.load(name).version
+
+
+def test_the_version_follows_what_decides_an_answer(default: Bundle, tmp_path: Path) -> None:
+    genre, tags = default.heads
+    calibrated = genre.model_copy(update={"calibration": Calibration(temperature={"mean": 3.0})})
+    other_heads = replace(default, heads=(calibrated, tags)).save(tmp_path / "a", card="")
+    other_figures = replace(default, figures={"accuracy": 0.1}).save(tmp_path / "b", card="")
+
+    assert other_heads.version != default.version
+    assert other_figures.version == default.version
+
+
+def test_changed_weights_are_noticed(folder: Path) -> None:
+    edit_weights(folder, lambda tensors: tensors["heads.genre.bias"].add_(1))
+
+    with pytest.raises(BundleInvalid, match="damaged or was edited"):
+        Bundle.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda told: told.pop("heads"), "heads: Field required"),
+        (lambda told: told.update(surprise=1), "surprise: Extra inputs"),
+        (lambda told: told.update(format=2), "format: Input should be 1"),
+        (lambda told: told.update(window_s="NaN"), "window_s"),
+        (lambda told: told["heads"][0].update(name="../../etc"), "name"),
+        (lambda told: told["heads"][0]["labels"].append("blues"), "a label stands twice"),
+        (lambda told: told["heads"][0]["categories"].pop(), "every label needs its category"),
+    ],
+)
+def test_a_manifest_that_says_wrong_things_is_refused(
+    folder: Path, change: Callable[[dict[str, Any]], None], complaint: str
+) -> None:
+    edit(folder, change)
+
+    with pytest.raises(BundleInvalid, match=complaint):
+        Bundle.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda told: told["network"].update(kind="os:system"), "unknown network kind"),
+        (lambda told: told["network"]["config"].update(mid_filters=10**9), "mid_filters"),
+        (
+            lambda told: told["network"]["config"].update(mid_filters=1_000, embedding_dim=256),
+            "expected torch.float32",
+        ),
+        (lambda told: told["network"]["config"]["front_end"].update(n_fft=2**40), "n_fft"),
+        (lambda told: told["network"]["config"]["front_end"].update(n_mels=8), "can't take"),
+        (lambda told: told.update(embedding_dim=7), "embedding_dim is not the network's"),
+        (lambda told: told["heads"].pop(), "missing or unknown tensors"),
+    ],
+)
+def test_a_network_that_does_not_fit_its_weights_is_refused(
+    folder: Path, change: Callable[[dict[str, Any]], None], complaint: str
+) -> None:
+    edit(folder, change)
+    resign(folder)
+
+    with pytest.raises(BundleInvalid, match=complaint):
+        Bundle.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda told: told.pop("heads.genre.bias"), "missing or unknown tensors"),
+        (lambda told: told.update(more=torch.zeros(1)), "missing or unknown tensors"),
+        (
+            lambda told: told.update({"heads.genre.bias": torch.zeros(11)}),
+            r"heads\.genre\.bias is torch.float32 \(11,\)",
+        ),
+        (
+            lambda told: told.update({"heads.genre.bias": torch.zeros(10, dtype=torch.float64)}),
+            "torch.float64",
+        ),
+        (lambda told: told["heads.genre.bias"].fill_(torch.nan), "not finite"),
+    ],
+)
+def test_weights_that_are_not_the_networks_are_refused(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], object], complaint: str
+) -> None:
+    edit_weights(folder, change)
+    resign(folder)
+
+    with pytest.raises(BundleInvalid, match=complaint):
+        Bundle.load(folder)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (pytest.fail, ("a pickle was executed",))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 100, b"\xff\xff\xff\xff\xff\xff\xff\x7f{}", pickle.dumps(Bomb())]
+)
+def test_weights_that_are_no_safetensors_are_refused(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+
+    with pytest.raises(BundleInvalid, match="not a safetensors file"):
+        Bundle.load(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+def test_a_manifest_that_is_no_json_is_refused(folder: Path, content: bytes) -> None:
+    (folder / "model.json").write_bytes(content)
+
+    with pytest.raises(BundleInvalid, match=r"model\.json"):
+        Bundle.load(folder)
+
+
+def test_an_oversized_manifest_is_refused(folder: Path) -> None:
+    (folder / "model.json").write_bytes(b" " * (MAX_MANIFEST_BYTES + 1))
+
+    with pytest.raises(BundleInvalid, match="larger than"):
+        Bundle.load(folder)
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+
+    with pytest.raises(BundleInvalid, match=name):
+        Bundle.load(folder)
+
+
+def test_neither_folder_nor_name_is_refused() -> None:
+    with pytest.raises(BundleInvalid, match="neither a folder nor a shipped bundle"):
+        Bundle.load("no-such-bundle")

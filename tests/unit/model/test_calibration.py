@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+
+from model.calibration import (
+    Calibration,
+    expected_calibration_error,
+    fit_temperature,
+    threshold_for_coverage,
+)
+
+
+def drawn(temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """Scores too sharp or too flat by `temperature`, and classes drawn by what they should be."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4_000, 5))
+    honest = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    classes = np.array([rng.choice(5, p=row) for row in honest])
+    scores = np.exp(logits * temperature)
+    return scores / scores.sum(1, keepdims=True), classes
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+def test_the_temperature_that_spoiled_the_scores_is_found(temperature: float) -> None:
+    assert fit_temperature(*drawn(temperature)) == pytest.approx(temperature, rel=0.1)
+
+
+def test_calibrating_brings_confidence_to_accuracy() -> None:
+    scores, classes = drawn(2.5)
+    right = scores.argmax(1) == classes
+    calibrated = Calibration(temperature={"mean": fit_temperature(scores, classes)}).apply(
+        scores, kind="single", method="mean"
+    )
+
+    assert expected_calibration_error(scores.max(1), right) > 0.1
+    assert expected_calibration_error(calibrated.max(1), right) < 0.03
+    np.testing.assert_allclose(calibrated.sum(1), 1)
+
+
+def test_calibrating_never_changes_the_order() -> None:
+    scores = np.array([0.2, 0.5, 0.3])
+    calibrated = Calibration(temperature={"mean": 0.4}).apply(scores, kind="single", method="mean")
+
+    assert calibrated.argsort().tolist() == scores.argsort().tolist()
+
+
+def test_a_method_without_a_fit_is_left_as_it_is() -> None:
+    scores = np.array([0.0, 1.0])
+
+    for kind in ("single", "multi"):
+        applied = Calibration().apply(scores, kind=kind, method="majority")
+        assert applied.tolist() == [0.0, 1.0]
+
+
+def test_a_unanimous_vote_is_not_calibrated_to_certainty() -> None:
+    calibration = Calibration(temperature={"majority": 2.0})
+    scores = calibration.apply(np.array([1.0, 0.0, 0.0]), kind="single", method="majority")
+
+    assert 0.9 < scores[0] < 1
+
+
+def test_multi_label_scores_move_towards_a_half() -> None:
+    calibration = Calibration(temperature={"mean": 2.0})
+    scores = calibration.apply(np.array([0.1, 0.5, 0.9]), kind="multi", method="mean")
+
+    assert 0.1 < scores[0] < 0.5
+    assert scores[1] == pytest.approx(0.5)
+    assert scores[0] + scores[2] == pytest.approx(1)
+
+
+def test_a_threshold_for_coverage_keeps_that_share() -> None:
+    confidence = np.linspace(0, 1, 101)
+
+    assert (confidence >= threshold_for_coverage(confidence, 0.7)).mean() == pytest.approx(
+        0.7, abs=0.01
+    )

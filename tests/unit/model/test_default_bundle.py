@@ -1,0 +1,52 @@
+"""What the shipped bundle answers to fixed inputs; a silent change in the numbers fails here.
+
+After a wanted change: `python -m tests.unit.model.test_default_bundle` stores the answers anew.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model.bundle import Bundle
+from tests.unit.model.music import chords
+
+STORED = Path(__file__).with_name("default_answers.json")
+
+
+def answers() -> dict[str, list[list[float]]]:
+    """Probabilities and L2-normalised embeddings of three windows."""
+    with torch.inference_mode():
+        output = Bundle.load().network(chords(3, seed=7))
+    unit = torch.nn.functional.normalize(output.embedding, dim=1)
+    numbers = {**output.probabilities, "embedding": unit}
+    return {name: np.round(value.numpy(), 6).tolist() for name, value in numbers.items()}
+
+
+def test_the_default_bundle_answers_as_it_did() -> None:
+    stored = json.loads(STORED.read_text())
+
+    for name, numbers in answers().items():
+        np.testing.assert_allclose(numbers, stored[name], atol=1e-4, err_msg=name)
+
+
+def test_the_default_bundle_says_where_it_comes_from() -> None:
+    bundle = Bundle.load()
+
+    assert bundle.head("genre").kind == "single"
+    assert len(bundle.head("tags").labels) == 50
+    assert set(bundle.head("tags").categories) == {"genre", "mood", "instrument", "era", "voice"}
+    assert 0 < bundle.uncertain_threshold < 1
+    assert "musicnn" in bundle.training["origin"]
+
+
+def test_the_default_bundle_carries_its_card_and_licence() -> None:
+    folder = Path(__file__).parents[3] / "model" / "bundles" / "default"
+
+    assert "GTZAN" in (folder / "README.md").read_text()
+    assert "Universitat Pompeu Fabra" in (folder / "LICENSE.musicnn.md").read_text()
+
+
+if __name__ == "__main__":
+    STORED.write_text(json.dumps(answers()) + "\n")

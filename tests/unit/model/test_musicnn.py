@@ -1,0 +1,81 @@
+import numpy as np
+import torch
+
+from model.musicnn import LABELS, as_published, category, folded, tags_head
+from model.network import Tagger
+from tests.unit.model.music import chords
+
+
+def checkpoint(seed: int = 0) -> dict[str, np.ndarray]:
+    """A small network of musicnn's shape with filters alive and dead, some of negative scale."""
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, np.ndarray] = {}
+
+    def put(name: str, value: np.ndarray) -> None:
+        tensors[name] = value.astype(np.float32)
+
+    def norm(index: int, size: int) -> None:
+        name = f"batch_normalization_{index}" if index else "batch_normalization"
+        put(f"{name}/gamma", rng.uniform(0.3, 1.5, size) * rng.choice([-1, 1, 1], size))
+        put(f"{name}/beta", rng.normal(size=size))
+        put(f"{name}/moving_mean", rng.normal(size=size))
+        put(f"{name}/moving_variance", rng.uniform(0.5, 2, size))
+
+    def conv(index: int, taps: int, height: int, filters: int, *, dead: int = 0) -> None:
+        name = f"conv2d_{index}" if index else "conv2d"
+        kernel = rng.normal(size=(taps, height, 1, filters)) / np.sqrt(taps * height)
+        kernel[..., :dead] *= 1e-9
+        put(f"{name}/kernel", kernel)
+        put(f"{name}/bias", rng.normal(size=filters))
+        norm(index + 1, filters)
+
+    norm(0, 1)
+    tensors["batch_normalization/gamma"] = np.ones(1, np.float32)
+    for index, (taps, height) in enumerate([(7, 38), (7, 67), (128, 1), (64, 1), (32, 1)]):
+        conv(index, taps, height, 6, dead=4)
+    conv(5, 7, 30, 8)
+    conv(6, 7, 8, 8)
+    conv(7, 7, 8, 8)
+    pooled = 2 * (30 + 3 * 8)
+    norm(9, pooled)
+    put("dense/kernel", rng.normal(size=(pooled, 200)) / np.sqrt(pooled))
+    put("dense/bias", rng.normal(size=200))
+    norm(10, 200)
+    put("dense_1/kernel", rng.normal(size=(200, 50)) / 14)
+    put("dense_1/bias", rng.normal(size=50))
+    return tensors
+
+
+def test_folding_dead_filters_changes_nothing() -> None:
+    tensors = checkpoint()
+    network = folded(tensors).network
+    assert isinstance(network, Tagger)
+    with torch.inference_mode():
+        logmel = network.front_end(chords(2))
+        logits, embedding = as_published(tensors, logmel)
+        folded_logits, folded_embedding = network.logits(logmel)
+
+    torch.testing.assert_close(folded_logits["tags"].sigmoid(), logits.sigmoid(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(folded_embedding, embedding, atol=1e-4, rtol=1e-4)
+
+
+def test_folding_leaves_only_living_filters() -> None:
+    config = folded(checkpoint()).config
+
+    assert [branch["filters"] for branch in config["branches"]] == [2] * 5
+
+
+def test_every_network_has_fifty_labels_of_known_categories() -> None:
+    known = {"genre", "mood", "instrument", "era", "voice"}
+
+    for network, labels in LABELS.items():
+        assert len(set(labels)) == 50
+        assert set(tags_head(network).categories) <= known
+
+
+def test_labels_are_told_apart_by_what_they_are_about() -> None:
+    assert category("Hip-Hop") == "genre"
+    assert category("Mellow") == "mood"
+    assert category("guitar") == "instrument"
+    assert category("80s") == "era"
+    assert category("female vocalists") == "voice"
