@@ -27,6 +27,7 @@ from tenacity import (
 from model.bundle import Bundle
 from schemas.events import NewTrack, Processing
 from worker import intake, logs, publish
+from worker.analysis import Analysis
 from worker.cache import Cache
 from worker.consumer import Consumer
 from worker.errors import (
@@ -48,7 +49,7 @@ from worker.metrics import Metrics
 from worker.publish import Publisher
 from worker.record import Record
 from worker.settings import Settings
-from worker.tagger import Analysis, Priority, Tagger, Timings
+from worker.tagger import Priority, Tagger, Timings
 
 log = logging.getLogger(__name__)
 
@@ -284,7 +285,7 @@ class Worker:
         assert isinstance(error, TimbreError)  # nothing else is retried
         self.metrics.retries.labels(_stage(error), error.code).inc()
         if isinstance(error, PublishFailed) and state.attempt_number == ATTEMPTS_BEFORE_A_WARNING:
-            log.warning("%s; trying on", error.message)
+            log.warning("%s Trying again until it does.", error.message)
 
     def _count(
         self,
