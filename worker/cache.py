@@ -29,10 +29,10 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from schemas.events import TrackTags
+from worker.analysis import Analysis
 from worker.errors import SettingsInvalid
 from worker.metrics import Metrics
 from worker.settings import RedisSettings
-from worker.tagger import Analysis
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from model.bundle import Bundle
+from worker.analysis import Analysis
 from worker.console import clock
 from worker.errors import SourceInvalid
-from worker.tagger import Analysis
 
 LABELS_SHOWN = 12
 WIDTH_INCHES = 10.0

@@ -19,10 +19,10 @@ from aiokafka.errors import (
 
 from schemas.events import ModelRef, NewTrack, Processing, TrackFeatures, TrackTags
 from worker import kafka
+from worker.analysis import Analysis
 from worker.errors import PublishFailed, ResultTooLarge, TimbreError
 from worker.record import Record
 from worker.settings import KafkaSettings
-from worker.tagger import Analysis
 
 EVENT_NAMESPACE = uuid.UUID("6f1d8f2c-6a3c-5b0e-9a57-2b8f0c6f3f0d")
 TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.bundle import Bundle
-from schemas.events import AudioFacts, ModelRef, Part, Tag, WindowCounts
+from schemas.events import AudioFacts, ModelRef, Tag, WindowCounts
+from worker.analysis import Analysis
 from worker.batch import Batcher, BatchObserver, Ticket, WindowOutputs
 from worker.decode import Block, DecodedFacts, DecoderPool
 from worker.errors import DeadlineExceeded
@@ -30,27 +31,6 @@ T = TypeVar("T")
 BLOCKS_AHEAD = 2  # one in the batcher, one being queued; the decoder fills the next meanwhile
 TAGGRAM_DECIMALS = 4
 EMBEDDING_DECIMALS = 6
-
-
-class Analysis(Part):
-    """All that is known of a track's audio: what the events say of it, and what the cache keeps."""
-
-    audio: AudioFacts
-    """The audio that was tagged"""
-    tags: list[Tag]
-    """Tags, best first"""
-    uncertain: bool
-    """Whether no genre is clear enough to rely on"""
-    windows: WindowCounts
-    """Windows counted"""
-    vote: str
-    """How windows became tags"""
-    model: ModelRef
-    """The model that tagged"""
-    taggram: dict[str, list[list[float]]] | None
-    """By head, a table (windows, labels) of probabilities; present only where configured"""
-    embedding: list[float]
-    """The track as a vector of length 1 (L2)"""
 
 
 @dataclass

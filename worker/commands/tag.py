@@ -18,11 +18,12 @@ from rich.text import Text
 from model.bundle import Bundle
 from schemas.events import Processing
 from worker import console
+from worker.analysis import Analysis
 from worker.errors import SourceInvalid, TimbreError, Unexpected
 from worker.plot import draw_taggrams
 from worker.settings import Settings
 from worker.sources import audio
-from worker.tagger import Analysis, Tagger, Timings
+from worker.tagger import Tagger, Timings
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from redis.asyncio import Redis
 
 from schemas.events import AudioFacts, AudioRef, ModelRef, NewTrack, Processing, Tag, WindowCounts
 from worker import publish, services
+from worker.analysis import Analysis
 from worker.cache import Cache
 from worker.metrics import Metrics
 from worker.settings import RedisSettings
-from worker.tagger import Analysis
 
 MODEL = ModelRef(name="model", version="1")
 SHA256 = "ab" * 32
