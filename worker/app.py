@@ -103,6 +103,7 @@ class Worker:
             batch_observer=_BatchMetrics(self.metrics, self._progressed),
             on_retry=lambda code: self.metrics.retries.labels("fetch", code).inc(),
             on_bytes=self.metrics.fetched_bytes.inc,
+            on_decoder_restart=self.metrics.decoder_restarts.inc,
         )
         self._cache = Cache(settings.redis, self._tagger.analysis_key, self.metrics)
         self._publisher = Publisher(settings.kafka)

@@ -105,11 +105,21 @@ class DecoderPool:
         How tracks are cut.
     model
         The bundle that windows are for.
+    on_restart
+        Told of every process that ended and is replaced.
 
     Entering it raises DecoderCrashed when no process can be started.
     """
 
-    def __init__(self, settings: DecodeSettings, windows: WindowSettings, model: Hearing) -> None:
+    def __init__(
+        self,
+        settings: DecodeSettings,
+        windows: WindowSettings,
+        model: Hearing,
+        *,
+        on_restart: Callable[[], None] | None = None,
+    ) -> None:
+        self._on_restart = on_restart
         self._processes = settings.processes
         self._timeout_s = settings.timeout_s
         self._setup = Setup(
@@ -218,6 +228,8 @@ class DecoderPool:
                     await process.ended.wait()
                 finally:
                     self._bury(process)
+                if self._on_restart is not None:
+                    self._on_restart()
                 useless = 0 if process.tracks else useless + 1
                 process = None
             if useless:

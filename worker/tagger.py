@@ -71,12 +71,15 @@ class Tagger:
         batch_observer: BatchObserver | None = None,
         on_retry: Callable[[str], None] | None = None,
         on_bytes: Callable[[int], None] | None = None,
+        on_decoder_restart: Callable[[], None] | None = None,
     ) -> None:
         self._settings = settings
         self._bundle = bundle
         self.model = ModelRef(name=bundle.name, version=bundle.version)
         self.fetcher = Fetcher(settings.fetch, on_retry=on_retry, on_bytes=on_bytes)
-        self.decoders = DecoderPool(settings.decode, settings.windows, bundle)
+        self.decoders = DecoderPool(
+            settings.decode, settings.windows, bundle, on_restart=on_decoder_restart
+        )
         self.batcher = Batcher(bundle, settings.batch, observer=batch_observer)
         self._stack = AsyncExitStack()
         self._uncertain_below = (

@@ -205,6 +205,8 @@ async def decoder_killed(stand: Stand, quick: bool) -> Outcome:
         await lane.until_answered(tracks, 60)
         require(worker.running, "the worker lives on")
         require(not lane.checker.letters, f"no track is given up: {lane.checker.reasons()}")
+        counted = await worker.metric("timbre_decoder_restarts_total")
+        require(counted == kills, f"each is counted: {counted:g} of {kills}")
         return await conclude(lane, moments)
 
 
