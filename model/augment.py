@@ -31,10 +31,10 @@ class Augmentation(BaseModel):
     tempo: float = Field(0.2, ge=0, lt=1)
     equaliser: float = Field(0.3, ge=0)
     gain: float = Field(0.3, ge=0)
-    time_mask: float = Field(0.4, ge=0, lt=1)
-    band_mask: float = Field(0.23, ge=0, lt=1)
+    time_mask: float = Field(1 / 3, ge=0, lt=1)
+    band_mask: float = Field(3 / 16, ge=0, lt=1)
     band_masks: int = Field(2, ge=0)
-    mixup: float = Field(0.8, ge=0, le=1)
+    mixup: float = Field(0.7, ge=0, le=1)
 
 
 class Augmenter:

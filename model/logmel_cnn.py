@@ -47,8 +47,8 @@ class LogMelCnnConfig(BaseModel):
     front_end: LogMelConfig = ARCHIVE_FRONT_END
     channels: tuple[int, ...] = Field((16, 40, 80, 160), min_length=1, max_length=6)
     stem_stride: tuple[int, int] = (2, 2)
-    balance: tuple[Share, ...] = Field((0.0, 0.5, 1.0), min_length=1, max_length=16)
-    member_dim: int = Field(80, ge=1, le=256)
+    balance: tuple[Share, ...] = Field((0.0, 0.25, 0.5, 0.75, 1.0), min_length=1, max_length=16)
+    member_dim: int = Field(48, ge=1, le=256)
     dropout: float = Field(0.3, ge=0, lt=1)
 
     @property

@@ -50,8 +50,8 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    passes: float = Field(600, gt=0)
-    rehearsal: float = Field(0.4, gt=0, le=1)
+    passes: float = Field(240, gt=0)
+    rehearsal: float = Field(0.6, gt=0, le=1)
     batch: int = Field(64, ge=2)
     learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.05, ge=0)
