@@ -17,7 +17,7 @@ FORMS = [
     ("wav", "pcm_s16le", 44_100, 2),
     ("wav", "pcm_f32le", 16_000, 1),
     ("flac", "flac", 48_000, 2),
-    ("ogg", "libvorbis", 44_100, 2),
+    ("ogg", "vorbis", 44_100, 2),
     ("ogg", "libopus", 48_000, 1),
     ("mp3", "libmp3lame", 44_100, 1),
     ("mp3", "libmp3lame", 32_000, 2),
