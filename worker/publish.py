@@ -27,6 +27,8 @@ from worker.settings import KafkaSettings
 EVENT_NAMESPACE = uuid.UUID("6f1d8f2c-6a3c-5b0e-9a57-2b8f0c6f3f0d")
 TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 HEADER = "timbre-"
+MAX_KEY_BYTES = 64 * 1024  # of a dead letter that goes without its value
+LAST_TIMESTAMP_S = datetime.max.replace(tzinfo=UTC).timestamp() - 1
 
 Headers = list[tuple[str, bytes]]
 
@@ -125,8 +127,9 @@ class Publisher:
     ) -> None:
         """Deliver the original message, byte for byte, with the reason in added headers.
 
-        A message that Kafka takes no more with its headers added goes without its value; the
-        headers then give the value's size and hash beside its origin.
+        A message that Kafka takes no more with its headers added goes without its value, its own
+        headers and a very long key; the headers then give the value's size and hash beside its
+        origin.
 
         Raises
         ------
@@ -161,11 +164,14 @@ class Publisher:
                     "value-omitted-sha256": hashlib.sha256(value).hexdigest(),
                 }
             )
-            await self._send(topic, record.key, None, _headers(reason) + omitted)
+            key = None if len(record.key or b"") > MAX_KEY_BYTES else record.key
+            await self._send(topic, key, None, _headers(reason) + omitted)
 
     async def _send(
         self, topic: str, key: bytes | None, value: bytes | None, headers: Headers | None = None
     ) -> None:
+        if key is None and value is None:
+            key = b""  # aiokafka refuses what Kafka takes: a message of neither
         try:
             async with asyncio.timeout(2 * self._settings.request_timeout_s):
                 await self._producer.send_and_wait(topic, value, key=key, headers=headers or [])
@@ -188,4 +194,5 @@ def _headers(fields: dict[str, str]) -> Headers:
 
 
 def _iso(timestamp_s: float) -> str:
-    return datetime.fromtimestamp(timestamp_s, UTC).isoformat()
+    """As text; a producer's timestamp may be any number, and no reason to fail."""
+    return datetime.fromtimestamp(min(max(timestamp_s, 0.0), LAST_TIMESTAMP_S), UTC).isoformat()

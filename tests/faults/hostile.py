@@ -94,10 +94,12 @@ malformed = st.one_of(values, values, unknown_versions, binary_mode, wrong_key, 
 
 def enormous() -> list[Message]:
     """Events larger than any may be, than fetches are, and than Kafka takes back with a reason."""
-    return [
+    values = [
         Message(_text(_event(metadata={"note": "x" * size})), KEY.encode())
         for size in (1_100_000, 3_000_000, 11_500_000)
     ]
+    keys = [Message(_text(_event()), b"k" * size) for size in (1_000_000, 11_500_000)]
+    return values + keys
 
 
 def messages(count: int) -> list[Message]:
