@@ -24,6 +24,7 @@ FINE_FPS = RATE_HZ / FINE.hop
 COARSE_FFT, COARSE_SPAN, COARSE_HOP = 1_536, 1_486, 663
 COARSE_FPS = RATE_HZ / COARSE_HOP
 BANDS = 115
+TOP_HZ = 7801.85  # where the lowest 115 of the archive's bands end
 ARCHIVE_FPS = 22_050 / 914.375
 WINDOW_FRAMES = FINE.frames
 BLOCK = 4_000  # frames at a time
@@ -64,9 +65,9 @@ def coarse(samples: Floats) -> NDArray[np.float16]:
 def _bank() -> torch.Tensor:
     bins = COARSE_FFT // 2 + 1
     bank = torchaudio.functional.melscale_fbanks(
-        bins, 0.0, 11_025.0, 128, RATE_HZ, norm="slaney", mel_scale="slaney"
+        bins, 0.0, TOP_HZ, BANDS, RATE_HZ, norm="slaney", mel_scale="slaney"
     )
-    return torch.Tensor(bank[:, :BANDS].contiguous())
+    return torch.Tensor(bank)
 
 
 def archive_decibels(clip: NDArray[np.uint8]) -> Floats:

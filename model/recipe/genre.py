@@ -5,6 +5,7 @@ archive's log-mels go through the student as blurred as they are, and a ridge re
 that exists in both forms says what their embeddings would have been of the audio itself.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -218,7 +219,7 @@ def learn(audio: Windows, archive: Windows, head: Head) -> Genres:
         }
     )
     confidence = calibration.apply(voted["mean"], kind="single", method="mean").max(1)
-    threshold = round(threshold_for_coverage(confidence, COVERAGE), 3)
+    threshold = math.floor(1_000 * threshold_for_coverage(confidence, COVERAGE)) / 1_000
     right = voted["mean"].argmax(1) == truth
     crossed = _cross_calibrated(voted["mean"], truth, audio.songs[tracks])
     figures = {

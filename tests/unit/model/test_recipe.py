@@ -1,0 +1,186 @@
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from model.bundle import Bundle
+from model.frontend import LogMel, LogMelConfig
+from model.heads import Head
+from model.musicnn import folded
+from model.network import Tagger
+from model.recipe import coarse, genre, music
+from model.recipe.music import Recording
+from model.recipe.student import Lessons, Plan, start, teach, varied
+from tests.unit.model.music import RATE_HZ, chords
+from tests.unit.model.test_musicnn import checkpoint
+
+LABELS = ("low", "high")
+
+
+@pytest.fixture(scope="module")
+def reference() -> Bundle:
+    return folded(checkpoint())
+
+
+def sound(seed: int, duration_s: float = 6.0) -> NDArray[np.float32]:
+    windows = chords(round(duration_s / 3), seed=seed)
+    return np.asarray(windows.flatten().numpy())
+
+
+def recording(seed: int, *, duration_s: float = 6.0) -> Recording:
+    samples = sound(seed, duration_s)
+    label = LABELS[seed % 2]
+    split = "valid" if seed % 4 > 1 else "train"
+    return Recording(f"{seed}", coarse.fine(samples), coarse.coarse(samples), label, split)
+
+
+def test_log_mels_of_a_whole_recording_are_those_of_its_windows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    samples = sound(0, 9.0)
+    monkeypatch.setattr(coarse, "BLOCK", 100)  # several blocks, whose seams must not show
+
+    whole = coarse.fine(samples)
+
+    assert len(whole) == len(samples) // 256 + 1
+    # Three seconds are no whole number of frames: windows are held against multiples of the hop.
+    front_end = LogMel(LogMelConfig())
+    for first in (0, 150, 300):
+        cut = torch.from_numpy(samples[first * 256 : first * 256 + 3 * RATE_HZ])[None]
+        made = front_end(cut)[0].numpy()
+        inner = slice(2, 180)  # at its ends a window is padded with zeros
+        np.testing.assert_allclose(whole[first : first + 187][inner], made[inner], atol=5e-3)
+
+
+def test_coarse_log_mels_have_the_archives_frame_rate() -> None:
+    made = coarse.coarse(sound(0, 6.0))
+
+    assert made.shape == (int(6 * coarse.COARSE_FPS) + 1, coarse.BANDS)
+    assert pytest.approx(coarse.ARCHIVE_FPS, rel=1e-3) == coarse.COARSE_FPS
+
+
+def test_coarse_log_mels_translate_into_the_front_ends_bands() -> None:
+    recordings = [recording(seed) for seed in range(4)]
+    translation = coarse.Translation.fit([(one.fine, one.coarse) for one in recordings])
+
+    frames = np.arange(20, 300)
+    at = frames / coarse.FINE_FPS * coarse.COARSE_FPS
+    blurred = translation(
+        coarse.sampled(coarse.compress(recordings[0].coarse.astype(np.float32)), at)
+    )
+
+    assert blurred.shape == (280, 96)
+    sharp = recordings[0].fine[frames].astype(np.float32)
+    assert np.corrcoef(blurred.ravel(), sharp.ravel())[0, 1] > 0.8
+
+
+def test_an_archives_clip_becomes_decibels_over_time() -> None:
+    clip = np.full((128, 722), 200, np.uint8)
+
+    decibels = coarse.archive_decibels(clip)
+
+    assert decibels.shape == (722, coarse.BANDS)
+    assert decibels[0, 0] == pytest.approx(200 * 0.304 - 50)
+
+
+def test_the_student_learns_to_answer_as_the_reference_does(reference: Bundle) -> None:
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    lessons = Lessons.ask(reference, varied([recording(seed) for seed in range(4)], 96, rng))
+    student, config = start(reference)
+    assert config.frame_pool == 2
+
+    def distance() -> float:
+        with torch.inference_mode():
+            said = student.trunk(torch.from_numpy(lessons.logmel).float().repeat_interleave(2, 1))
+        return float(np.square(said.numpy() - lessons.embedding).mean())
+
+    before = distance()
+    teach(student, [lessons], Plan(steps=60, learning_rate=1e-3, batch=(32,)), rng)
+
+    assert distance() < 0.5 * before
+
+
+def test_one_seed_gives_one_student(reference: Bundle) -> None:
+    def train() -> dict[str, torch.Tensor]:
+        rng = np.random.default_rng(3)
+        torch.manual_seed(3)
+        lessons = Lessons.ask(reference, varied([recording(0)], 12, rng))
+        student, _ = start(reference)
+        teach(student, [lessons], Plan(steps=20, learning_rate=1e-3, batch=(8,)), rng)
+        return dict(student.state_dict())
+
+    first, second = train(), train()
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], atol=1e-6, rtol=1e-5)
+
+
+def test_standardising_the_embedding_leaves_the_answers(reference: Bundle) -> None:
+    student, _ = start(reference)
+    logmel = student.front_end(chords(3))
+    with torch.inference_mode():
+        before, embedding = student.logits(logmel)
+    genre.standardise(student, embedding.numpy())
+    with torch.inference_mode():
+        after, standard = student.logits(logmel)
+
+    torch.testing.assert_close(after["tags"], before["tags"], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(standard.mean(0), torch.zeros(200), atol=1e-3, rtol=0)
+
+
+def windows(count: int, split_every: int = 3) -> genre.Windows:
+    """Two genres that lie apart, two windows a song."""
+    rng = np.random.default_rng(0)
+    genres = np.arange(count) % 2
+    owner = np.repeat(np.arange(count), 2)
+    embeddings = rng.normal(size=(2 * count, 5)).astype(np.float32)
+    embeddings[:, 0] += 4 * genres[owner]
+    splits = np.where(np.arange(count) % split_every, "train", "valid")
+    return genre.Windows(embeddings, owner, np.arange(count).astype(str), genres, splits)
+
+
+def test_the_head_is_measured_on_songs_that_it_has_not_heard() -> None:
+    head = Head(name="genre", kind="single", labels=LABELS, categories=("genre", "genre"))
+
+    learnt = genre.learn(windows(60), windows(40), head)
+
+    assert learnt.weight.shape == (2, 5)
+    assert learnt.figures["validation"]["accuracy"]["mean"] > 0.9
+    assert learnt.figures["validation"]["nearest_neighbour_shares_genre"] > 0.8
+    assert len(learnt.figures["tried"]) == 4
+    assert set(learnt.calibration.temperature) == {"mean", "majority", "weighted"}
+    assert 0.5 < learnt.uncertain_threshold <= 1
+
+
+def test_tags_like_the_references_correlate_with_it(reference: Bundle) -> None:
+    assert isinstance(reference.network, Tagger)
+
+    figures = genre.compare_tags(reference.network, reference, [recording(0)])
+
+    assert figures["correlation"] == pytest.approx(1)
+    assert figures["of_five_best"] == 5
+
+
+def test_without_apt_the_recipe_says_so_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    with caplog.at_level(logging.WARNING):
+        assert music.debian_music(tmp_path) == []
+
+    assert "no apt here" in caplog.text
+    assert "wesnoth" in caplog.text
+
+
+def test_the_same_music_in_two_files_is_taken_once(tmp_path: Path) -> None:
+    folder = tmp_path / "tracks"
+    folder.mkdir()
+    for name in ("a.ogg", "b.ogg"):
+        (folder / name).write_bytes(b"x" * music.MIN_BYTES)
+    (folder / "jingle.ogg").write_bytes(b"x")
+
+    assert [file.name for file in music.shared_tracks(tmp_path)] == ["a.ogg"]
