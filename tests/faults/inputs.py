@@ -167,7 +167,7 @@ async def hostile_events(stand: Stand, quick: bool) -> Outcome:
             part.insert(len(part) // 2, sound)
             await lane.send(part)
             sent_s[f"track-{number}"] = now_s()
-            await lane.watch(0.1)
+            await lane.until_answered(start, 60, unanswered=step)
         await lane.until_answered(len(malformed) + len(sent_s), 120)
         await _neighbours_in_time(lane, sent_s)
         unknown = lane.checker.reasons().keys() - EVENT_CODES
