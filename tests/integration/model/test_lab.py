@@ -78,6 +78,15 @@ def test_train_evaluate_and_info_by_command(tmp_path: Path) -> None:
     assert info["training"]["recipe"]["passes"] == 4
 
 
+def test_the_default_bundle_is_fine_tuned_on_ones_own_folders(tmp_path: Path) -> None:
+    root = music.folders(tmp_path / "own", 6)
+    timbre_model("train", "-d", root, "-o", tmp_path / "b", "--from", "default", "--passes", 2)
+    info = json.loads(timbre_model("info", tmp_path / "b", "--json"))
+    assert info["heads"][0]["labels"] == list(music.GENRES)
+    assert info["training"]["start"].startswith("default ")
+    assert info["network"]["kind"] == "musicnn"
+
+
 def test_the_default_bundle_hears_audio_and_says_that_it_takes_no_such_log_mels(
     tmp_path: Path, shared_data: Path
 ) -> None:
