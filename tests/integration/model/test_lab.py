@@ -83,7 +83,7 @@ def test_the_default_bundle_is_fine_tuned_on_ones_own_folders(tmp_path: Path) ->
     timbre_model("train", "-d", root, "-o", tmp_path / "b", "--from", "default", "--passes", 2)
     info = json.loads(timbre_model("info", tmp_path / "b", "--json"))
     assert info["heads"][0]["labels"] == list(music.GENRES)
-    assert info["training"]["start"].startswith("default ")
+    assert info["training"]["start"].startswith("timbre-default ")
     assert info["network"]["kind"] == "musicnn"
 
 
