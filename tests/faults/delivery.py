@@ -16,16 +16,14 @@ async def kill9(stand: Stand, quick: bool) -> Outcome:
     kills, tracks = (2, 120) if quick else (20, 1000)
     async with stand.lane("kill9") as lane:
         workers = await lane.ready(2, worker__max_in_flight=IN_FLIGHT)
-        sending = asyncio.create_task(
-            lane.send(lane.tracks(range(tracks)), per_s=tracks / kills / 6)
-        )
+        await lane.send(lane.tracks(range(tracks)))
         moments = []
         for number in range(kills):
-            await lane.watch(random.uniform(1, 9))
+            await lane.until_more(tracks // kills // 2, 60)  # or the group would never come to work
+            await lane.watch(random.uniform(0, 1))
             moments.append(now_s())
             workers[number % 2].kill()
             workers[number % 2] = lane.worker(worker__max_in_flight=IN_FLIGHT)
-        await sending
         await lane.until_answered(tracks, 120)
         outcome = await conclude(lane, moments, duplicates_at_most=2 * kills * IN_FLIGHT)
         require(outcome.verdict.tags == tracks, f"every track is tagged: {outcome.verdict}")

@@ -161,7 +161,7 @@ async def device_failing(stand: Stand, quick: bool) -> Outcome:
     """Batches that fail on the device: the others of the batch are tagged."""
     tracks = 40 if quick else 200
     async with stand.lane("device-failing") as lane:
-        await lane.ready(launcher="fail")
+        await lane.ready(launcher="fail", batch__max_delay_s=0.5)  # batches of several tracks
         events = lane.tracks(range(tracks))
         marked = [lane.event(stand.audio.url(n, "marked")) for n in range(tracks // 10)]
         await lane.send(random.sample(events + marked, tracks + len(marked)))

@@ -291,6 +291,16 @@ class Lane:
                 )
             await checker.poll()
 
+    async def until_more(self, answers: int, timeout_s: float) -> None:
+        """Read until so many more answers have come, or none is missing."""
+        before, end_s = len(self.checker.answered_s), time.monotonic() + timeout_s
+        while len(self.checker.answered_s) < before + answers and (
+            self.checker.unanswered or not self.checker.events
+        ):
+            if time.monotonic() > end_s:
+                raise Failed(f"no {answers} more answers in {timeout_s:g} s")
+            await self.checker.poll()
+
     async def watch(self, seconds: float) -> None:
         """Let time pass, reading what arrives."""
         end_s = time.monotonic() + seconds
