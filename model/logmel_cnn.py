@@ -125,7 +125,9 @@ class LogMelCnn(nn.Module):
             member(plane - balance * means)
             for member, balance in zip(self.members, self.balance, strict=True)
         ]
-        return torch.cat(heard, 1)
+        # Over their number, so that one head's sum over all members is the mean of their logits and
+        # each member's weights learn at the pace that they would alone.
+        return torch.cat(heard, 1) / len(heard)
 
 
 def build_logmel_cnn(config: Mapping[str, Any], heads: Sequence[Head]) -> Tagger:

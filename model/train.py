@@ -269,10 +269,10 @@ class Trainer:
 def _loss(network: Tagger, head: Head, logmel: Tensor, target: Tensor, smoothing: float) -> Tensor:
     """Cross entropy of each member on its own, so that members differ and their mean gains."""
     members = len(getattr(network.trunk, "members", ())) or 1
-    embedding = network.trunk(logmel).float().reshape(len(logmel), members, -1)
+    embedding = network.trunk(logmel).float().reshape(len(logmel), members, -1) * members
     layer = network.heads[head.name]
     assert isinstance(layer, nn.Linear)
-    weight = layer.weight.reshape(len(layer.weight), members, -1) * members
+    weight = layer.weight.reshape(len(layer.weight), members, -1)
     logits = torch.einsum("wmd,lmd->wml", embedding, weight) + layer.bias
     target = target[:, None].expand_as(logits)
     if head.kind == "multi":
