@@ -100,7 +100,7 @@ async def redis_stopped(stand: Stand, quick: bool) -> Outcome:
         await asyncio.to_thread(stand.redis.stop)
         moments = [now_s()]
         await lane.send(lane.tracks(range(half, tracks)))
-        await lane.until_answered(tracks, 60)  # tags flow meanwhile
+        await lane.until_answered(tracks, 120)  # tags flow meanwhile
         await asyncio.sleep(max(0.0, moments[0] + down_s - now_s()))
         await asyncio.to_thread(stand.redis.start)
         moment_s = now_s()
