@@ -109,6 +109,7 @@ class Cache:
         self._metrics = metrics
         self._keys = Keys(settings.prefix)
         self._redis = connect(settings)
+        self._down = False
         self._down_until_s = 0.0
         self._missed: OrderedDict[str, _Result] = OrderedDict()
         self._missing = asyncio.Event()
@@ -149,7 +150,7 @@ class Cache:
 
     async def remember(self, event_id: str, analysis: Analysis) -> None:
         """Keep an analysis before it is published, so that a redelivery gives the same result."""
-        if time.monotonic() < self._down_until_s:
+        if self._is_avoided():
             return
         try:
             async with self._redis.pipeline(transaction=True) as commands:
@@ -165,7 +166,7 @@ class Cache:
             self._miss(result)
 
     async def _get(self, key: str) -> bytes | None:
-        if time.monotonic() < self._down_until_s:
+        if self._is_avoided():
             return None
         try:
             value = await self._redis.get(key)
@@ -175,13 +176,16 @@ class Cache:
         return cast(bytes | None, value)
 
     async def _try_to_store(self, result: _Result) -> bool:
-        if time.monotonic() < self._down_until_s:
+        if self._is_avoided():
             return False
         try:
             await self._write(result)
         except (RedisError, OSError) as error:
             self._is_down(error)
             return False
+        if self._down:
+            log.info("Redis answers again")
+            self._down = False
         return True
 
     async def _write(self, result: _Result) -> None:
@@ -220,9 +224,19 @@ class Cache:
         commands.set(key, analysis.to_bytes(), ex=life_s)
         commands.set(self._keys.event(event_id), sha256, ex=life_s)
 
+    def _is_avoided(self) -> bool:
+        """Whether to go on without Redis: while it is down, one caller a second tries it."""
+        now_s = time.monotonic()
+        if now_s < self._down_until_s:
+            return True
+        if self._down:
+            self._down_until_s = now_s + DOWN_FOR_S
+        return False
+
     def _is_down(self, error: Exception) -> None:
-        if time.monotonic() >= self._down_until_s:
+        if not self._down:
             log.warning("Redis does not answer (%s); going on without it", type(error).__name__)
+        self._down = True
         self._down_until_s = time.monotonic() + DOWN_FOR_S
         self._metrics.cache.labels("error").inc()
 
