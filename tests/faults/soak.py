@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import logging
+import re
 import statistics
 import sys
 from contextlib import suppress
@@ -119,8 +120,8 @@ async def soak(lane: Lane, tracks: int, progress: Progress | None = None) -> Soa
 def _sample(lane: Lane, worker: Worker, at_s: float) -> Sample:
     memory_bytes = fds = processes = 0
     for process in worker.tree():
-        with suppress(psutil.NoSuchProcess):
-            memory_bytes += process.memory_full_info().pss
+        with suppress(psutil.NoSuchProcess, FileNotFoundError):
+            memory_bytes += _own_bytes(process)
             fds += process.num_fds()
             processes += 1
     return Sample(
@@ -131,6 +132,13 @@ def _sample(lane: Lane, worker: Worker, at_s: float) -> Sample:
         processes=processes,
         spool_files=len(spooled(lane)),
     )
+
+
+def _own_bytes(process: psutil.Process) -> int:
+    """Memory without mapped files, whose share depends on who else maps them."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    found = re.findall(r"^(?:RssAnon|RssShmem):\s+(\d+) kB$", status, re.MULTILINE)
+    return sum(map(int, found)) * 1024
 
 
 def draw(result: Soak, path: Path) -> None:
