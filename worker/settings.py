@@ -216,7 +216,7 @@ class WorkerSettings(Section):
     """How much a worker takes on, and how it stops."""
 
     bundle: str | None = Field(None, description="Path or name of a model bundle; unset: default")
-    max_in_flight: int = Field(16, ge=1, description="Events being worked on at once")
+    max_in_flight: int = Field(48, ge=1, description="Events being worked on at once")
     max_backfill_in_flight: int = Field(8, ge=1, description="Backfill events beside them")
     rebalance_grace_s: float = Field(
         5.0, ge=0, description="Seconds for what is in flight to finish before a rebalance"
