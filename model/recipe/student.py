@@ -4,6 +4,7 @@ can be cross-validated honestly."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -193,6 +194,18 @@ class Plan:
     embedding_weight: float = 0.5
 
 
+@contextmanager
+def _denormals_flushed() -> Iterator[None]:
+    """Dying filters pass through denormal numbers, which processors are slow with. The mode is the
+    whole thread's, so it is put back."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@_denormals_flushed()
 def teach(
     student: Tagger, sources: Sequence[Lessons], plan: Plan, rng: np.random.Generator
 ) -> Tagger:
@@ -209,7 +222,6 @@ def teach(
     )
     deviation = torch.from_numpy(sources[0].embedding.std(0) + 0.05)
     average = {name: value.clone() for name, value in student.state_dict().items()}
-    torch.set_flush_denormal(True)
     for step in range(plan.steps):
         drawn = [source.draw(count, rng) for source, count in zip(sources, plan.batch, strict=True)]
         logmel, tags, wanted = (
