@@ -108,12 +108,17 @@ class Augmenter:
         return mixed, torch.lerp(targets[other], targets, weight)
 
     def _mask(self, logmel: Tensor) -> Tensor:
-        """Silence a stretch of time and some ranges of bands, at the window's mean."""
+        """Hide a stretch of time and some ranges of bands.
+
+        A hidden stretch takes each band's mean, so that these stay what they are for a network that
+        takes them out; hidden bands take the window's.
+        """
         hidden = self._stretch(len(logmel), logmel.shape[1], self.recipe.time_mask)[:, :, None]
+        logmel = torch.where(hidden, logmel.mean(1, keepdim=True), logmel)
         for _ in range(self.recipe.band_masks):
             bands = self._stretch(len(logmel), logmel.shape[2], self.recipe.band_mask)
-            hidden = hidden | bands[:, None, :]
-        return logmel.masked_fill(hidden, 0.0)
+            logmel = logmel.masked_fill(bands[:, None, :], 0.0)
+        return logmel
 
     def _stretch(self, rows: int, length: int, most: float) -> Tensor:
         """True `(rows, length)` on one random stretch of each row."""

@@ -189,15 +189,18 @@ class Tagger:
         return _Heard(outputs, decoding.facts)
 
     async def _predict(self, block: Block, ticket: Ticket, priority: Priority) -> "_BlockOutputs":
-        """Outputs of a block's windows that are not silent; the others cost no compute."""
+        """Outputs of a block's windows that are not silent; the others cost no compute.
+
+        The windows are copied out at once: it costs little, and a decoder whose blocks are free
+        goes on to the next track while the network still works on this one.
+        """
         silent = block.silent.copy()
-        voting = ~silent
-        if not voting.any():
-            block.release()
+        windows = block.windows[~silent]
+        block.release()
+        if not len(windows):
             return _BlockOutputs(silent, None)
-        windows = block.windows if voting.all() else block.windows[voting]
         outputs = await self.batcher.predict(
-            windows, priority=priority, ticket=ticket, copied=block.release
+            windows, priority=priority, ticket=ticket, copied=lambda: None
         )
         return _BlockOutputs(silent, outputs)
 
