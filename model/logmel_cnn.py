@@ -102,15 +102,12 @@ class Member(nn.Module):
             )
         )
         self.dropout = nn.Dropout(config.dropout)
-        # Fixed, since a layer that is learnt between the pools and a linear head costs accuracy.
-        basis = nn.init.orthogonal_(torch.empty(2 * widths[-1], config.member_dim))
-        self.register_buffer("basis", basis.contiguous())
-        self.basis: Tensor
+        self.project = nn.Linear(2 * widths[-1], config.member_dim)
 
     def forward(self, logmel: Tensor) -> Tensor:
         features = self.blocks(functional.relu(self.stem(logmel))).mean(3)
         pooled = torch.cat([features.mean(2), features.amax(2)], 1)
-        return self.dropout(pooled) @ self.basis
+        return torch.as_tensor(self.project(self.dropout(pooled)))
 
 
 class LogMelCnn(nn.Module):
