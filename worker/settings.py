@@ -105,7 +105,7 @@ class BatchSettings(Section):
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the network runs")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Number type of the network; auto is bfloat16 on CUDA, float32 on CPU"
+        "auto", description="Number type of the network; auto is float16 on CUDA, float32 on CPU"
     )
     threads: int = Field(0, ge=0, description="CPU threads of the network; 0: one for every core")
     max_windows: int = Field(64, ge=1, description="Windows in a batch")
