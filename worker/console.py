@@ -4,6 +4,7 @@ import sys
 from typing import Protocol
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -100,6 +101,19 @@ def tag_table(result: Result) -> Table:
             f"{t.share:.0%}",
         )
     return table
+
+
+def progress(on: Console, text: str, *more: ProgressColumn, wanted: bool = True) -> Progress:
+    """A bar that counts, and goes once all is done; nothing where nobody looks on."""
+    return Progress(
+        TextColumn(text),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *more,
+        console=on,
+        transient=True,
+        disable=not (on.is_terminal and wanted),
+    )
 
 
 def _console(*, stderr: bool) -> Console:

@@ -119,7 +119,8 @@ class Tagger:
         timings
             Seconds by stage are added to it, also where the track fails.
         lookup
-            Asked for an earlier analysis once the audio's SHA-256 is known.
+            Asked for an earlier analysis once the audio's SHA-256 is known; it is returned as it
+            is, with the address that the audio was fetched from then.
 
         Raises
         ------
@@ -140,9 +141,7 @@ class Tagger:
                             )
                         )
                     if lookup is not None and (known := await lookup(spooled.sha256)):
-                        return known.model_copy(
-                            update={"audio": known.audio.model_copy(update={"uri": uri})}
-                        )
+                        return known
                     ticket = Ticket(uri, asyncio.get_running_loop().time() + deadline_s)
                     heard = await self._listen(spooled.path, ticket, priority, timings)
                 async with timings.measure("vote"):

@@ -5,16 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import trustme
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
 
 from tests.faults.scenarios import Outcome, conclude, require, scenario
 from tests.faults.stand import Lane, Stand, Worker, until
+from tests.tls import issue_security
 from worker.services import Security
 
 USER, PASSWORD = "alice", "correct-horse-battery"
@@ -76,17 +70,10 @@ async def secrets(stand: Stand, quick: bool) -> Outcome:
 
 def security(folder: Path) -> Security:
     """A certificate of an authority of its own, a user and a password, and the secret files."""
-    authority = trustme.CA()
-    certificate = authority.issue_cert("127.0.0.1")
-    key = load_pem_private_key(certificate.private_key_pem.bytes(), None)
-    pkcs8 = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    chain = b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
-    (folder / "server.pem").write_bytes(pkcs8 + chain)
-    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
     (files := folder / "secrets").mkdir()
     for name in ("kafka__sasl_password", "redis__password"):
         (files / name).write_text(f"{PASSWORD}\n")
-    return Security(USER, PASSWORD, folder / "server.pem", folder / "ca.pem")
+    return issue_security(folder, USER, PASSWORD)
 
 
 def _options(stand: Stand) -> dict[str, Any]:

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
 from worker import console, services
 from worker.jars import Progress as Fetched
 from worker.settings import Settings
@@ -39,14 +37,7 @@ def down(settings: Settings) -> None:
 def fetching() -> Iterator[Fetched]:
     """Shows how far Kafka's download, the first time, has come; nothing where all is there."""
     remarks = console.err()
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        console=remarks,
-        transient=True,
-        disable=not remarks.is_terminal,
-    ) as progress:
+    with console.progress(remarks, "{task.description}") as progress:
 
         def fetched(done: int, total: int) -> None:
             if done == 0:

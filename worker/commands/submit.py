@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TimeRemainingColumn
 
 from worker import console
 from worker.errors import SourceInvalid
@@ -20,15 +20,7 @@ def submit_tracks(settings: Settings, sources: Sequence[str], *, backfill: bool)
     if not found:
         raise SourceInvalid("There is nothing to submit: the tables are empty.")
     remarks = console.err()
-    with Progress(
-        TextColumn("Submitting"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=remarks,
-        transient=True,
-        disable=not remarks.is_terminal,
-    ) as progress:
+    with console.progress(remarks, "Submitting", TimeRemainingColumn()) as progress:
         task = progress.add_task("", total=len(found))
         submission = asyncio.run(
             submit(settings.kafka, found, lambda track: progress.advance(task))

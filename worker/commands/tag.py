@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from model.bundle import Bundle
@@ -115,14 +114,7 @@ async def _tag_all(
     sources = list(_sources(files))
     outcomes = []
     remarks = console.err()
-    with Progress(
-        TextColumn("Tagging"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        console=remarks,
-        transient=True,
-        disable=not remarks.is_terminal or len(sources) < 2,
-    ) as progress:
+    with console.progress(remarks, "Tagging", wanted=len(sources) > 1) as progress:
         task = progress.add_task("", total=len(sources))
         async with (
             Tagger(settings, bundle) as tagger,

@@ -14,7 +14,7 @@ from ipaddress import ip_network
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TimeElapsedColumn
 from rich.text import Text
 
 from schemas.events import AudioRef, DeadLetter, NewTrack, TrackTags
@@ -156,19 +156,13 @@ def _music(settings: Settings, out: Console, folder: Path | None) -> Music:
 
 
 def _samples(settings: Settings, out: Console) -> Music:
-    with Progress(
-        TextColumn("Composing the sample tracks, this first time only"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        console=out,
-        transient=True,
-        disable=not out.is_terminal,
-    ) as progress:
+    doing = "Composing the sample tracks, this first time only"
+    with console.progress(out, doing) as progress:
         task = progress.add_task("", visible=False)
 
         def rendered(done: int, total: int) -> None:
             if done == 0 and not out.is_terminal:
-                out.print("Composing the sample tracks, this first time only")
+                out.print(doing)
             progress.update(task, completed=done, total=total, visible=True)
 
         samples = sample_tracks(settings.services.cache_dir / "music", rendered)
@@ -212,15 +206,7 @@ async def _tag(
         for name, file in music.files.items()
     ]
     results: dict[str, TrackTags | DeadLetter] = {}
-    with Progress(
-        TextColumn("Tagging"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=out,
-        transient=True,
-        disable=not out.is_terminal,
-    ) as progress:
+    with console.progress(out, "Tagging", TimeElapsedColumn()) as progress:
         task = progress.add_task("", total=len(tracks))
         async with Watch(kafka, failures=True) as watch:
             submission = await submit(kafka, tracks)

@@ -9,17 +9,11 @@ from pathlib import Path
 import psutil
 import pytest
 import redis
-import trustme
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
 
 from tests.conftest import MakeTopic, MakeTopics
+from tests.tls import issue_security
 from worker import services
 from worker.errors import ServicesUnavailable
 from worker.jars import kafka_jars
@@ -36,14 +30,7 @@ def jars(given_settings: Settings) -> list[Path]:
 @pytest.fixture(scope="module")
 def security(tmp_path_factory: pytest.TempPathFactory) -> Security:
     folder = tmp_path_factory.mktemp("tls")
-    authority = trustme.CA()
-    certificate = authority.issue_cert("127.0.0.1")
-    key = load_pem_private_key(certificate.private_key_pem.bytes(), None)
-    pkcs8 = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    chain = b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
-    (folder / "server.pem").write_bytes(pkcs8 + chain)
-    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
-    return Security("alice", "correct-horse", folder / "server.pem", folder / "ca.pem")
+    return issue_security(folder, "alice", "correct-horse")
 
 
 async def send(kafka: KafkaSettings, topic: str, value: bytes) -> None:
