@@ -2,8 +2,11 @@
 
 import asyncio
 import socket
+import time
 import zlib
+from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -30,6 +33,7 @@ from worker.errors import (
     FetchFailed,
     FetchForbidden,
     FetchTimeout,
+    FetchTooSlow,
     FetchUnavailable,
     RedirectLimit,
     UriUnsupported,
@@ -133,8 +137,9 @@ class Downloads:
             ) from error
         except TimeoutError as error:
             raise FetchTimeout(
-                f"{shown(uri)} sent nothing for {self._settings.stall_timeout_s:g} s, or took "
-                f"longer than {self._settings.connect_timeout_s:g} s to connect."
+                f"{shown(uri)} took longer than {self._settings.connect_timeout_s:g} s to connect, "
+                f"or {self._settings.stall_timeout_s:g} s to answer or to go on; see how its "
+                "server fares."
             ) from error
         except (ClientError, OSError) as error:
             raise FetchUnavailable(
@@ -144,18 +149,44 @@ class Downloads:
 
     async def _follow(self, url: URL, file: SpoolFile) -> None:
         assert self._session is not None, "Downloads is an async context manager"
-        for _ in range(self._settings.max_redirects + 1):
-            check_url(url)
-            async with self._session.get(url, allow_redirects=False) as response:
-                if response.status not in REDIRECTS:
-                    _check_status(response)
-                    await _receive(response, file)
-                    return
-                url = _redirected(response)
+        patience_s = self._settings.connect_timeout_s + self._settings.stall_timeout_s
+        async with asyncio.timeout(patience_s) as until_answered:  # however it drips its headers
+            for _ in range(self._settings.max_redirects + 1):
+                check_url(url)
+                async with self._session.get(url, allow_redirects=False) as response:
+                    if response.status not in REDIRECTS:
+                        until_answered.reschedule(None)
+                        _check_status(response)
+                        async with aclosing(self._paced(response)) as pieces:
+                            await _receive(response, pieces, file)
+                        return
+                    url = _redirected(response)
         raise RedirectLimit(
             f"More than {self._settings.max_redirects} redirects; send the final address, or raise "
             "TIMBRE_FETCH__MAX_REDIRECTS."
         )
+
+    async def _paced(self, response: ClientResponse) -> AsyncGenerator[bytes, None]:
+        """The body as it arrives; raises `FetchTooSlow` where it arrives too slowly.
+
+        What counts is the time spent waiting for the server, not what is done between pieces. A
+        server that sends nothing at all is told by the session's own timeout.
+        """
+        least_per_s, window_s = self._settings.min_bytes_per_s, self._settings.stall_timeout_s
+        received_bytes, waited_s, since_s = 0, 0.0, time.monotonic()
+        async for data in response.content.iter_any():
+            received_bytes += len(data)
+            waited_s += time.monotonic() - since_s
+            if waited_s >= window_s:
+                if received_bytes < least_per_s * waited_s:
+                    raise FetchTooSlow(
+                        f"{shown(str(response.url))} sent {received_bytes} bytes in {waited_s:.1f} "
+                        f"s, less than {least_per_s} a second; retry when its server is faster, or "
+                        "lower TIMBRE_FETCH__MIN_BYTES_PER_S."
+                    )
+                received_bytes, waited_s = 0, 0.0
+            yield data
+            since_s = time.monotonic()
 
 
 def _parsed(uri: str) -> URL:
@@ -198,15 +229,15 @@ def _check_status(response: ClientResponse) -> None:
     raise FetchFailed(f"{where} answers HTTP {status} where 200 and the audio were expected.")
 
 
-async def _receive(response: ClientResponse, file: SpoolFile) -> None:
+async def _receive(response: ClientResponse, pieces: AsyncIterator[bytes], file: SpoolFile) -> None:
     if response.content_length is not None:
         file.check_size(response.content_length)
     encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding in {"identity", ""}:
-        async for data in response.content.iter_any():
+        async for data in pieces:
             await file.write(data)
     elif encoding in {"gzip", "x-gzip", "deflate"}:
-        await _receive_compressed(response, file)
+        await _receive_compressed(response, pieces, file)
     else:
         raise FetchFailed(
             f"{shown(str(response.url))} is compressed as {shown(encoding)!r}, which nobody asked "
@@ -214,11 +245,13 @@ async def _receive(response: ClientResponse, file: SpoolFile) -> None:
         )
 
 
-async def _receive_compressed(response: ClientResponse, file: SpoolFile) -> None:
+async def _receive_compressed(
+    response: ClientResponse, pieces: AsyncIterator[bytes], file: SpoolFile
+) -> None:
     """Unpack in pieces of bounded size, so that a bomb meets the limit on bytes and not memory."""
     unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # gzip or zlib, whichever it is
     try:
-        async for data in response.content.iter_any():
+        async for data in pieces:
             packed = data
             while packed and not unpacker.eof:
                 await file.write(await asyncio.to_thread(unpacker.decompress, packed, WRITE_BYTES))

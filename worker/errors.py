@@ -88,6 +88,15 @@ class FetchTimeout(FetchFailed):
     retryable = True
 
 
+class FetchTooSlow(FetchFailed):
+    """The server sends, but slower than it must.
+
+    Not tried again: each attempt would hold a place in flight for as long as it takes to tell.
+    """
+
+    code = "fetch_too_slow"
+
+
 class AudioNotFound(FetchFailed):
     """There is nothing at the address (404, 410, no such object, no such file)."""
 

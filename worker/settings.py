@@ -48,6 +48,12 @@ class FetchSettings(Section):
     max_bytes: int = Field(1024 * MIB, gt=0, description="Bytes of one track's file")
     timeout_s: float = Field(300.0, gt=0, description="Seconds for one fetch, retries included")
     stall_timeout_s: float = Field(15.0, gt=0, description="Seconds without a byte")
+    min_bytes_per_s: int = Field(
+        8192,
+        ge=0,
+        description="Bytes a second that an HTTP server must send, once it has begun, on average "
+        "over STALL_TIMEOUT_S; 0: no limit",
+    )
     connect_timeout_s: float = Field(10.0, gt=0, description="Seconds to connect")
     max_redirects: int = Field(5, ge=0, description="Redirects followed")
     attempts: int = Field(5, ge=1, description="Attempts for what can pass")

@@ -9,7 +9,13 @@ from tests.faults.stand import Stand
 
 @pytest.mark.parametrize(
     "fault",
-    [inputs.hostile_events, inputs.http_faults, inputs.addresses, inputs.odd_audio],
+    [
+        inputs.hostile_events,
+        inputs.http_faults,
+        inputs.slow_drips,
+        inputs.addresses,
+        inputs.odd_audio,
+    ],
     ids=named,
 )
 async def test_hostile_input_ends_with_a_reason_and_its_neighbours_in_time(

@@ -9,11 +9,12 @@ from tests.audio import encode_as, noise, wav
 from tests.faults import hostile
 from tests.faults.audio_server import track
 from tests.faults.scenarios import Outcome, conclude, now_s, require, scenario
-from tests.faults.stand import ROOT, Lane, Message, Stand
+from tests.faults.stand import ROOT, Lane, Message, Stand, until
 
 ODD = ROOT.parent / "shared" / "audio" / "odd"
 EVENT_CODES = {"event_malformed", "event_too_large", "event_version_unknown"}
 IN_TIME_S = 10.0
+DRIPS = 60
 
 
 async def _neighbours_in_time(lane: Lane, sent_s: dict[str, float]) -> None:
@@ -48,7 +49,7 @@ async def http_faults(stand: Stand, quick: bool) -> Outcome:
         ("loop", None, {"redirect_limit"}),
         ("inward", None, {"address_refused"}),
         ("bomb", 100, {"audio_too_large", "audio_unreadable"}),
-        ("drip", None, {"fetch_timeout"}),
+        ("drip", None, {"fetch_too_slow"}),
     ]
     async with stand.lane("http-faults") as lane:
         await lane.ready(worker__max_in_flight=96, fetch__max_bytes=5_000_000)
@@ -65,6 +66,28 @@ async def http_faults(stand: Stand, quick: bool) -> Outcome:
         got = _ends(lane)
         wrong = {name: got[name] for name, codes in wanted.items() if got[name] not in codes}
         require(not wrong, f"each fault ends as documented; not so {wrong}")
+        return await conclude(lane, [])
+
+
+@scenario
+async def slow_drips(stand: Stand, quick: bool) -> Outcome:
+    """More servers that drip than tracks may be in flight: those behind them hardly wait."""
+    tracks = 20 if quick else 100
+    async with stand.lane("slow-drips") as lane:
+        await lane.ready(worker__max_in_flight=DRIPS - 12, fetch__timeout_s=60)
+        await lane.send(
+            lane.event(stand.audio.url(number, "drip"), track_id=f"drip-{number}")
+            for number in range(DRIPS)
+        )
+        await until(lambda: len(stand.audio.requests) >= DRIPS - 12, "all places taken", 10)
+        sound = lane.tracks(range(1000, 1000 + tracks))
+        sent_s = dict.fromkeys((f"track-{1000 + number}" for number in range(tracks)), now_s())
+        await lane.send(sound)
+        await lane.until_answered(DRIPS + tracks, 90)
+        await _neighbours_in_time(lane, sent_s)
+        require(lane.checker.reasons() == {"fetch_too_slow": DRIPS}, str(lane.checker.reasons()))
+        dripped = [path for path in stand.audio.requests.elements() if path.startswith("/drip")]
+        require(len(dripped) == DRIPS, f"a drip is not tried again: {len(dripped)} requests")
         return await conclude(lane, [])
 
 

@@ -30,6 +30,7 @@ from worker.errors import (
     FetchFailed,
     FetchForbidden,
     FetchTimeout,
+    FetchTooSlow,
     FetchUnavailable,
     RedirectLimit,
     SpoolFull,
@@ -38,6 +39,7 @@ from worker.errors import (
 )
 from worker.fetch import Fetcher
 from worker.settings import FetchSettings
+from worker.spool import SpoolFile
 
 AUDIO = bytes(range(256)) * 2000
 SHA256 = hashlib.sha256(AUDIO).hexdigest()
@@ -422,20 +424,24 @@ class TestLimits:
         assert sum(sizes) <= settings.max_bytes
         assert max(sizes) <= 256 * 1024
 
-    async def test_a_slow_drip_ends_at_the_deadline(self, server: Server, fetcher: Fetcher) -> None:
-        drip = [piece for _ in range(500) for piece in (b"x", 0.05)]
-        url = server.answer("/a", raw(head(content_length=500), *drip))
-        started = time.monotonic()
-        error = await failure(fetcher, url, timeout_s=1.0)
-        assert isinstance(error, FetchTimeout)
-        assert time.monotonic() - started < 1.5
-
     async def test_dripping_headers_end_at_the_deadline(
         self, server: Server, fetcher: Fetcher
     ) -> None:
         drip = [piece for _ in range(500) for piece in (b"x: y\r\n", 0.05)]
         url = server.answer("/a", raw(b"HTTP/1.1 200 OK\r\n", *drip))
         assert isinstance(await failure(fetcher, url, timeout_s=1.0), FetchTimeout)
+
+    async def test_dripping_headers_have_a_deadline_of_their_own(
+        self, server: Server, configured: Callable[..., FetchSettings]
+    ) -> None:
+        """The time to connect and to answer, redirects included, whatever else is allowed."""
+        drip = [piece for _ in range(500) for piece in (b"x: y\r\n", 0.05)]
+        server.answer("/b", raw(b"HTTP/1.1 200 OK\r\n", *drip))
+        url = server.answer("/a", raw(0.2, head("302 Found", location="/b", content_length=0)))
+        started = time.monotonic()
+        async with Fetcher(configured(connect_timeout_s=0.5, attempts=1)) as fetcher:
+            assert isinstance(await failure(fetcher, url), FetchTimeout)
+        assert 0.5 + STALL_S <= time.monotonic() - started < 0.5 + STALL_S + 0.5
 
     async def test_endless_headers(self, server: Server, fetcher: Fetcher) -> None:
         url = server.answer("/a", raw(b"HTTP/1.1 200 OK\r\n", b"x: y\r\n" * 100_000))
@@ -468,6 +474,81 @@ class TestLimits:
             await failure(fetcher, slow, timeout_s=0.2)
             assert spooled_files(settings) == []
         assert list(settings.spool_dir.iterdir()) == []
+
+
+def dripping(pieces: int, size: int = 50, *, pause_s: float = 0.05) -> Answer:
+    """So many pieces of `size` bytes, 1000 bytes a second by default."""
+    body = AUDIO[: pieces * size]
+    drips = (part for at in range(0, len(body), size) for part in (pause_s, body[at : at + size]))
+    return raw(head(content_length=len(body)), *drips)
+
+
+class TestSlowSenders:
+    """The window over which the rate is taken is STALL_S here."""
+
+    @pytest.mark.parametrize("limit", [{}, {"min_bytes_per_s": 2000}])
+    async def test_are_left_after_a_window_and_not_tried_again(
+        self, server: Server, configured: Callable[..., FetchSettings], limit: dict[str, int]
+    ) -> None:
+        started = time.monotonic()
+        async with Fetcher(configured(**limit)) as fetcher:
+            error = await failure(fetcher, server.answer("/a", dripping(500)))
+        assert isinstance(error, FetchTooSlow)
+        assert "MIN_BYTES_PER_S" in error.message
+        assert not error.retryable
+        assert STALL_S <= time.monotonic() - started < STALL_S + 0.5
+        assert len(server.requests) == 1
+
+    async def test_are_left_when_they_slow_down_later(
+        self, server: Server, fetcher: Fetcher
+    ) -> None:
+        drips = [piece for _ in range(500) for piece in (0.05, b"x")]
+        url = server.answer("/a", raw(head(content_length=len(AUDIO)), AUDIO[:-500], *drips))
+        started = time.monotonic()
+        assert isinstance(await failure(fetcher, url), FetchTooSlow)
+        assert time.monotonic() - started < 2 * STALL_S + 0.5
+
+    async def test_may_be_as_slow_as_the_limit(
+        self, server: Server, configured: Callable[..., FetchSettings]
+    ) -> None:
+        url = server.answer("/a", dripping(20))
+        async with Fetcher(configured(min_bytes_per_s=500)) as fetcher:
+            assert await fetched(fetcher, url) == AUDIO[:1000]
+
+    async def test_meet_the_deadline_of_the_fetch_where_there_is_no_limit(
+        self, server: Server, configured: Callable[..., FetchSettings]
+    ) -> None:
+        url = server.answer("/a", dripping(500))
+        started = time.monotonic()
+        async with Fetcher(configured(min_bytes_per_s=0)) as fetcher:
+            assert isinstance(await failure(fetcher, url, timeout_s=1.0), FetchTimeout)
+        assert 1.0 <= time.monotonic() - started < 1.5
+
+    async def test_a_slow_start_is_not_a_slow_sender(
+        self, server: Server, configured: Callable[..., FetchSettings]
+    ) -> None:
+        """The head comes late, then the first byte, each just inside the limit of a stall."""
+        pause_s = 0.8 * STALL_S
+        body = raw(pause_s, head(content_length=len(AUDIO)), pause_s, AUDIO)
+        async with Fetcher(configured(attempts=1)) as fetcher:
+            assert await fetched(fetcher, server.answer("/a", body)) == AUDIO
+
+    async def test_the_time_that_the_spool_takes_is_not_the_sender_s(
+        self,
+        server: Server,
+        configured: Callable[..., FetchSettings],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        write = SpoolFile.write
+
+        async def slow(file: SpoolFile, data: bytes | memoryview) -> None:
+            await asyncio.sleep(STALL_S)
+            await write(file, data)
+
+        monkeypatch.setattr(SpoolFile, "write", slow)
+        url = server.answer("/a", raw(head(content_length=300), *[AUDIO[:100], 0.01] * 3))
+        async with Fetcher(configured(attempts=1)) as fetcher:
+            assert len(await fetched(fetcher, url)) == 300
 
 
 class TestRedirects:
