@@ -90,8 +90,12 @@ class MusicnnConfig(BaseModel):
     embedding_dim: int = Field(200, ge=1, le=256)
 
 
+# Frames that filters along time compute at once; from 16 to 64 the time is the same within a tenth.
+RUN_FRAMES = 32
+
+
 class FrontFilters(nn.Module):
-    """2-D filters followed by the maximum over frequency: `(windows, 1, frames, mels)` to
+    """2-D filters followed by the maximum over frequency: `(windows, mels, frames)` to
     `(windows, filters, frames)`.
 
     The published network normalises after the ReLU and before the maximum. Here the scale is in
@@ -110,18 +114,32 @@ class FrontFilters(nn.Module):
         self.register_buffer("sign", torch.empty(branch.filters, 1))
 
     def forward(self, logmel: Tensor) -> Tensor:
-        taps, height = self.branch.taps, self.branch.height
-        padded = functional.pad(logmel, (0, 0, (taps - 1) // 2, taps // 2))
-        stride = self.branch.band_stride
-        if height == 1:  # bands are signals of their own, and 1-D convolutions are twice as fast
-            bands = padded[:, 0, :, ::stride].transpose(1, 2)
-            each = functional.conv1d(
-                bands.flatten(0, 1).unsqueeze(1), self.weight[..., 0], self.bias
-            )
-            highest = each.view(*bands.shape[:2], *each.shape[1:]).amax(1)
+        taps, stride = self.branch.taps, self.branch.band_stride
+        padded = functional.pad(logmel, ((taps - 1) // 2, taps // 2))
+        if self.branch.height == 1:
+            highest = self._along_time(padded[:, ::stride]) + self.bias.unsqueeze(-1)
         else:
-            highest = functional.conv2d(padded, self.weight, self.bias, (1, stride)).amax(-1)
+            kernel = self.weight.transpose(2, 3)
+            highest = functional.conv2d(padded.unsqueeze(1), kernel, self.bias, (stride, 1)).amax(2)
         return self.sign * functional.relu(self.sign * highest)
+
+    def _along_time(self, bands: Tensor) -> Tensor:
+        """The highest of the bands, each filtered by itself.
+
+        Filters over a single channel leave a processor waiting for memory. So a run of frames is
+        computed at once: one matrix product with every filter laid out for each frame of the run.
+        """
+        filters, taps = self.branch.filters, self.branch.taps
+        frames = bands.shape[-1] - taps + 1
+        runs = -(-frames // RUN_FRAMES)
+        padded = functional.pad(bands, (0, runs * RUN_FRAMES - frames))
+        reached = padded.unfold(-1, RUN_FRAMES + taps - 1, RUN_FRAMES)
+        # Tap i - t for the run's frame t: (frames reached, filters, RUN_FRAMES)
+        edges = functional.pad(self.weight[:, 0, :, 0], (RUN_FRAMES - 1, RUN_FRAMES - 1))
+        shifted = edges.unfold(1, RUN_FRAMES, 1).flip(2).transpose(0, 1)
+        each = reached.flatten(0, 2) @ shifted.flatten(1)
+        highest = each.view(len(bands), -1, runs, filters, RUN_FRAMES).amax(1)
+        return highest.transpose(1, 2).flatten(2)[..., :frames]
 
 
 class MidLayer(nn.Module):
@@ -164,11 +182,12 @@ class Musicnn(nn.Module):
 
     def pool(self, logmel: Tensor) -> Tensor:
         """Log-mels at the frame rate of the filters; a short last pool is dropped."""
-        return functional.avg_pool2d(logmel.unsqueeze(1), (self.frame_pool, 1)).squeeze(1)
+        whole = logmel[:, : logmel.shape[1] // self.frame_pool * self.frame_pool]
+        return whole.unflatten(1, (-1, self.frame_pool)).mean(2)
 
     def embed(self, logmel: Tensor) -> Tensor:
         """Embeddings of pooled log-mels."""
-        scaled = (logmel * self.input_scale[0] + self.input_scale[1]).unsqueeze(1)
+        scaled = (logmel.transpose(1, 2) * self.input_scale[0] + self.input_scale[1]).contiguous()
         front = torch.cat([branch(scaled) for branch in self.front], 1)
         first = self.mid[0](torch.cat([front, torch.ones_like(front[:, :1])], 1))
         second = first + self.mid[1](first)

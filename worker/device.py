@@ -5,6 +5,7 @@ new ones take its place; all are daemons, so that none holds up the exit of the 
 """
 
 import asyncio
+import ctypes
 import logging
 import os
 import queue
@@ -36,6 +37,10 @@ CPU_CHUNK_WINDOWS = 8
 START_TIMEOUT_S = 180.0
 # Forward passes without running out of memory until a larger batch is tried again.
 PASSES_BEFORE_GROWING = 100
+# glibc's malloc.h; 32 MiB is the most that its first knob takes.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGEST_KEPT_BYTES = 32 << 20
+KEPT_BYTES = 256 << 20
 OUT_OF_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
 
 
@@ -239,6 +244,7 @@ class Engine:
         if self._streams is None:
             # Chunks run side by side instead; docs/batching.md has the figures.
             torch.set_num_threads(1)
+            keep_freed_memory()
         elif self.autocast is None:
             # Otherwise convolutions would round float32 to TF32.
             torch.backends.cudnn.allow_tf32 = False
@@ -389,6 +395,18 @@ class Streams:
         with torch.cuda.stream(self._compute):
             self._compute.wait_event(buffer.ready)
             yield
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep what is freed, up to a bound, rather than give it back at once.
+
+    A pass takes and frees tensors of some MB, and the kernel would map and zero each of them anew.
+    Other C libraries have no such knobs and are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def buckets(most: int) -> list[int]:

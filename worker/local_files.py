@@ -43,7 +43,7 @@ class LocalFiles:
         """
         opened = _Opened(_path(uri), self._roots)
         try:
-            file.check_size(await in_thread(opened.open))
+            file.expect(await in_thread(opened.open))
             while data := await in_thread(opened.read):
                 await file.write(data)
         except FileNotFoundError:

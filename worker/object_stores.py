@@ -81,7 +81,7 @@ class ObjectStores:
                 store, where.key, options={"version": where.version} if where.version else None
             )
             size_bytes = found.meta["size"]
-            file.check_size(size_bytes)
+            file.expect(size_bytes)
             async for data in found.stream(min_chunk_size=WRITE_BYTES):
                 await file.write(memoryview(data))
         except (BaseError, OSError, ValueError) as error:

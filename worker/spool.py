@@ -2,6 +2,8 @@
 
 Every process has a folder of its own in the spool, held by a lock file: the lock falls with the
 process however it dies, and the next one to start removes what the dead left behind.
+
+Files take room as they grow, and wait where there is none: `Room` says who goes first.
 """
 
 import asyncio
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from worker.errors import AudioTooLarge, SettingsInvalid, SpoolFull
+from worker.errors import AudioTooLarge, FetchUnavailable, SettingsInvalid, SpoolFull
 
 WRITE_BYTES = 256 * 1024  # as much as makes a hop into a thread worth it
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -34,6 +36,72 @@ class SpooledAudio:
     size_bytes: int
 
 
+class Share:
+    """One file's part of the room: what it has taken, and the most that it may come to."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
+        self.taken_bytes = 0
+        self.asked_bytes = 0
+        self.turn: asyncio.Future[None] | None = None
+
+    @property
+    def waits(self) -> bool:
+        return self.turn is not None and not self.turn.done()
+
+
+class Room:
+    """`max_bytes` for files that grow side by side; who finds none waits, first come first served.
+
+    Files that each had a part and waited for the others' would wait for ever. So what the older
+    ones may still need stays free: a share grows only as far as every older one that still grows
+    could be completed beside it. The oldest thus always can be, once files that are complete have
+    gone, and then the next. As they can be completed one after the other, only the largest of their
+    needs stays free: that of a server which announces much and sends little costs no more.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._free_bytes = max_bytes
+        self._growing: dict[Share, None] = {}  # the oldest first
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes taken now."""
+        return self._max_bytes - self._free_bytes
+
+    async def take(self, share: Share, size_bytes: int) -> None:
+        """Wait for so many bytes more; the first time, `share` comes to the end of the line."""
+        self._growing.setdefault(share)
+        share.asked_bytes = size_bytes
+        share.turn = asyncio.get_running_loop().create_future()
+        self._serve()
+        await share.turn
+
+    def complete(self, share: Share) -> None:
+        """Keep what was taken; nothing more will be."""
+        self._growing.pop(share, None)
+        self._serve()
+
+    def give_back(self, share: Share) -> None:
+        """Give back what was taken, and the place in the line."""
+        self._free_bytes += share.taken_bytes
+        share.taken_bytes = 0
+        self.complete(share)
+
+    def _serve(self) -> None:
+        kept_bytes = 0
+        for share in self._growing:
+            if share.waits:
+                if share.asked_bytes + kept_bytes > self._free_bytes:
+                    return  # nobody overtakes
+                assert share.turn is not None
+                share.turn.set_result(None)
+                share.taken_bytes += share.asked_bytes
+                self._free_bytes -= share.asked_bytes
+            kept_bytes = max(kept_bytes, share.most_bytes - share.taken_bytes)
+
+
 class Spool:
     """Files of at most `max_bytes` together and `max_file_bytes` each.
 
@@ -48,11 +116,10 @@ class Spool:
         max_file_bytes: int,
         on_bytes: Callable[[int], None] | None = None,
     ) -> None:
-        self.max_file_bytes = max_file_bytes
+        self.max_file_bytes = min(max_file_bytes, max_bytes)
+        self.room = Room(max_bytes)
         self._root = root
-        self._max_bytes = max_bytes
-        self._on_bytes = on_bytes
-        self._used_bytes = 0
+        self._on_bytes = on_bytes or (lambda size_bytes: None)
         self._folder: Path | None = None
         self._lock_fd = -1
 
@@ -87,60 +154,62 @@ class Spool:
         """A new, empty file, to be removed by whoever asked for it."""
         if self._folder is None:
             raise RuntimeError("the spool is not open")
-        return SpoolFile(self, self._folder / secrets.token_hex(8))
-
-    def reserve(self, size_bytes: int) -> None:
-        """Count bytes that are about to be written; raises `SpoolFull` where they don't fit."""
-        if self._used_bytes + size_bytes > self._max_bytes:
-            raise SpoolFull(
-                f"The spool holds its {self._max_bytes} bytes; fetch fewer tracks at once, or "
-                "raise TIMBRE_FETCH__SPOOL_MAX_BYTES."
-            )
-        self._used_bytes += size_bytes
-        if self._on_bytes is not None:
-            self._on_bytes(size_bytes)
-
-    def release(self, size_bytes: int) -> None:
-        """Give back what `reserve` counted."""
-        self._used_bytes -= size_bytes
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes in the spool now."""
-        return self._used_bytes
+        return SpoolFile(self, self._folder / secrets.token_hex(8), self._on_bytes)
 
 
 class SpoolFile:
     """One file of the spool while it fills. Hashing and writing happen in threads."""
 
-    def __init__(self, spool: Spool, path: Path) -> None:
-        self.size_bytes = 0
-        self._spool = spool
+    def __init__(self, spool: Spool, path: Path, on_bytes: Callable[[int], None]) -> None:
+        self._max_bytes = spool.max_file_bytes
+        self._room = spool.room
         self._path = path
+        self._on_bytes = on_bytes
+        self._share = Share(spool.max_file_bytes)
         self._digest = hashlib.sha256()
         self._buffer = bytearray()
-        self._reserved_bytes = 0
         self._fd = -1
+        self.found_no_room = False
+        """Whether it was waiting for room when it was last heard of."""
 
     @property
-    def max_bytes(self) -> int:
-        """Bytes that the file may have."""
-        return self._spool.max_file_bytes
+    def size_bytes(self) -> int:
+        """Bytes written, or about to be."""
+        return self._share.taken_bytes
 
     def check_size(self, size_bytes: int) -> None:
-        """Raise `AudioTooLarge` where a file of that size may not be spooled."""
-        if size_bytes > self.max_bytes:
+        """Raise `AudioTooLarge` where a file of that size may not be spooled, or never fits."""
+        if size_bytes > self._max_bytes:
             raise AudioTooLarge(
-                f"The audio has more than {self.max_bytes} bytes; send a smaller file, or raise "
-                "TIMBRE_FETCH__MAX_BYTES."
+                f"The audio has more than {self._max_bytes} bytes; send a smaller file, or raise "
+                "TIMBRE_FETCH__MAX_BYTES (and TIMBRE_FETCH__SPOOL_MAX_BYTES, at least as much)."
             )
 
+    def expect(self, size_bytes: int) -> None:
+        """Tell, before the first byte, how many there will be: so many need be kept free for it.
+
+        Raises
+        ------
+        AudioTooLarge
+        """
+        self.check_size(size_bytes)
+        self._share.most_bytes = size_bytes
+
     async def write(self, data: bytes | memoryview) -> None:
-        """Append; raises `AudioTooLarge` or `SpoolFull` before anything over a limit is kept."""
+        """Append, as soon as there is room.
+
+        Raises
+        ------
+        AudioTooLarge, SpoolFull, FetchUnavailable
+            Over a limit, a full disk, more bytes than were expected.
+        """
         self.check_size(self.size_bytes + len(data))
-        self._spool.reserve(len(data))
-        self._reserved_bytes += len(data)
-        self.size_bytes += len(data)
+        if self.size_bytes + len(data) > self._share.most_bytes:
+            raise FetchUnavailable("The audio grew while it was fetched; see who writes to it.")
+        self.found_no_room = True
+        await self._room.take(self._share, len(data))
+        self.found_no_room = False
+        self._on_bytes(len(data))
         self._buffer += data
         if len(self._buffer) >= WRITE_BYTES:
             await in_thread(self._flush)
@@ -149,14 +218,14 @@ class SpoolFile:
         """Write what is left and close the file."""
         await in_thread(self._flush)
         self._close()
+        self._room.complete(self._share)
         return SpooledAudio(self._path, self._digest.hexdigest(), self.size_bytes)
 
     def remove(self) -> None:
         """Delete the file and give its room back. Must not run beside `write`."""
         self._close()
         self._path.unlink(missing_ok=True)
-        self._spool.release(self._reserved_bytes)
-        self._reserved_bytes = 0
+        self._room.give_back(self._share)
 
     def _flush(self) -> None:
         try:

@@ -546,7 +546,7 @@ class TestSlowSenders:
             await write(file, data)
 
         monkeypatch.setattr(SpoolFile, "write", slow)
-        url = server.answer("/a", raw(head(content_length=300), *[AUDIO[:100], 0.01] * 3))
+        url = server.answer("/a", raw(head(content_length=300), *3 * (AUDIO[:100], 0.01)))
         async with Fetcher(configured(attempts=1)) as fetcher:
             assert len(await fetched(fetcher, url)) == 300
 

@@ -78,17 +78,18 @@ def test_half_precision_gives_nearly_the_same_genres_as_float32(bundle: Bundle) 
     )
 
 
+@pytest.mark.parametrize("frames", [7, 64, 93])
 @pytest.mark.parametrize("height", [1, 5])
-def test_the_maximum_may_come_before_the_relu(height: int) -> None:
+def test_the_maximum_may_come_before_the_relu(height: int, frames: int) -> None:
     torch.manual_seed(0)
     layer = FrontFilters(Branch(filters=4, taps=6, height=height, band_stride=3))
     torch.nn.init.normal_(layer.weight)
     torch.nn.init.normal_(layer.bias)
     layer.sign = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
-    logmel = torch.rand(2, 1, 20, 16)
+    logmel = torch.rand(2, 16, frames)
 
     sign = layer.sign.unsqueeze(-1)
-    padded = functional.pad(logmel, (0, 0, 2, 3))
+    padded = functional.pad(logmel.transpose(1, 2).unsqueeze(1), (0, 0, 2, 3))
     activated = functional.relu(sign * functional.conv2d(padded, layer.weight, layer.bias, (1, 3)))
 
     torch.testing.assert_close(layer(logmel), (sign * activated).amax(-1))
