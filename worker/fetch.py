@@ -26,8 +26,10 @@ from worker.addresses import shown
 from worker.downloads import Downloads
 from worker.errors import (
     ChecksumMismatch,
+    FetchFailed,
     FetchTimeout,
     FetchUnavailable,
+    SpoolFull,
     TimbreError,
     UriUnsupported,
 )
@@ -104,8 +106,8 @@ class Fetcher:
         expected_sha256
             Hash in hex that the audio must have.
         timeout_s
-            Seconds for everything, waits between attempts included; never more than the settings
-            allow.
+            Seconds for everything, waits for room and between attempts included; never more than
+            the settings allow.
 
         Raises
         ------
@@ -125,25 +127,25 @@ class Fetcher:
             before_sleep=self._tell_retry,
             reraise=True,
         )
-        try:
-            async with asyncio.timeout(limit_s):
-                fetched: _Fetched = await retrying(self._attempt, copy, uri, expected_sha256)
-        except TimeoutError:
-            raise FetchTimeout(
-                f"{shown(uri)} did not arrive within {limit_s:g} s; see how fast its server sends, "
-                "or raise TIMBRE_FETCH__TIMEOUT_S."
-            ) from None
+        deadline_s = asyncio.get_running_loop().time() + limit_s
+        fetched: _Fetched = await retrying(self._attempt, copy, uri, expected_sha256, deadline_s)
         try:
             yield fetched.audio
         finally:
             fetched.file.remove()
 
-    async def _attempt(self, copy: Copy, uri: str, expected_sha256: str | None) -> "_Fetched":
+    async def _attempt(
+        self, copy: Copy, uri: str, expected_sha256: str | None, deadline_s: float
+    ) -> "_Fetched":
         file = self._spool.file()
         try:
-            await copy(uri, file)
-            audio = await file.finish()
+            async with asyncio.timeout_at(deadline_s):
+                await copy(uri, file)
+                audio = await file.finish()
             _check_sha256(audio, expected_sha256, uri)
+        except TimeoutError:
+            file.remove()
+            raise _late(file, uri) from None
         except BaseException:
             file.remove()
             raise
@@ -165,6 +167,19 @@ class Fetcher:
 class _Fetched(NamedTuple):
     file: SpoolFile
     audio: SpooledAudio
+
+
+def _late(file: SpoolFile, uri: str) -> FetchFailed:
+    """What the time went by with: waiting for the spool, or for the server."""
+    if file.waits_for_room:
+        return SpoolFull(
+            f"The spool had no room for {shown(uri)} in time; lower TIMBRE_WORKER__MAX_IN_FLIGHT, "
+            "or raise TIMBRE_FETCH__SPOOL_MAX_BYTES."
+        )
+    return FetchTimeout(
+        f"{shown(uri)} did not arrive in time; see how fast its server sends, or raise "
+        "TIMBRE_FETCH__TIMEOUT_S."
+    )
 
 
 def _check_sha256(audio: SpooledAudio, expected: str | None, uri: str) -> None:

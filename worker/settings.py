@@ -44,7 +44,12 @@ class FetchSettings(Section):
         default_factory=lambda: Path(tempfile.gettempdir()) / "timbre-spool",
         description="Folder that holds audio between fetch and decode",
     )
-    spool_max_bytes: int = Field(8192 * MIB, gt=0, description="Bytes in the spool at any time")
+    spool_max_bytes: int = Field(
+        8192 * MIB,
+        gt=0,
+        description="Bytes in the spool at any time; fetches wait for room. Several times "
+        "MAX_BYTES, or the largest file holds up the others",
+    )
     max_bytes: int = Field(1024 * MIB, gt=0, description="Bytes of one track's file")
     timeout_s: float = Field(300.0, gt=0, description="Seconds for one fetch, retries included")
     stall_timeout_s: float = Field(15.0, gt=0, description="Seconds without a byte")

@@ -72,7 +72,7 @@ class Room:
 
     async def take(self, share: Share, size_bytes: int) -> None:
         """Wait for so many bytes more; the first time, `share` comes to the end of the line."""
-        self._growing.setdefault(share)
+        self._growing[share] = None
         share.asked_bytes = size_bytes
         share.turn = asyncio.get_running_loop().create_future()
         self._serve()
@@ -169,8 +169,8 @@ class SpoolFile:
         self._digest = hashlib.sha256()
         self._buffer = bytearray()
         self._fd = -1
-        self.found_no_room = False
-        """Whether it was waiting for room when it was last heard of."""
+        self.waits_for_room = False
+        """Stays set where whoever waited was cancelled."""
 
     @property
     def size_bytes(self) -> int:
@@ -206,9 +206,9 @@ class SpoolFile:
         self.check_size(self.size_bytes + len(data))
         if self.size_bytes + len(data) > self._share.most_bytes:
             raise FetchUnavailable("The audio grew while it was fetched; see who writes to it.")
-        self.found_no_room = True
+        self.waits_for_room = True
         await self._room.take(self._share, len(data))
-        self.found_no_room = False
+        self.waits_for_room = False
         self._on_bytes(len(data))
         self._buffer += data
         if len(self._buffer) >= WRITE_BYTES:

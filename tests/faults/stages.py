@@ -234,14 +234,27 @@ async def disk_full(stand: Stand, quick: bool) -> Outcome:
 
 @scenario
 async def spool_small(stand: Stand, quick: bool) -> Outcome:
-    """A spool with room for ten tracks, and sixteen in flight."""
+    """A spool with room for ten tracks, and sixteen in flight, some of a length not announced."""
     tracks = 60 if quick else 300
     async with stand.lane("spool-small") as lane:
-        await lane.ready(fetch__spool_max_bytes=1_000_000)
-        await lane.send(lane.tracks(range(tracks)))
-        await lane.until_answered(tracks, 90)
-        require(set(lane.checker.reasons()) <= {"spool_full"}, str(lane.checker.reasons()))
-        require(len(lane.checker.letters) < tracks / 10, "waiting for room helps nearly all")
+        (worker,) = await lane.ready(fetch__spool_max_bytes=1_000_000, fetch__max_bytes=400_000)
+        url = stand.audio.url
+        unannounced = [
+            lane.event(url(number, "no-length"), track_id=f"unannounced-{number}")
+            for number in range(tracks, tracks + tracks // 4)
+        ]
+        too_large = lane.event(url(0, "large", 60), track_id="too-large")
+        events = [too_large, *lane.tracks(range(tracks)), *unannounced]
+        await lane.send(random.sample(events, len(events)))
+        await lane.until_answered(len(events), 90)
+        require(
+            lane.checker.reasons() == {"audio_too_large": 1},
+            f"who finds no room waits for it: {lane.checker.reasons()}",
+        )
+        require(
+            await worker.metric("timbre_retries_total", code="spool_full") == 0,
+            "waiting for room takes no attempts",
+        )
         return await conclude(lane, [])
 
 

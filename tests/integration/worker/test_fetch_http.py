@@ -447,15 +447,6 @@ class TestLimits:
         url = server.answer("/a", raw(b"HTTP/1.1 200 OK\r\n", b"x: y\r\n" * 100_000))
         assert isinstance(await failure(fetcher, url), FetchUnavailable)
 
-    async def test_the_spool_is_bounded(
-        self, server: Server, configured: Callable[..., FetchSettings]
-    ) -> None:
-        url = server.answer("/a", whole())
-        async with Fetcher(configured(spool_max_bytes=len(AUDIO) * 3 // 2)) as fetcher:
-            async with fetcher.fetch(url):
-                assert isinstance(await failure(fetcher, url), SpoolFull)
-            assert await fetched(fetcher, url) == AUDIO
-
     async def test_nothing_stays_behind(
         self, server: Server, configured: Callable[..., FetchSettings]
     ) -> None:
@@ -549,6 +540,74 @@ class TestSlowSenders:
         url = server.answer("/a", raw(head(content_length=300), *3 * (AUDIO[:100], 0.01)))
         async with Fetcher(configured(attempts=1)) as fetcher:
             assert len(await fetched(fetcher, url)) == 300
+
+
+def unannounced(body: bytes = AUDIO) -> Answer:
+    """A body without its length, in pieces."""
+    size = len(body) // 10 + 1
+    pieces = (part for at in range(0, len(body), size) for part in (body[at : at + size], 0.01))
+    return raw(head(), *pieces)
+
+
+class TestASmallSpool:
+    @pytest.mark.parametrize("announced", [whole, unannounced, None])
+    async def test_many_at_once_all_arrive(
+        self,
+        server: Server,
+        configured: Callable[..., FetchSettings],
+        announced: Callable[[], Answer] | None,
+    ) -> None:
+        """There is room for three and a half, and forty ask; None: announced or not, by turns."""
+        codes: list[str] = []
+        kinds = [announced] if announced else [whole, unannounced]
+        urls = [server.answer(f"/{n}", kinds[n % len(kinds)]()) for n in range(40)]
+        settings = configured(spool_max_bytes=len(AUDIO) * 7 // 2, max_bytes=len(AUDIO) + 1)
+        async with Fetcher(settings, on_retry=codes.append) as fetcher:
+            assert await asyncio.gather(*(fetched(fetcher, url) for url in urls)) == [AUDIO] * 40
+        assert codes == []
+
+    async def test_is_waited_for_until_the_deadline_and_no_longer(
+        self, server: Server, configured: Callable[..., FetchSettings]
+    ) -> None:
+        url = server.answer("/a", whole())
+        async with Fetcher(configured(spool_max_bytes=len(AUDIO) * 3 // 2)) as fetcher:
+            async with fetcher.fetch(url):
+                started = time.monotonic()
+                error = await failure(fetcher, url, timeout_s=3 * STALL_S)
+                assert isinstance(error, SpoolFull)
+                assert error.retryable
+                assert 3 * STALL_S <= time.monotonic() - started < 3 * STALL_S + 0.5
+                waiting = asyncio.create_task(fetched(fetcher, url))
+                await asyncio.sleep(2 * STALL_S)
+                assert not waiting.done()
+            assert await waiting == AUDIO
+        assert len(server.requests) == 3, "who waits for room keeps its connection"
+
+    @pytest.mark.parametrize("answer", [whole, unannounced])
+    async def test_what_never_fits_is_refused_at_once(
+        self, server: Server, configured: Callable[..., FetchSettings], answer: Callable[[], Answer]
+    ) -> None:
+        url = server.answer("/a", answer())
+        async with Fetcher(configured(spool_max_bytes=len(AUDIO) - 1)) as fetcher:
+            error = await failure(fetcher, url)
+        assert isinstance(error, AudioTooLarge)
+        assert "SPOOL_MAX_BYTES" in error.message
+        assert len(server.requests) == 1
+
+    async def test_the_cancelled_give_up_their_place(
+        self, server: Server, configured: Callable[..., FetchSettings]
+    ) -> None:
+        large, small = server.answer("/large", whole()), server.answer("/small", whole(b"small"))
+        async with Fetcher(configured(spool_max_bytes=len(AUDIO) + 100)) as fetcher:
+            async with fetcher.fetch(large):
+                first = asyncio.create_task(fetched(fetcher, large))
+                await asyncio.sleep(0.1)
+                second = asyncio.create_task(fetched(fetcher, small))
+                await asyncio.sleep(0.1)
+                assert not second.done()
+                first.cancel()
+                assert await second == b"small"
+            assert await fetched(fetcher, large) == AUDIO
 
 
 class TestRedirects:

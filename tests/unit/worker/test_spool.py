@@ -1,5 +1,6 @@
 import asyncio
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from worker.errors import AudioTooLarge, SettingsInvalid, SpoolFull
-from worker.spool import Spool, in_thread
+from worker.errors import AudioTooLarge, FetchUnavailable, SettingsInvalid, SpoolFull
+from worker.spool import Room, Share, Spool, in_thread
 
 HOLDER = """
 import sys, time
@@ -54,10 +55,10 @@ class TestFiles:
         assert audio.path.read_bytes() == data
         assert (audio.sha256, audio.size_bytes) == (sha256(data).hexdigest(), len(data))
         assert audio.path.stat().st_mode & 0o777 == 0o600
-        assert spool.used_bytes == len(data)
+        assert spool.room.used_bytes == len(data)
         file.remove()
         assert not audio.path.exists()
-        assert spool.used_bytes == 0
+        assert spool.room.used_bytes == 0
 
     async def test_may_be_empty(self, spool: Spool) -> None:
         file = spool.file()
@@ -72,17 +73,25 @@ class TestFiles:
             await file.write(b"x")
         file.remove()
 
-    async def test_are_bounded_together(self, spool: Spool) -> None:
-        one, other = spool.file(), spool.file()
-        await one.write(bytes(600_000))
-        await other.write(bytes(400_000))
-        with pytest.raises(SpoolFull, match="SPOOL_MAX_BYTES"):
-            await other.write(b"x")
-        one.remove()
-        await other.write(b"x")
-        other.remove()
-        other.remove()
-        assert spool.used_bytes == 0
+    async def test_larger_than_the_spool_are_refused_at_once(self, root: Path) -> None:
+        spool = Spool(root, max_bytes=100, max_file_bytes=1000)
+        spool.open()
+        with pytest.raises(AudioTooLarge, match="SPOOL_MAX_BYTES"):
+            spool.file().expect(101)
+        file = spool.file()
+        await file.write(bytes(100))
+        with pytest.raises(AudioTooLarge, match="SPOOL_MAX_BYTES"):
+            await file.write(b"x")
+        file.remove()
+        spool.close()
+
+    async def test_hold_no_more_than_was_expected(self, spool: Spool) -> None:
+        file = spool.file()
+        file.expect(10)
+        await file.write(bytes(10))
+        with pytest.raises(FetchUnavailable):
+            await file.write(b"x")
+        file.remove()
 
     async def test_a_full_disk_is_a_full_spool(self, spool: Spool, root: Path) -> None:
         """The kernel refuses to let files grow, as a full disk does."""
@@ -96,7 +105,121 @@ class TestFiles:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             file.remove()
         assert files(root) == []
-        assert spool.used_bytes == 0
+        assert spool.room.used_bytes == 0
+
+
+async def asking(room: Room, share: Share, size_bytes: int) -> asyncio.Task[None]:
+    """A task that has asked for room, and has it or waits."""
+    task = asyncio.create_task(room.take(share, size_bytes))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    return task
+
+
+class TestRoom:
+    async def test_who_finds_none_waits_until_some_is_given_back(self) -> None:
+        room, complete, late = Room(100), Share(80), Share(80)
+        await room.take(complete, 80)
+        room.complete(complete)
+        waiting = await asking(room, late, 80)
+        assert not waiting.done()
+        room.give_back(complete)
+        await waiting
+        assert room.used_bytes == 80
+        room.give_back(late)
+        room.give_back(late)
+        assert room.used_bytes == 0
+
+    async def test_first_come_first_served(self) -> None:
+        room, complete = Room(100), Share(100)
+        await room.take(complete, 100)
+        room.complete(complete)
+        shares = [Share(60), Share(50), Share(1)]
+        large, middle, small = [await asking(room, share, share.most_bytes) for share in shares]
+        room.give_back(complete)
+        await large
+        assert not middle.done()
+        assert not small.done(), "nobody overtakes, however little is asked for"
+        room.give_back(shares[0])
+        await asyncio.gather(middle, small)
+
+    async def test_what_the_oldest_still_needs_stays_free(self) -> None:
+        room, oldest, next_one = Room(100), Share(60), Share(100)
+        await room.take(oldest, 10)
+        await room.take(next_one, 40)
+        waiting = await asking(room, next_one, 1)
+        assert not waiting.done()
+        await room.take(oldest, 50)
+        room.complete(oldest)
+        assert not waiting.done()
+        room.give_back(oldest)
+        await waiting
+        await room.take(next_one, 59)
+        assert room.used_bytes == 100
+
+    async def test_who_announces_much_and_sends_nothing_costs_it_once(self) -> None:
+        room = Room(100)
+        for _ in range(10):
+            await room.take(Share(50), 0)
+        honest = Share(50)
+        async with asyncio.timeout(1):
+            await room.take(honest, 50)
+
+    async def test_the_cancelled_give_up_their_place(self) -> None:
+        room, complete = Room(100), Share(80)
+        await room.take(complete, 80)
+        room.complete(complete)
+        large, small = Share(90), Share(20)
+        first, second = await asking(room, large, 90), await asking(room, small, 20)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        room.give_back(large)
+        await second
+        assert room.used_bytes == 100
+
+    async def test_the_cancelled_give_up_what_they_had_just_been_given(self) -> None:
+        room, complete, late = Room(100), Share(100), Share(100)
+        await room.take(complete, 100)
+        room.complete(complete)
+        waiting = await asking(room, late, 100)
+        room.give_back(complete)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        room.give_back(late)
+        assert room.used_bytes == 0
+
+    @pytest.mark.parametrize("seed", range(20))
+    async def test_all_come_to_an_end_whatever_they_announce_and_send(self, seed: int) -> None:
+        """Many that grow at once, some given up on the way; together never more than there is."""
+        chance = random.Random(seed)
+        room = Room(100)
+
+        async def one() -> None:
+            size = chance.randint(0, 100)
+            share = Share(size if chance.random() < 0.5 else 100)
+            ends_at = chance.choice([size, size, size // 2])
+            try:
+                while share.taken_bytes < ends_at:
+                    piece = min(chance.randint(1, 30), ends_at - share.taken_bytes)
+                    await room.take(share, piece)
+                    assert room.used_bytes <= 100
+                    await asyncio.sleep(0)
+                if ends_at == size:
+                    room.complete(share)
+                await asyncio.sleep(0.001 * chance.random())
+            finally:
+                room.give_back(share)
+
+        async with asyncio.timeout(10):
+            tasks = [asyncio.create_task(one()) for _ in range(100)]
+            await asyncio.sleep(0.001)
+            for task in chance.sample(tasks, 30):
+                task.cancel()
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                assert result is None or isinstance(result, asyncio.CancelledError)
+        assert room.used_bytes == 0
 
 
 class TestFolders:
