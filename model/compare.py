@@ -342,8 +342,7 @@ def _learned(  # noqa: PLR0917  (bound by `partial` but for the last two)
 
 def _resized(source: LogMelSource, row: int, frames: int) -> Tensor:
     """The whole clip as `(frames, mels)`, stretched over time where it has more or fewer."""
-    clip = torch.from_numpy(np.array(source.clips[row], dtype=np.float32))
-    return functional.interpolate(clip.T[None], size=frames, mode="linear")[0].T
+    return functional.interpolate(source.whole(row).T[None], size=frames, mode="linear")[0].T
 
 
 # The page ------------------------------------------------------------------------------------

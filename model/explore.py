@@ -178,7 +178,7 @@ def _spectrograms(dataset: Dataset, source: LogMelSource, rows: list[int]) -> Fi
     for axes in grid:
         axes.set_axis_off()
     for axes, row in zip(grid, rows, strict=False):
-        logmel = np.array(source.clips[row], dtype=np.float32)[: int(PICTURED_S / hop_s)]
+        logmel = source.whole(row).numpy()[: int(PICTURED_S / hop_s)]
         axes.set_axis_on()
         low, high = np.quantile(logmel, [0.02, 0.999])
         seconds, bands = len(logmel) * hop_s, logmel.shape[1]
@@ -199,8 +199,8 @@ def _statistics(source: LogMelSource) -> tuple[NDArray[np.float64], NDArray[np.f
     """Mean and deviation over time by clip: of mel bands and of MFCCs."""
     mel: list[NDArray[np.float64]] = []
     cepstra: list[NDArray[np.float64]] = []
-    for clip in source.clips:
-        logmel = normalise(torch.from_numpy(np.array(clip, dtype=np.float32))[None])
+    for row in range(len(source.clips)):
+        logmel = normalise(source.whole(row)[None])
         for found, plane in ((mel, logmel), (cepstra, mfccs(logmel))):
             found.append(torch.cat([plane.mean(1), plane.std(1)], 1)[0].double().numpy())
     return np.stack(mel), np.stack(cepstra)

@@ -13,8 +13,9 @@ class LogMelConfig(BaseModel):
     """How a window of samples becomes a log-mel; part of a bundle's `model.json`.
 
     `compression` is `musicnn` for log10(10000 x + 1) of the mel power (Pons and Serra, 2019) or
-    `decibel` for 10 log10(max(x, 1e-10)). `normalise` takes mean and standard deviation out of
-    every window, for networks trained on log-mels of unknown gain.
+    `decibel` for 10 log10(max(x, 1e-10)), of which `range_db` keeps as much as lies that far below
+    the window's highest level and lifts what is lower. `normalise` takes mean and standard
+    deviation out of every window, for networks trained on log-mels of unknown gain.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -26,6 +27,7 @@ class LogMelConfig(BaseModel):
     f_max_hz: float = Field(8_000.0, gt=0, le=24_000)
     frames: int = Field(187, ge=1, le=4_096)
     compression: Literal["musicnn", "decibel"] = "musicnn"
+    range_db: float | None = Field(None, gt=0, le=200)
     normalise: bool = False
 
 
@@ -79,8 +81,15 @@ class LogMel(nn.Module):
         if self.config.compression == "musicnn":
             logged = torch.log10(10_000.0 * mel + 1.0)
         else:
-            logged = 10.0 * torch.log10(mel.clamp_min(1e-10))
+            logged = floored(10.0 * torch.log10(mel.clamp_min(1e-10)), self.config.range_db)
         return normalise(logged) if self.config.normalise else logged
+
+
+def floored(decibels: Tensor, range_db: float | None) -> Tensor:
+    """Each window `(..., frames, mels)` with nothing further below its highest level than that."""
+    if range_db is None:
+        return decibels
+    return torch.maximum(decibels, decibels.amax((-2, -1), keepdim=True) - range_db)
 
 
 def normalise(logmel: Tensor) -> Tensor:

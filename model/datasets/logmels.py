@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.datasets.dataset import Clip, Dataset, Skipped
-from model.frontend import LogMel, LogMelConfig, normalise
+from model.frontend import LogMel, LogMelConfig, floored, normalise
 from worker.decoder import Decoder
 from worker.errors import DatasetInvalid, DecodeFailed
 
@@ -24,10 +24,18 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class LogMelSource:
-    """Log-mels by clip, each `(frames, mels)`; on disk or in memory, not normalised."""
+    """Log-mels by clip, each `(frames, mels)`; on disk or in memory, not normalised.
+
+    `range_db` is the floor that they still lack, None where they have theirs as an archive's do.
+    """
 
     clips: Sequence[NDArray[Any]]
     front_end: LogMelConfig
+    range_db: float | None = None
+
+    def whole(self, row: int) -> Tensor:
+        """The whole clip `(frames, mels)`, float32."""
+        return floored(torch.from_numpy(np.array(self.clips[row], np.float32)), self.range_db)
 
     def excerpts(self, rows: Tensor, span: int, places: Tensor) -> Tensor:
         """`span` frames of each clip in `rows`, from `places` in [0, 1) of what there is to choose.
@@ -40,7 +48,7 @@ class LogMelSource:
             clip = _at_least(self.clips[row], span)
             start = int(place * (len(clip) - span + 1))
             into[:] = clip[start : start + span]
-        return torch.from_numpy(cut)
+        return floored(torch.from_numpy(cut), self.range_db)
 
     def windows(self, row: int) -> Tensor:
         """The whole clip in consecutive windows `(windows, frames, mels)`, as the network takes
@@ -49,7 +57,7 @@ class LogMelSource:
         clip = _at_least(self.clips[row], frames)
         count = len(clip) // frames
         cut = np.array(clip[: count * frames], dtype=np.float32).reshape(count, frames, -1)
-        windows = torch.from_numpy(cut)
+        windows = floored(torch.from_numpy(cut), self.range_db)
         return normalise(windows) if self.front_end.normalise else windows
 
 
@@ -90,7 +98,7 @@ def audio_source(
             skipped.append(Skipped(clip.name, error.message))
         progress(number, len(wanted))
     readable = replace(dataset, clips=tuple(kept), skipped=(*dataset.skipped, *skipped))
-    return LogMelSource(logmels, front_end), readable
+    return LogMelSource(logmels, front_end, front_end.range_db), readable
 
 
 def open_source(
@@ -103,7 +111,7 @@ def open_source(
 
 
 def logmel_of(samples: NDArray[np.float32], front_end: LogMelConfig) -> NDArray[np.float16]:
-    """The log-mel `(frames, mels)` of a whole clip, not normalised."""
+    """The log-mel `(frames, mels)` of a whole clip, with no floor and not normalised."""
     per_block = int(BLOCK_S * front_end.sample_rate_hz / front_end.hop)
     around = front_end.n_fft // (2 * front_end.hop) + 1  # frames that half an FFT reaches over
     total = 1 + len(samples) // front_end.hop
@@ -111,7 +119,7 @@ def logmel_of(samples: NDArray[np.float32], front_end: LogMelConfig) -> NDArray[
     for first in range(0, total, per_block):
         frames = min(per_block, total - first)
         lead = min(first, around)
-        settings = {"frames": lead + frames, "normalise": False}
+        settings = {"frames": lead + frames, "range_db": None, "normalise": False}
         begin = (first - lead) * front_end.hop
         end = (first + frames + around) * front_end.hop
         with torch.inference_mode():

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from model.datasets import LAYOUTS, Clip, Dataset, detect, load
 from model.datasets.gtzan import fault_filtered_split
 from model.datasets.logmels import LogMelSource, logmel_of, open_source
+from model.frontend import normalise
 from model.logmel_cnn import ARCHIVE_FRONT_END
 from tests import collections_of_music as music
 from worker.errors import DatasetInvalid, SplitLeaks
@@ -217,6 +219,18 @@ def test_log_mels_do_not_depend_on_where_blocks_end(monkeypatch: pytest.MonkeyPa
     whole = logmel_of(samples, ARCHIVE_FRONT_END)
     monkeypatch.setattr("model.datasets.logmels.BLOCK_S", 2.7)
     np.testing.assert_array_equal(logmel_of(samples, ARCHIVE_FRONT_END), whole)
+
+
+def test_log_mels_of_audio_get_their_floor_and_those_of_an_archive_have_it(tmp_path: Path) -> None:
+    levels = np.linspace(-100.0, 30.0, 72 * 128, dtype=np.float32).reshape(72, 128)
+    source = LogMelSource([levels], ARCHIVE_FRONT_END, ARCHIVE_FRONT_END.range_db)
+    cut = source.excerpts(torch.tensor([0]), 72, torch.tensor([0.0]))[0]
+    for made in (source.whole(0), cut):
+        np.testing.assert_array_equal(made.numpy(), np.maximum(levels, -50.0))
+    torch.testing.assert_close(source.windows(0)[0], normalise(source.whole(0)))
+    archive = load(music.archive(tmp_path / "a.npz"))
+    stored, _ = open_source(archive, ARCHIVE_FRONT_END, tmp_path / "cache")
+    assert stored.range_db is None
 
 
 def test_clips_shorter_than_a_window_are_repeated() -> None:

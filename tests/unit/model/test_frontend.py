@@ -57,6 +57,18 @@ def test_decibels_and_normalising_take_out_an_unknown_gain() -> None:
     assert loud.mean((1, 2)).abs().max() < 1e-4
 
 
+def test_decibels_keep_the_range_that_librosas_do() -> None:
+    unbounded = LogMelConfig(compression="decibel")
+    windows = chords(2)
+
+    made = LogMel(unbounded.model_copy(update={"range_db": 80.0}))(windows)
+
+    for all_levels, logmel in zip(LogMel(unbounded)(windows).numpy(), made.numpy(), strict=True):
+        power = 10 ** (all_levels.astype(np.float64) / 10)
+        assert all_levels.min() < logmel.min()
+        np.testing.assert_allclose(logmel, librosa.power_to_db(power, top_db=80.0), atol=1e-3)
+
+
 def test_a_window_without_variation_normalises_to_zeros() -> None:
     assert normalise(torch.full((1, 10, 4), 3.0)).abs().max() == 0
 
