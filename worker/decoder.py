@@ -5,7 +5,7 @@ and evaluation use `decode_samples` and get the samples that the worker gets.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from errno import EIO
 from fractions import Fraction
@@ -41,8 +41,8 @@ MAX_CHANNELS = 64
 LOUDEST = 8.0
 # Sharper than libswresample's own choice for little more time: from 44.1 to 16 kHz flat within
 # 0.1 dB up to 7 kHz, and what lies above 8.6 kHz comes back below -60 dB.
-FILTER_TAPS = 40
-KAISER_BETA = 7
+FILTER_TAPS = 36
+KAISER_BETA = 6
 # Small frames are packed before they are filtered, which one by one costs as much time as decoding
 # them; a packed frame is bounded, since low rates and many channels would make it gigabytes.
 FRAME_S = 0.5
@@ -210,14 +210,13 @@ class Decoder:
                 resampler = _Resampler(frame, self._sample_rate_hz)
                 self._rate_hz = self._rate_hz or frame.sample_rate
                 self._channels = self._channels or frame.layout.nb_channels
-            pieces = resampler.push(frame)
+            yield from resampler.push(frame)
             self._duration_s = earlier_s + resampler.received_s
             if self._duration_s > self._max_duration_s:
                 raise AudioTooLong(
                     f"The track lasts longer than {self._max_duration_s:g} s: "
                     "cut it, or raise TIMBRE_DECODE__MAX_DURATION_S."
                 )
-            yield from pieces
         if resampler is not None:
             yield from resampler.flush()
 
@@ -237,10 +236,10 @@ class _Resampler:
         self._ratio = Fraction(sample_rate_hz, rate_hz)
         self._received = 0
         self._given = 0
-        self._frame_samples = max(1, min(int(rate_hz * FRAME_S), FRAME_VALUES // channels))
-        self._fifo = av.AudioFifo()
+        self._packed = max(1, min(int(rate_hz * FRAME_S), FRAME_VALUES // channels))
+        self._unpacked = 0
         self._graph = Graph()
-        source = self._graph.add(
+        self._source = self._graph.add(
             "abuffer",
             sample_rate=str(rate_hz),
             sample_fmt=sample_format,
@@ -250,8 +249,10 @@ class _Resampler:
         # The plain mean: libswresample's own downmix weighs channels by their place in the room
         # and drops the subwoofer.
         mean = "mono|c0<" + "+".join(f"c{channel}" for channel in range(channels))
+        self._sink = self._graph.add("abuffersink")
         self._graph.link_nodes(
-            source,
+            self._source,
+            self._graph.add("asetnsamples", nb_out_samples=str(self._packed), pad="0"),
             self._graph.add("aformat", sample_fmts="fltp"),
             self._graph.add("pan", mean),
             # The resampler gives nothing for less than a filter's length.
@@ -265,7 +266,7 @@ class _Resampler:
                 filter_type="kaiser",
                 kaiser_beta=str(KAISER_BETA),
             ),
-            self._graph.add("abuffersink"),
+            self._sink,
         )
         try:
             self._graph.configure()
@@ -280,20 +281,21 @@ class _Resampler:
     def takes(self, frame: AudioFrame) -> bool:
         return _kind(frame) == self._kind
 
-    def push(self, frame: AudioFrame) -> Iterable[Samples]:
+    def push(self, frame: AudioFrame) -> Iterator[Samples]:
         frame.pts = None  # the samples follow one another, whatever the time stamps say
         self._received += frame.samples
-        self._fifo.write(frame)
-        return self._drain() if self._fifo.samples >= self._frame_samples else ()
+        self._unpacked += frame.samples
+        self._source.push(frame)
+        # The filters run when they are asked, and a question in vain takes an exception.
+        while self._unpacked >= self._packed:
+            self._unpacked -= self._packed
+            if (samples := self._pulled()) is not None:
+                yield samples
 
     def flush(self) -> Iterator[Samples]:
-        if (rest := self._fifo.read()) is not None:
-            yield from self._filtered(rest)
-        yield from self._filtered(None)
-
-    def _drain(self) -> Iterator[Samples]:
-        while self._fifo.samples >= self._frame_samples:
-            yield from self._filtered(self._fifo.read(self._frame_samples))
+        self._source.push(None)
+        while (samples := self._pulled()) is not None:
+            yield samples
 
     @property
     def received_s(self) -> float:
@@ -304,19 +306,18 @@ class _Resampler:
         """Samples that those received amount to at the target rate."""
         return ceil(self._received * self._ratio)
 
-    def _filtered(self, frame: AudioFrame | None) -> Iterator[Samples]:
-        self._graph.push(frame)
-        while True:
-            try:
-                filtered = self._graph.pull()
-            except (av.BlockingIOError, av.EOFError):  # wants more, or is flushed
-                return
-            assert isinstance(filtered, AudioFrame)
-            # Planes have the buffer protocol, which their stubs don't tell.
-            mono = np.frombuffer(filtered.planes[0], np.float32, filtered.samples)  # type: ignore[call-overload]
-            samples = mono[: self._due - self._given]
-            self._given += samples.size
-            yield samples
+    def _pulled(self) -> Samples | None:
+        """A frame that has come through the filters; None when they want more or are flushed."""
+        try:
+            filtered = self._sink.pull()
+        except (av.BlockingIOError, av.EOFError):
+            return None
+        assert isinstance(filtered, AudioFrame)
+        # Planes have the buffer protocol, which their stubs don't tell.
+        mono = np.frombuffer(filtered.planes[0], np.float32, filtered.samples)  # type: ignore[call-overload]
+        samples: Samples = mono[: self._due - self._given]
+        self._given += samples.size
+        return samples
 
 
 def _kind(frame: AudioFrame) -> tuple[int, int, str]:
@@ -382,7 +383,7 @@ def _short_name(names: str) -> str:
 
 def _sane(samples: Samples) -> Samples:
     """Floating-point files may hold anything: no sample leaves here infinite or not a number."""
-    if np.abs(samples).max(initial=0.0) <= LOUDEST:  # not true of NaN
+    if samples.max(initial=0.0) <= LOUDEST and samples.min(initial=0.0) >= -LOUDEST:  # not of NaN
         return samples
     numbers = np.nan_to_num(samples, nan=0.0, posinf=0.0, neginf=0.0)
     return np.clip(numbers, -LOUDEST, LOUDEST)

@@ -38,19 +38,25 @@ class WindowCutter:
         self._hop = hop_samples
         self._min_tail = min_tail_samples
         self._kept = np.empty(0, np.float32)
+        self._pieces: list[Samples] = []  # what follows the kept; joined a window's worth at once
+        self._joined = 0
         self._seen = 0
         self._next_start = 0
 
     def push(self, samples: Samples) -> Windows:
         """The windows that `samples` complete; a view, so use it before the next call."""
         self._seen += samples.size
-        self._kept = np.concatenate((self._kept, samples))
+        self._pieces.append(samples)
+        if self._seen < min(self._next_start, self._joined) + self._window:
+            return np.empty((0, self._window), np.float32)
+        self._join()
         windows = self._cut()
         self._forget()
         return windows
 
     def finish(self) -> Windows:
         """The track has ended: one more window, if the tail earns it."""
+        self._join()
         if 0 < self._seen < self._window:
             return np.resize(self._kept, (1, self._window))
         last_end = self._next_start - self._hop + self._window
@@ -58,6 +64,11 @@ class WindowCutter:
         if tail <= 0 or tail < self._min_tail:
             return np.empty((0, self._window), np.float32)
         return self._kept[np.newaxis, -self._window :]
+
+    def _join(self) -> None:
+        self._kept = np.concatenate((self._kept, *self._pieces))
+        self._pieces.clear()
+        self._joined = self._seen
 
     def _cut(self) -> Windows:
         first = self._next_start - (self._seen - self._kept.size)
