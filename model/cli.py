@@ -281,7 +281,7 @@ def _console() -> "Console":
 
 
 def _say(line: str) -> None:
-    _console().print(line, highlight=False)
+    _console().print(line, highlight=False, soft_wrap=True)
 
 
 def _bar(*, training: bool = False) -> "Bar":

@@ -38,11 +38,13 @@ from model.frontend import normalise
 from model.heads import Head
 from model.logmel_cnn import ARCHIVE_FRONT_END, LogMelCnnConfig, build_logmel_cnn
 from model.pictures import Gallery, canvas
+from model.train import Precision
+from worker.device import choose_device
 from worker.errors import DatasetInvalid
 
 QUICK_CLIPS = 6  # of each label and split
 LEAST_CLIPS = {False: 24, True: 6}  # to learn from, by `quick`: the most neighbours of a fold
-BATCH = 32
+BATCH, CLIP_NORM = 32, 5.0
 IMAGE_FRAMES, THREE_LAYER_FRAMES = 1_024, 599
 
 Say = Callable[[str], None]
@@ -318,26 +320,31 @@ def _learned(  # noqa: PLR0917  (bound by `partial` but for the last two)
     learn: Rows,
     test: Rows,
 ) -> Floats:
-    """Plain training, the same for every network: as many batches, AdamW, half a cosine."""
+    """Plain training, the same for every network: as many batches, AdamW, half a cosine; in mixed
+    precision where the machine has it."""
     torch.manual_seed(seed)
-    network = build().train()
+    device = choose_device("auto")
+    network = build().to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    precision = Precision(device)
     wanted = torch.from_numpy(truth)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     known = torch.from_numpy(learn)
     for _ in range(steps):
         rows = known[torch.randint(len(known), (min(BATCH, len(known)),))]
-        loss = functional.cross_entropy(network(plane[rows]), wanted[rows], label_smoothing=0.1)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        cut, asked = plane[rows].to(device), wanted[rows].to(device)
+        with precision.cast():
+            said = network(cut)
+        loss = functional.cross_entropy(said.float(), asked, label_smoothing=0.1)
+        precision.step(loss, network, optimizer, CLIP_NORM)
         schedule.step()
     network.eval()
     with torch.inference_mode():
-        said = [
-            network(plane[rows]).softmax(1) for rows in torch.split(torch.from_numpy(test), BATCH)
+        scores = [
+            network(plane[rows].to(device)).softmax(1).cpu()
+            for rows in torch.split(torch.from_numpy(test), BATCH)
         ]
-    return torch.cat(said).numpy()
+    return torch.cat(scores).numpy()
 
 
 def _resized(source: LogMelSource, row: int, frames: int) -> Tensor:
