@@ -3,10 +3,14 @@
 import asyncio
 import secrets
 
+import psutil
+
 from tests.faults.scenarios import Outcome, conclude, now_s, require, scenario
-from tests.faults.stand import Stand
+from tests.faults.stand import Stand, Worker
 
 IN_FLIGHT = 16
+MAX_LOAD = 0.15
+"""Of a core, while the broker is down."""
 
 
 @scenario
@@ -14,13 +18,15 @@ async def broker_restart(stand: Stand, quick: bool) -> Outcome:
     """The broker stopped, and killed, and started again."""
     down_s, tracks = (3, 80) if quick else (15, 300)
     async with stand.lane("broker-restart") as lane:
-        await lane.ready()
+        (worker,) = await lane.ready()
         await lane.send(lane.tracks(range(tracks)))
         moments = []
         for end in (stand.kafka.stop, stand.kafka.kill):
             await lane.watch(1)
             await asyncio.to_thread(end)
             await asyncio.sleep(down_s)
+            load = await _load(worker)
+            require(load < MAX_LOAD, f"the worker waits for the broker: it takes {load:.0%} CPU")
             await asyncio.to_thread(stand.kafka.start)
             moments.append(now_s())
             await lane.send(
@@ -127,6 +133,15 @@ async def redis_emptied(stand: Stand, quick: bool) -> Outcome:
         while sum(map(len, lane.checker.tags.values())) < tracks * 3 // 2:
             await lane.checker.poll()
         return await conclude(lane, [moment_s], duplicates_at_most=tracks // 2)
+
+
+async def _load(worker: Worker, over_s: float = 2.0) -> float:
+    """Share of a core that the worker takes, without its decoders."""
+    process = psutil.Process(worker.process.pid)
+    before = process.cpu_times()
+    await asyncio.sleep(over_s)
+    after = process.cpu_times()
+    return (after.user + after.system - before.user - before.system) / over_s
 
 
 def random_text(characters: int) -> str:
