@@ -82,8 +82,9 @@ def train(  # noqa: PLR0917
 
     if fit not in {"all", "train"}:
         raise typer.BadParameter("all or train", param_hint="--fit")
-    data = load(dataset, layout)
+    told = load_recipe(recipe, passes, fine_tuning=start is not None)
     begin = Bundle.load(None if start == "default" else start) if start else None
+    data = load(dataset, layout)
     console, bar = _console(), _bar(training=True)
     tasks: dict[str, Any] = {}
 
@@ -97,7 +98,7 @@ def train(  # noqa: PLR0917
         bundle = run(
             data,
             out,
-            recipe=load_recipe(recipe, passes, fine_tuning=begin is not None),
+            recipe=told,
             start=begin,
             fit="all" if fit == "all" else "train",
             seed=seed,

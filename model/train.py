@@ -77,8 +77,12 @@ def load_recipe(path: Path | None, passes: float | None, *, fine_tuning: bool) -
             nested = isinstance(value, dict) and isinstance(base.get(name), dict)
             base[name] = base[name] | value if nested else value
         return Recipe.model_validate(base)
-    except (OSError, ValueError, TypeError) as error:
-        raise SettingsInvalid(f"the recipe {path} can't be used: {error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise SettingsInvalid(f"the recipe can't be used: {where}: {first['msg']}") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise SettingsInvalid(f"the recipe {path} can't be read as JSON: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,9 @@ def train(
     )
     for skipped in dataset.skipped:
         progress.say(f"skipped {skipped.name}: {skipped.reason}")
+    for side in ("train", "valid"):
+        if side not in dataset.splits:
+            raise DatasetInvalid(f"{dataset.name}: no readable clip is in split {side!r}")
     songs, held = dataset.indices("train"), dataset.indices("valid")
     targets = dataset.targets()
     checkpoint = Checkpoint(work / "checkpoint.pt", _fingerprint(dataset, recipe, plan, seed, fit))
@@ -465,9 +472,12 @@ def _plan(dataset: Dataset, recipe: Recipe, start: Bundle | None) -> Plan:
 
 
 def _device(asked: str) -> torch.device:
-    if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(asked)
+    if asked not in {"auto", "cpu", "cuda"}:
+        raise SettingsInvalid(f"the device {asked!r} is none of auto, cpu and cuda")
+    there = torch.cuda.is_available()
+    if asked == "cuda" and not there:
+        raise SettingsInvalid("PyTorch finds no CUDA device; check the driver, or train on the cpu")
+    return torch.device("cuda" if there and asked != "cpu" else "cpu")
 
 
 # Checkpoints ---------------------------------------------------------------------------------

@@ -26,9 +26,9 @@ def load(path: Path) -> Dataset:
                 )
             values, y = archive["X"], archive["y"]
             names, genres = archive["names"].tolist(), tuple(archive["genres"].tolist())
-            splits = archive["split"].tolist() if "split" in archive else ["all"] * len(names)
-    except (OSError, ValueError, BadZipFile) as error:
-        raise DatasetInvalid(f"{path} can't be read as an .npz archive: {error}") from error
+            splits = archive["split"].tolist() if "split" in archive else [""] * len(names)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise DatasetInvalid(f"{path} is no .npz archive of plain arrays") from error
     if values.ndim != 3 or not len(values) == len(y) == len(names) == len(splits):
         raise DatasetInvalid(
             f"{path}: X {values.shape}, y {y.shape}, {len(names)} names and {len(splits)} splits "

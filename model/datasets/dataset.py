@@ -75,7 +75,11 @@ class Dataset:
 
     def __post_init__(self) -> None:
         if not self.clips:
-            raise DatasetInvalid(f"{self.name}: no labelled clip found in layout {self.layout!r}")
+            left_out = [f"{skipped.name}: {skipped.reason}" for skipped in self.skipped]
+            raise DatasetInvalid(
+                f"{self.name}: no labelled clip found in layout {self.layout!r}"
+                + (f"; left out: {_listed(left_out, 3, '; ')}" if left_out else "")
+            )
         if len({clip.name for clip in self.clips}) != len(self.clips):
             twice = [name for name, n in Counter(c.name for c in self.clips).items() if n > 1]
             raise DatasetInvalid(f"{self.name}: named twice: {_listed(twice)}")

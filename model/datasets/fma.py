@@ -66,7 +66,8 @@ def _audio_folder(path: Path) -> Path:
         return path
     found = [path / name for name in SUBSETS if (path / name).is_dir()]
     if len(found) != 1:
-        raise DatasetInvalid(f"{path} holds {len(found)} of {', '.join(SUBSETS)}; name one of them")
+        much = "several" if found else "none"
+        raise DatasetInvalid(f"{path} holds {much} of {', '.join(SUBSETS)}; name the one to use")
     return found[0]
 
 
@@ -83,6 +84,9 @@ def _rows(tracks: Path) -> Iterator[tuple[str, dict[str, str]]]:
         if missing := sorted(needed - set(keys)):
             raise DatasetInvalid(f"{tracks} has no column {', '.join(missing)}")
         for row in reader:
+            if row and len(row) != len(keys):
+                where = f"{tracks}, line {reader.line_num}"
+                raise DatasetInvalid(f"{where}: {len(row)} columns, the header has {len(keys)}")
             if row and row[0].isdigit():
                 yield f"{int(row[0]):06d}", dict(zip(keys, row, strict=True))
 

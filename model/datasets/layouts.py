@@ -1,5 +1,6 @@
 """Which layout a path has, and its loader. The one list of layouts."""
 
+import csv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,8 @@ def detect(path: Path) -> str:
         if layout.fits(path):
             return name
     raise DatasetInvalid(
-        f"{path} has none of the layouts {', '.join(LAYOUTS)}; name one by --layout"
+        f"{path} has none of the layouts {', '.join(LAYOUTS)}; the plainest is a folder of "
+        "folders of audio, each with a genre's name"
     )
 
 
@@ -56,4 +58,7 @@ def load(path: Path, layout: str | None = None) -> Dataset:
         raise DatasetInvalid(f"unknown layout {name!r}, known: {', '.join(LAYOUTS)}")
     if not path.exists():
         raise DatasetInvalid(f"{path} does not exist")
-    return LAYOUTS[name].load(path).check_split()
+    try:
+        return LAYOUTS[name].load(path).check_split()
+    except (OSError, ValueError, csv.Error) as error:
+        raise DatasetInvalid(f"{path} can't be read in layout {name!r}: {error}") from error

@@ -25,17 +25,21 @@ def load(path: Path) -> Dataset:
         columns = {name.strip().lower(): name for name in reader.fieldnames or ()}
     paths, one, several = (_find(columns, names) for names in (PATH, ONE_LABEL, LABELS))
     if paths is None or (one or several) is None:
-        raise DatasetInvalid(f"{path} needs a column `path` and a column `label` or `labels`")
+        raise DatasetInvalid(
+            f"{path} needs a column `path` and a column `label` or `labels`, between commas; its "
+            f"first line has {', '.join(columns) or 'none'}"
+        )
     artist, recording = _find(columns, ARTIST), _find(columns, RECORDING)
     split = next((columns[name] for name in columns if re.fullmatch(r"(.+_)?split", name)), None)
-    present = {row[paths]: path.parent / row[paths] for row in rows}
+    present = {name: path.parent / name for row in rows if (name := row[paths])}
     found = {name: file for name, file in present.items() if file.is_file()}
     same = recordings(found.values())
     clips, skipped = [], []
     for row in rows:
         name = row[paths]
         if name not in found:
-            skipped.append(Skipped(name, "is in the manifest but not on disk"))
+            why = "is in the manifest but not on disk" if name else "has no path in its line"
+            skipped.append(Skipped(name or "a clip", why))
             continue
         told = re.split(r"[;|]", row[several] or "") if several else [row[str(one)] or ""]
         labels = tuple(dict.fromkeys(label.strip() for label in told if label.strip()))

@@ -27,7 +27,8 @@ def load(path: Path) -> Dataset:
     """Previews anywhere under the folder `path`, or beside the `.cls` file `path`."""
     files = annotations(path)
     if len(files) != 1:
-        raise DatasetInvalid(f"{path} holds {len(files)} .cls files; name the one to use")
+        much = "several .cls files" if files else "no .cls file"
+        raise DatasetInvalid(f"{path} holds {much}; name the one to use")
     folder = files[0].parent
     genres = _genres(files[0])
     audio = _previews(folder)

@@ -157,8 +157,56 @@ def test_archive_takes_any_names_of_splits(tmp_path: Path, split: str) -> None:
 def test_archive_without_splits_has_all_clips(tmp_path: Path) -> None:
     dataset = load(music.archive(tmp_path / "a.npz", optional=False))
     assert len(dataset.indices()) == 12
+    assert dataset.splits == ()
     assert dataset.logmels is not None
     assert dataset.logmels.values.shape == (12, 128, 241)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.csv", b"file;genre\n", "commas; its first line has file;genre"),
+        ("b.csv", b"", "its first line has none"),
+        ("c.csv", b"\xff\xfe\x00", "c.csv can't be read in layout 'manifest'"),
+        ("d.csv", b"path,label\ngone.mp3,a\n", "left out: gone.mp3: is in the manifest but not"),
+        ("e.csv", b"path,label\n,a\n", "left out: a clip: has no path in its line"),
+        ("f.npz", b"\x80\x04no archive", "f.npz is no .npz archive of plain arrays"),
+        ("g.txt", b"music", "a folder of folders of audio"),
+        ("h.cls", b"x\tRock\n", "h.cls, line 1: not a track id, a tab and a genre"),
+    ],
+)
+def test_a_file_that_is_no_data_set_is_refused_with_what_is_wrong(
+    tmp_path: Path, name: str, content: bytes, told: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DatasetInvalid) as refused:
+        load(tmp_path / name)
+    assert told in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("layout", "told"),
+    [
+        ("archive", "no .npz archive"),
+        ("manifest", "Is a directory"),
+        ("fma", "none of fma_small"),
+        ("msd", "no .cls file"),
+        ("gtzan", "no genres/GENRE"),
+        ("folders", "no labelled clip found"),
+    ],
+)
+def test_a_folder_of_another_layout_is_refused(tmp_path: Path, layout: str, told: str) -> None:
+    with pytest.raises(DatasetInvalid) as refused:
+        load(tmp_path, layout)
+    assert told in refused.value.message
+
+
+def test_a_broken_line_of_fmas_tracks_is_named(tmp_path: Path) -> None:
+    folder = music.fma(tmp_path)
+    with (tmp_path / "fma_metadata" / "tracks.csv").open("a") as file:
+        file.write("15,small\n")
+    with pytest.raises(DatasetInvalid, match=r"line 17: 2 columns, the header has 6"):
+        load(folder)
 
 
 def test_damaged_archives_are_refused(tmp_path: Path) -> None:

@@ -158,6 +158,18 @@ def test_nothing_to_train_on_is_said(tmp_path: Path) -> None:
     dataset = load(music.archive(tmp_path / "a.npz", split="test"))
     with pytest.raises(DatasetInvalid, match="only test"):
         train(dataset, tmp_path / "b", recipe=SMALL)
+    broken = music.folders(tmp_path / "valid", 1)
+    for file in broken.glob("*/*"):
+        file.write_bytes(b"no audio")
+    music.folders(tmp_path / "train", 2)
+    with pytest.raises(DatasetInvalid, match="no readable clip is in split 'valid'"):
+        train(load(tmp_path, "folders"), tmp_path / "b", recipe=SMALL)
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:1"])
+def test_a_device_that_is_none_is_refused(dataset: Dataset, tmp_path: Path, device: str) -> None:
+    with pytest.raises(SettingsInvalid, match="none of auto, cpu and cuda"):
+        train(dataset, tmp_path / "b", recipe=SMALL, device=device)
 
 
 def test_members_together_say_the_mean_of_what_each_says(dataset: Dataset, tmp_path: Path) -> None:
@@ -192,9 +204,15 @@ def test_recipes_from_json_change_only_what_they_name(tmp_path: Path) -> None:
     assert (recipe.batch, recipe.passes, recipe.augmentation.pitch) == (16, 3.0, 0.0)
     assert recipe.augmentation.tempo == Recipe().augmentation.tempo
     assert load_recipe(None, None, fine_tuning=True) == FINE_TUNING
-    path.write_text('{"bacth": 16}')
-    with pytest.raises(SettingsInvalid, match="bacth"):
-        load_recipe(path, None, fine_tuning=False)
+    for content, told in (
+        ('{"bacth": 16}', "^the recipe can't be used: bacth: Extra inputs"),
+        ('{"augmentation": {"pitch": "high"}}', "augmentation.pitch: Input should be a valid"),
+        ("[1]", "can't be read as JSON"),
+        ("{", "can't be read as JSON"),
+    ):
+        path.write_text(content)
+        with pytest.raises(SettingsInvalid, match=told):
+            load_recipe(path, 3.0, fine_tuning=False)
 
 
 def test_what_would_fail_in_the_end_fails_at_once(dataset: Dataset, tmp_path: Path) -> None:
