@@ -21,6 +21,7 @@ RATE_HZ = 16_000
 DURATION_S = 3.0
 WAV_HEADER_BYTES = 44
 DRIP_BYTES, DRIP_S = 200, 0.2
+PIECE_BYTES, PIECE_S = 16_000, 0.05
 
 Answer = Callable[["Request"], Awaitable[None]]
 
@@ -120,9 +121,11 @@ async def busy(request: Request) -> None:
 
 
 async def no_length(request: Request) -> None:
-    """The body ends with the connection."""
+    """The body comes in pieces and ends with the connection."""
     await request.head()
-    await request.send(request.body)
+    for start in range(0, len(request.body), PIECE_BYTES):
+        await request.send(request.body[start : start + PIECE_BYTES])
+        await asyncio.sleep(PIECE_S)
 
 
 async def false_length(request: Request) -> None:

@@ -5,7 +5,7 @@ import random
 import signal
 
 from tests.faults.scenarios import Outcome, conclude, now_s, require, scenario
-from tests.faults.stand import Stand
+from tests.faults.stand import Lane, Stand, Worker, until
 
 IN_FLIGHT = 16
 
@@ -91,13 +91,29 @@ async def freeze(stand: Stand, quick: bool) -> Outcome:
             await lane.watch(2)
             frozen = workers[number % 2]
             frozen.signal(signal.SIGSTOP)
-            await lane.watch(10)
+            await lane.watch(1)
+            await _until_taken_over(lane, 25)
+            await lane.watch(5)
             moments.append(now_s())
-            frozen.signal(signal.SIGCONT)
-            await lane.watch(2)
+            await _wake(frozen)
         await sending
         await lane.until_answered(tracks, 90)
         return await conclude(lane, moments, duplicates_at_most=2 * freezes * 2 * IN_FLIGHT)
+
+
+async def _until_taken_over(lane: Lane, timeout_s: float) -> None:
+    """Read until all that has no answer now has one."""
+    waiting, end_s = set(lane.checker.unanswered), now_s() + timeout_s
+    while waiting.intersection(lane.checker.unanswered):
+        require(now_s() < end_s, "the others take over what a frozen worker had")
+        await lane.checker.poll()
+
+
+async def _wake(frozen: Worker) -> None:
+    """Wake a worker and wait until it has partitions again."""
+    before = frozen.text().count("Assigned")
+    frozen.signal(signal.SIGCONT)
+    await until(lambda: frozen.text().count("Assigned") > before, "the woken one's return", 30)
 
 
 @scenario

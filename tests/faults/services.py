@@ -41,7 +41,7 @@ async def broker_frozen(stand: Stand, quick: bool) -> Outcome:
     """The broker frozen (SIGSTOP) past all timeouts and woken."""
     freezes, tracks = (1, 80) if quick else (3, 300)
     async with stand.lane("broker-frozen") as lane:
-        await lane.ready()
+        (worker,) = await lane.ready()
         moments = []
         for number in range(freezes):
             part = tracks // freezes
@@ -52,6 +52,8 @@ async def broker_frozen(stand: Stand, quick: bool) -> Outcome:
             stand.kafka.resume()
             moments.append(now_s())
         await lane.until_answered(part * freezes, 120)
+        retries = await worker.metric("timbre_retries_total", code="publish_failed")
+        require(retries > 0, "the worker's own timeouts notice it")
         return await conclude(lane, moments, duplicates_at_most=4 * freezes * IN_FLIGHT)
 
 
