@@ -170,7 +170,7 @@ class Downloads:
         """The body as it arrives; raises `FetchTooSlow` where it arrives too slowly.
 
         What counts is the time spent waiting for the server, not what is done between pieces. A
-        server that sends nothing at all is told by the session's own timeout.
+        server that stops sending altogether meets the session's own timeout.
         """
         least_per_s, window_s = self._settings.min_bytes_per_s, self._settings.stall_timeout_s
         received_bytes, waited_s, since_s = 0, 0.0, time.monotonic()
