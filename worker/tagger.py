@@ -279,7 +279,8 @@ class _Heard:
         """Mean of the voting windows' embeddings, each of length 1 before and the mean after."""
         windows = np.concatenate([o.embedding for o in self._outputs]).astype(np.float64)
         mean = _unit(_unit(windows).mean(axis=0, keepdims=True))[0]
-        return [round(float(value), EMBEDDING_DECIMALS) for value in mean]
+        numbers: list[float] = mean.round(EMBEDDING_DECIMALS).tolist()
+        return numbers
 
 
 def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -290,6 +291,6 @@ def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _taggram(probabilities: dict[str, Floats]) -> dict[str, list[list[float]]]:
     return {
-        head: [[round(float(value), TAGGRAM_DECIMALS) for value in row] for row in table]
+        head: table.astype(np.float64).round(TAGGRAM_DECIMALS).tolist()
         for head, table in probabilities.items()
     }
