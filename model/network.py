@@ -182,8 +182,9 @@ class Musicnn(nn.Module):
 
     def pool(self, logmel: Tensor) -> Tensor:
         """Log-mels at the frame rate of the filters; a short last pool is dropped."""
-        whole = logmel[:, : logmel.shape[1] // self.frame_pool * self.frame_pool]
-        return whole.unflatten(1, (-1, self.frame_pool)).mean(2)
+        pools = logmel.shape[1] // self.frame_pool
+        whole = logmel[:, : pools * self.frame_pool]
+        return whole.reshape(-1, pools, self.frame_pool, logmel.shape[2]).mean(2)
 
     def embed(self, logmel: Tensor) -> Tensor:
         """Embeddings of pooled log-mels."""
