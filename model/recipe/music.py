@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,8 @@ def _unpack(package: str, folder: Path) -> None:
 def recordings(files: Sequence[Path], cache: Path) -> Iterator[Recording]:
     """Log-mels of audio files, made on all cores and kept in `cache`."""
     cache.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor() as pool:
+    # Spawned: a fork would take over PyTorch's threads as locks that nobody opens.
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for file, made in zip(files, pool.map(_logmels, files, [cache] * len(files)), strict=True):
             if made is None:
                 continue
