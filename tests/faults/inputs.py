@@ -15,6 +15,9 @@ ODD = ROOT.parent / "shared" / "audio" / "odd"
 EVENT_CODES = {"event_malformed", "event_too_large", "event_version_unknown"}
 IN_TIME_S = 10.0
 DRIPS = 60
+MAX_DECODER_BYTES = 160 << 20
+FLAC_INFO_END = 42
+"""Of a FLAC file's marker and its first block of metadata."""
 
 
 async def _neighbours_in_time(lane: Lane, sent_s: dict[str, float]) -> None:
@@ -147,7 +150,11 @@ async def odd_audio(stand: Stand, quick: bool) -> Outcome:
             files += found[:: 10 if quick else 1]
             roots.append(ODD)
         named = '", "'.join(map(str, roots))
-        (worker,) = await lane.ready(fetch__file_roots=f'["{named}"]', decode__timeout_s=10)
+        (worker,) = await lane.ready(
+            fetch__file_roots=f'["{named}"]',
+            decode__timeout_s=10,
+            decode__max_memory_bytes=MAX_DECODER_BYTES,
+        )
         events = list[bytes]()
         for number, path in enumerate(files):
             events += [
@@ -165,6 +172,8 @@ async def odd_audio(stand: Stand, quick: bool) -> Outcome:
         missing = {f"track-{n}" for n in range(len(files))} - lane.checker.seen_s.keys()
         require(not missing, f"sound tracks between them are tagged; not so {sorted(missing)[:5]}")
         require(most_bytes < 2 << 30, f"memory is bounded: {most_bytes >> 20} MiB")
+        hungry = {name: end for name, end in _ends(lane).items() if name.endswith(" hungry.flac")}
+        require(set(hungry.values()) == {"decoder_crashed"}, f"a decoder has its limit: {hungry}")
         canary = [path for path in stand.audio.requests if path.startswith("/status/404")]
         require(not canary, f"no file makes the decoder fetch another: {canary}")
         require(
@@ -230,8 +239,11 @@ def _write_odd(folder: Path, port: int, fuzzed: int) -> None:
     lying = bytearray(track(2))
     lying[40:44] = struct.pack("<I", 0xFFFFFFF0)
     (folder / "lying-duration.wav").write_bytes(lying)
-    picture = _id3_picture(50 << 20)
-    (folder / "picture-50-mib.mp3").write_bytes(picture + (folder / "whole.mp3").read_bytes())
+    whole = (folder / "whole.mp3").read_bytes()
+    (folder / "picture-50-mib.mp3").write_bytes(_id3_picture(50 << 20) + whole)
+    flac = (folder / "whole.flac").read_bytes()
+    pictures = _flac_picture(15 << 20) * (MAX_DECODER_BYTES // (15 << 20) + 1)
+    (folder / "hungry.flac").write_bytes(flac[:FLAC_INFO_END] + pictures + flac[FLAC_INFO_END:])
     url = f"http://127.0.0.1:{port}/status/404/1.wav"
     for name, text in {
         "list.m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{url}\n#EXT-X-ENDLIST\n",
@@ -257,3 +269,10 @@ def _id3_picture(size: int) -> bytes:
     body = b"\x00image/png\x00\x03\x00" + bytes(size)
     frame = b"APIC" + syncsafe(len(body)) + b"\x00\x00" + body
     return b"ID3\x04\x00\x00" + syncsafe(len(frame)) + frame
+
+
+def _flac_picture(size: int) -> bytes:
+    """A block of FLAC's metadata with a picture of so many bytes."""
+    mime = b"image/png"
+    head = struct.pack(">II", 3, len(mime)) + mime + struct.pack(">6I", 0, 1, 1, 24, 0, size)
+    return b"\x06" + (len(head) + size).to_bytes(3, "big") + head + bytes(size)

@@ -123,7 +123,7 @@ async def redis_emptied(stand: Stand, quick: bool) -> Outcome:
     """Redis emptied while tracks pass, some of them again."""
     tracks = 60 if quick else 300
     async with stand.lane("redis-emptied") as lane:
-        await lane.ready()
+        (worker,) = await lane.ready()
         events = lane.tracks(range(tracks))
         await lane.send(events)
         await lane.until_answered(tracks, 90, unanswered=tracks // 2)
@@ -134,7 +134,14 @@ async def redis_emptied(stand: Stand, quick: bool) -> Outcome:
         await lane.until_answered(tracks * 3 // 2, 90)
         while sum(map(len, lane.checker.tags.values())) < tracks * 3 // 2:
             await lane.checker.poll()
-        return await conclude(lane, [moment_s], duplicates_at_most=tracks // 2)
+        misses = await worker.metric("timbre_cache_lookups_total", result="miss")
+        require(misses > tracks, f"what comes again is computed again: {misses:g} misses")
+        outcome = await conclude(lane, [moment_s], duplicates_at_most=tracks // 2)
+        require(
+            outcome.verdict.tags == tracks and outcome.verdict.duplicates == tracks // 2,
+            f"what comes again has the same event id: {outcome.verdict}",
+        )
+        return outcome
 
 
 async def _load(worker: Worker, over_s: float = 2.0) -> float:
