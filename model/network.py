@@ -138,7 +138,8 @@ class FrontFilters(nn.Module):
         edges = functional.pad(self.weight[:, 0, :, 0], (RUN_FRAMES - 1, RUN_FRAMES - 1))
         shifted = edges.unfold(1, RUN_FRAMES, 1).flip(2).transpose(0, 1)
         each = reached.flatten(0, 2) @ shifted.flatten(1)
-        highest = each.view(len(bands), -1, runs, filters, RUN_FRAMES).amax(1)
+        # Not `len`, which would fix the number of windows in an exported file.
+        highest = each.view(bands.shape[0], -1, runs, filters, RUN_FRAMES).amax(1)
         return highest.transpose(1, 2).flatten(2)[..., :frames]
 
 
