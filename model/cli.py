@@ -265,7 +265,13 @@ def recipe(
     import logging
 
     from model.recipe import build_default
+    from worker.errors import DatasetInvalid
 
+    needed = ("gtzan/logmel30s.npz", "gtzan/manifest.csv")
+    if missing := [name for name in needed if not (data / name).is_file()]:
+        raise DatasetInvalid(
+            f"{data} has no {' and no '.join(missing)}: --data names the folder with gtzan/ in it"
+        )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     bundle = build_default(out, data=data, work=work, seed=seed)
     _console().print(f"{out}: {bundle.name}, version {bundle.version}")

@@ -1,3 +1,6 @@
+"""`timbre model export --onnx`, run as people run it, and what ONNX Runtime makes of the file."""
+
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,23 +10,44 @@ import pytest
 import torch
 
 from model.bundle import Bundle
-from model.export import export_onnx
+from tests import collections_of_music as music
+from tests.integration.model.command import done, refused
 from worker.decoder import decode_samples
+
+RECIPE = {"batch": 8, "network": {"channels": [8, 16], "member_dim": 16, "balance": [0.5]}}
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_onnx(Bundle.load(), tmp_path_factory.mktemp("onnx") / "default.onnx")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small bundle from scratch, its front end that of the log-mel archive."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "recipe.json").write_text(json.dumps(RECIPE))
+    archive, bundle = music.archive(folder / "a.npz"), folder / "bundle"
+    done("train", "-d", archive, "-o", bundle, "--recipe", folder / "recipe.json", "--passes", 20)
+    return str(bundle)
+
+
+@pytest.fixture(scope="module", params=["default", "trained"])
+def exported(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Bundle, Path]:
+    name = "default" if request.param == "default" else request.getfixturevalue("trained")
+    file = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    done("export", name, "--onnx", file)
+    return Bundle.load(name), file
 
 
 def test_onnx_runtime_answers_as_pytorch_does_on_real_audio(
-    exported: Path, shared_data: Path
+    exported: tuple[Bundle, Path], shared_data: Path
 ) -> None:
-    bundle = Bundle.load()
+    bundle, file = exported
     track = sorted((shared_data / "audio" / "tracks").glob("*.mp3"))[0]
     samples = decode_samples(track, bundle.sample_rate_hz)[: 20 * bundle.window_samples]
     windows = samples.reshape(-1, bundle.window_samples)
-    session = onnxruntime.InferenceSession(str(exported), providers=["CPUExecutionProvider"])
+    windows[3] *= 0.01
+    windows[4, : bundle.window_samples // 2] = 0.0
+    windows[5] = 0.0
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     for batch in (windows[:1], windows):
         with torch.inference_mode():
@@ -36,9 +60,16 @@ def test_onnx_runtime_answers_as_pytorch_does_on_real_audio(
         )
 
 
-def test_the_file_says_which_model_it_is(exported: Path) -> None:
-    bundle = Bundle.load()
-    facts = {entry.key: entry.value for entry in onnx.load(exported).metadata_props}
+def test_the_file_says_which_model_it_is(exported: tuple[Bundle, Path]) -> None:
+    bundle, file = exported
+    facts = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
 
     assert facts["version"] == bundle.version
-    assert '"blues"' in facts["labels.genre"]
+    assert json.loads(facts["labels.genre"]) == list(bundle.head("genre").labels)
+
+
+def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    told = refused("export", tmp_path / "none", "--onnx", tmp_path / "model.onnx")
+
+    assert "neither a folder nor a shipped bundle" in told
+    assert not (tmp_path / "model.onnx").exists()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from model.cli import app
 from tests import collections_of_music as music
+from tests.integration.model.command import refused
 from worker.errors import DatasetInvalid
 
 
@@ -18,6 +20,15 @@ def timbre_model(*arguments: object) -> str:
     if result.exception is not None:
         raise result.exception
     return result.stdout
+
+
+def pictures(folder: Path) -> set[str]:
+    """Names of the pictures that the folder's page shows; each is there and is a PNG."""
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    shown = re.findall(r'<img src="([^"]+)\.png"', page)
+    for name in shown:
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n")
+    return set(shown)
 
 
 def test_compare_lays_approaches_side_by_side_from_audio(tmp_path: Path) -> None:
@@ -30,7 +41,9 @@ def test_compare_lays_approaches_side_by_side_from_audio(tmp_path: Path) -> None
     assert all(0 <= row[key] <= 1 for row in rows for key in ("apart", "mixed", "track"))
     best = {row["approach"]: row["track"] for row in rows}
     assert best["features over 3 s, logistic regression"] == 1.0
-    assert 'src="compare.png"' in (tmp_path / "out" / "index.html").read_text()
+    assert pictures(tmp_path / "out") == {"compare"}
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert all(f"<td>{row['approach']}</td>" in page for row in rows)
     features = pd.read_parquet(table)
     assert {"mfcc_00_mean", "chroma_11_std", "centroid_mean", "rolloff_mean"} <= set(features)
     assert {"zero_crossings_mean", "tempo", "name", "label"} <= set(features)
@@ -53,11 +66,11 @@ def test_compare_takes_archives_as_far_as_log_mels_go(tmp_path: Path) -> None:
 
 def test_explore_draws_audio_and_archives(tmp_path: Path) -> None:
     timbre_model("explore", "-d", music.folders(tmp_path / "own"), "-o", tmp_path / "audio")
-    drawn = {file.stem for file in (tmp_path / "audio").glob("*.png")}
-    assert drawn == {"balance", "durations", "waveforms", "spectrograms", "tsne_mel", "tsne_mfcc"}
+    drawn = {"balance", "durations", "waveforms", "spectrograms", "tsne_mel", "tsne_mfcc"}
+    assert pictures(tmp_path / "audio") == drawn
     archive = music.archive(tmp_path / "a.npz")
     timbre_model("explore", "-d", archive, "-o", tmp_path / "archive", "--quick")
-    assert not (tmp_path / "archive" / "waveforms.png").exists()
+    assert pictures(tmp_path / "archive") == drawn - {"waveforms"}
     assert "GTZAN" in (tmp_path / "archive" / "index.html").read_text()
 
 
@@ -92,3 +105,14 @@ def test_the_default_bundle_hears_audio_and_says_that_it_takes_no_such_log_mels(
 ) -> None:
     with pytest.raises(DatasetInvalid, match="front end"):
         timbre_model("evaluate", "-d", shared_data / "gtzan" / "logmel30s.npz")
+
+
+def test_the_recipe_says_at_once_when_its_data_are_not_there(tmp_path: Path) -> None:
+    told = refused("recipe", "-o", tmp_path / "b", "--data", tmp_path, "--work", tmp_path / "work")
+    assert "no gtzan/logmel30s.npz and no gtzan/manifest.csv" in told
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_data_set_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+    told = refused("compare", "-d", tmp_path / "none", "-o", tmp_path / "out")
+    assert told == f"timbre: {tmp_path}/none does not exist\n"

@@ -1,5 +1,6 @@
 """The published network itself: needs its wheel, which pip fetches once a session."""
 
+import json
 from pathlib import Path
 
 import librosa
@@ -15,11 +16,11 @@ from model.musicnn import (
     as_published,
     fetch_wheel,
     folded,
-    import_musicnn,
     licence,
     read_checkpoint,
 )
 from model.network import Tagger
+from tests.integration.model.command import done, refused
 from worker.decoder import decode_samples
 from worker.errors import BundleInvalid
 
@@ -109,9 +110,19 @@ def test_the_front_end_equals_librosas_on_real_audio(shared_data: Path) -> None:
 
 
 def test_importing_gives_a_bundle_with_its_licence(wheel: Path, tmp_path: Path) -> None:
-    bundle = import_musicnn(tmp_path / "msd")
+    done("import", "musicnn", "--out", tmp_path / "msd")
 
-    assert Bundle.load(tmp_path / "msd").version == bundle.version
+    bundle = Bundle.load(tmp_path / "msd")
+    assert json.loads(done("info", tmp_path / "msd", "--json"))["version"] == bundle.version
     assert bundle.head("tags").labels == LABELS["MSD_musicnn"]
     assert (tmp_path / "msd" / "LICENSE.musicnn.md").read_text() == licence(wheel)
     assert "Universitat Pompeu Fabra" in (tmp_path / "msd" / "README.md").read_text()
+
+
+def test_without_a_package_index_a_sentence_is_said(tmp_path: Path) -> None:
+    told = refused(
+        "import", "musicnn", "--out", tmp_path / "msd", PIP_NO_INDEX="1", PIP_FIND_LINKS=""
+    )
+
+    assert told.startswith("timbre: pip could not fetch musicnn")
+    assert not (tmp_path / "msd").exists()
