@@ -120,6 +120,9 @@ def evaluate(  # noqa: PLR0917
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for report.json and pictures.")
     ] = None,
+    hop_s: Annotated[
+        float, typer.Option("--hop", min=0.1, help="Seconds between the starts of two windows.")
+    ] = 3.0,
     seed: Seed = 0,
 ) -> None:
     """Measure a bundle: by window, by track and vote, with intervals and calibration."""
@@ -135,6 +138,7 @@ def evaluate(  # noqa: PLR0917
             Bundle.load(bundle),
             load(dataset, layout),
             split,
+            hop_s=hop_s,
             seed=seed,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

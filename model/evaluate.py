@@ -17,7 +17,7 @@ from model.calibration import expected_calibration_error
 from model.datasets.dataset import Dataset
 from model.measure import METHODS, Voted, nll, window_accuracy
 from model.pictures import Gallery, canvas, scatter_by_class, tsne
-from model.predict import Predictions, predict
+from model.predict import HOP_S, Predictions, predict
 from worker.settings import VoteMethod
 
 RESAMPLES = 2_000
@@ -39,6 +39,7 @@ def evaluate(
     dataset: Dataset,
     split: str | None = None,
     *,
+    hop_s: float = HOP_S,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Evaluation:
@@ -48,7 +49,7 @@ def evaluate(
     ------
     DatasetInvalid
     """
-    predictions = predict(bundle, dataset, split, progress=progress)
+    predictions = predict(bundle, dataset, split, hop_s=hop_s, progress=progress)
     head, targets = predictions.head, predictions.targets
     voted = {
         method: Voted.of(predictions.probabilities, head, method, predictions.voting)
@@ -63,6 +64,7 @@ def evaluate(
         "bundle": {"name": bundle.name, "version": bundle.version},
         "dataset": dataset.name,
         "split": split or "all",
+        "hop_s": hop_s,
         "head": head.name,
         "kind": head.kind,
         "labels": list(head.labels),

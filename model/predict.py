@@ -24,6 +24,7 @@ from worker.settings import WindowSettings
 from worker.windows import WindowCutter, is_silent
 
 BATCH = 64  # windows
+HOP_S = WindowSettings().hop_s
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,10 @@ def predict(
     dataset: Dataset,
     split: str | None = None,
     *,
+    hop_s: float = HOP_S,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Predictions:
-    """Run `bundle` over the clips of `split`, or over all.
+    """Run `bundle` over the clips of `split`, or over all, a window every `hop_s`.
 
     Raises
     ------
@@ -61,7 +63,10 @@ def predict(
     network = bundle.network
     assert isinstance(network, Tagger)
     chosen = dataset.indices(split)
-    windows_of = _logmel_windows(bundle, dataset) if dataset.logmels else _audio_windows(bundle)
+    if dataset.logmels:
+        windows_of = _logmel_windows(bundle, dataset, hop_s)
+    else:
+        windows_of = _audio_windows(bundle, hop_s)
     kept: list[int] = []
     skipped = list(dataset.skipped)
     probabilities, voting, embeddings = [], [], []
@@ -102,14 +107,15 @@ def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 Reader = Callable[[Clip, int], tuple[Output, NDArray[np.bool_]]]
 
 
-def _logmel_windows(bundle: Bundle, dataset: Dataset) -> Reader:
+def _logmel_windows(bundle: Bundle, dataset: Dataset, hop_s: float) -> Reader:
     network = bundle.network
     assert isinstance(network, Tagger)
     front_end = LogMelConfig.model_validate(bundle.config.get("front_end", {}))
     source = archive_source(dataset, front_end)
+    hop = max(1, round(hop_s / bundle.window_s * front_end.frames))
 
     def read(_: Clip, row: int) -> tuple[Output, NDArray[np.bool_]]:
-        windows = source.windows(row)
+        windows = source.windows(row, hop)
         return _in_batches(network.from_logmel, iter(torch.split(windows, BATCH))), np.ones(
             len(windows), dtype=np.bool_
         )
@@ -117,7 +123,7 @@ def _logmel_windows(bundle: Bundle, dataset: Dataset) -> Reader:
     return read
 
 
-def _audio_windows(bundle: Bundle) -> Reader:
+def _audio_windows(bundle: Bundle, hop_s: float) -> Reader:
     cut, rate_hz = WindowSettings(), bundle.sample_rate_hz
 
     def read(clip: Clip, _: int) -> tuple[Output, NDArray[np.bool_]]:
@@ -126,7 +132,7 @@ def _audio_windows(bundle: Bundle) -> Reader:
 
         def windows() -> Iterator[Tensor]:
             cutter = WindowCutter(
-                bundle.window_samples, round(cut.hop_s * rate_hz), round(cut.min_tail_s * rate_hz)
+                bundle.window_samples, round(hop_s * rate_hz), round(cut.min_tail_s * rate_hz)
             )
             for samples in Decoder(clip.path, rate_hz):  # type: ignore[arg-type]
                 yield from batches(cutter.push(samples))

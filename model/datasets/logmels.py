@@ -50,13 +50,14 @@ class LogMelSource:
             into[:] = clip[start : start + span]
         return floored(torch.from_numpy(cut), self.range_db)
 
-    def windows(self, row: int) -> Tensor:
-        """The whole clip in consecutive windows `(windows, frames, mels)`, as the network takes
-        them. A tail shorter than a window is left out; a shorter clip is repeated."""
+    def windows(self, row: int, hop: int | None = None) -> Tensor:
+        """The whole clip in windows `(windows, frames, mels)`, as the network takes them, one every
+        `hop` frames; end to end where None. A tail shorter than a window is left out; a shorter
+        clip is repeated."""
         frames = self.front_end.frames
         clip = _at_least(self.clips[row], frames)
-        count = len(clip) // frames
-        cut = np.array(clip[: count * frames], dtype=np.float32).reshape(count, frames, -1)
+        starts = range(0, len(clip) - frames + 1, hop or frames)
+        cut = np.stack([clip[start : start + frames] for start in starts]).astype(np.float32)
         windows = floored(torch.from_numpy(cut), self.range_db)
         return normalise(windows) if self.front_end.normalise else windows
 

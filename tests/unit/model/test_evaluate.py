@@ -71,6 +71,16 @@ def test_split_is_optional_and_an_unknown_one_is_refused(tmp_path: Path) -> None
     assert evaluate(model, bare).report["tracks"] == 12
 
 
+def test_windows_may_overlap_in_archives_and_audio(tmp_path: Path) -> None:
+    model = bundle(tmp_path / "b", HEAD)
+    archive = load(music.archive(tmp_path / "a.npz"))  # 241 frames, of which 72 are a window
+    assert evaluate(model, archive).report["window"]["count"] == 12 * 3
+    closer = evaluate(model, archive, hop_s=1.5).report
+    assert (closer["window"]["count"], closer["hop_s"]) == (12 * 5, 1.5)
+    audio = load(music.folders(tmp_path / "own", 1))  # 6.5 s
+    assert evaluate(model, audio, hop_s=1.75).report["window"]["count"] == 2 * 3
+
+
 def test_one_seed_gives_one_report(tmp_path: Path) -> None:
     model = bundle(tmp_path / "b", HEAD)
     dataset = load(music.archive(tmp_path / "a.npz"))
