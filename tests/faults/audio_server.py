@@ -168,6 +168,12 @@ async def drip(request: Request) -> None:
         await asyncio.sleep(DRIP_S)
 
 
+async def late(request: Request) -> None:
+    """Sound, after so many seconds."""
+    await asyncio.sleep(float(request.argument))
+    await request.sound()
+
+
 async def large(request: Request) -> None:
     """Sound, of so many seconds: its first minute again and again."""
     minute = np.frombuffer(track(request.number, 60.0), "<i2")[WAV_HEADER_BYTES // 2 :]
@@ -191,7 +197,7 @@ FAULTS: dict[str, Answer] = {
     answer.__name__.replace("_", "-"): answer
     for answer in (
         stall, reset, reset_once, status, busy, no_length, false_length, endless, loop, inward,
-        bomb, drip, large, marked,
+        bomb, drip, late, large, marked,
     )
 }  # fmt: skip
 

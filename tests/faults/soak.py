@@ -149,9 +149,10 @@ def draw(result: Soak, path: Path) -> None:
     figure = Figure(figsize=(9, 6), layout="constrained")
     memory, counts = figure.subplots(2, 1, sharex=True)
     tracks = [sample.tracks for sample in result.samples]
-    memory.plot(tracks, [sample.memory_bytes / MIB for sample in result.samples])
+    held_mib = [sample.memory_bytes / MIB for sample in result.samples]
+    memory.plot(tracks, held_mib)
     memory.set_ylabel("memory of worker and decoders (MiB)")
-    memory.set_ylim(bottom=0)
+    memory.set_ylim(0, 1.1 * max(held_mib))
     counts.plot(tracks, [sample.fds for sample in result.samples], label="file descriptors")
     counts.plot(tracks, [sample.spool_files for sample in result.samples], label="spool files")
     counts.plot(tracks, [sample.processes for sample in result.samples], label="processes")
