@@ -38,8 +38,8 @@ def detect(path: Path) -> str:
         if layout.fits(path):
             return name
     raise DatasetInvalid(
-        f"{path} has none of the layouts {', '.join(LAYOUTS)}; the plainest is a folder of "
-        "folders of audio, each with a genre's name"
+        f"{path} has none of the layouts {', '.join(LAYOUTS)}: name the one it should have with "
+        "--layout; the plainest is a folder of folders of audio, each with a genre's name"
     )
 
 
