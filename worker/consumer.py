@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 
 PAUSE_ABOVE = 32
 RESUME_BELOW = 8
-POLL_RECORDS = 64
+# After a partition is resumed faust asks for it once a second, so this is also how many events of
+# one partition a worker takes in a second. Their bytes are bounded by the size of a fetch.
+POLL_RECORDS = 512
 COMMIT_INTERVAL_S = 0.5
 RESTART_BACKOFF_S = (0.5, 30.0)
 HEARTBEATS_PER_SESSION = 6
