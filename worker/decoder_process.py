@@ -28,10 +28,12 @@ import numpy as np
 
 from worker.decoder import Decoder
 from worker.errors import DecoderCrashed, TimbreError, Unexpected
+from worker.malloc import keep_freed_memory
 from worker.windows import WindowCutter, Windows, cut, is_silent
 
 MESSAGE_BYTES = 1 << 16
 MAX_OPEN_FILES = 16
+KEPT_BYTES = 32 << 20  # of memory that tracks before freed
 PR_SET_PDEATHSIG = 1
 
 Message = dict[str, Any]
@@ -67,6 +69,7 @@ def main() -> None:
     control = Control(socket.socket(fileno=control_fd))
     setup = Setup(**control.receive())
     slots = Slots(control, memory_fd, setup)
+    keep_freed_memory(KEPT_BYTES)
     _limit(setup.max_memory_bytes)
     _fall_silent()
     control.send({"ready": True})

@@ -5,7 +5,6 @@ new ones take its place; all are daemons, so that none holds up the exit of the 
 """
 
 import asyncio
-import ctypes
 import logging
 import os
 import queue
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from worker.errors import DeviceHung, DeviceLost, DeviceOutOfMemory, SettingsInvalid
+from worker.malloc import keep_freed_memory
 from worker.settings import BatchSettings
 
 logger = logging.getLogger(__name__)
@@ -37,10 +37,7 @@ CPU_CHUNK_WINDOWS = 8
 START_TIMEOUT_S = 180.0
 # Forward passes without running out of memory until a larger batch is tried again.
 PASSES_BEFORE_GROWING = 100
-# glibc's malloc.h; 32 MiB is the most that its first knob takes.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGEST_KEPT_BYTES = 32 << 20
-KEPT_BYTES = 256 << 20
+KEPT_BYTES = 256 << 20  # of memory that passes freed
 OUT_OF_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
 
 
@@ -244,7 +241,7 @@ class Engine:
         if self._streams is None:
             # Chunks run side by side instead; docs/batching.md has the figures.
             torch.set_num_threads(1)
-            keep_freed_memory()
+            keep_freed_memory(KEPT_BYTES)
         elif self.autocast is None:
             # Otherwise convolutions would round float32 to TF32.
             torch.backends.cudnn.allow_tf32 = False
@@ -395,18 +392,6 @@ class Streams:
         with torch.cuda.stream(self._compute):
             self._compute.wait_event(buffer.ready)
             yield
-
-
-def keep_freed_memory() -> None:
-    """Let glibc's malloc keep what is freed, up to a bound, rather than give it back at once.
-
-    A pass takes and frees tensors of some MB, and the kernel would map and zero each of them anew.
-    Other C libraries have no such knobs and are left alone.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def buckets(most: int) -> list[int]:

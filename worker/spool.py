@@ -20,7 +20,9 @@ from typing import ParamSpec, TypeVar
 
 from worker.errors import AudioTooLarge, FetchUnavailable, SettingsInvalid, SpoolFull
 
-WRITE_BYTES = 256 * 1024  # as much as makes a hop into a thread worth it
+# As much as makes a hop into a thread worth it.
+WRITE_BYTES = 512 * 1024
+WRITE_PARTS = 256
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 P = ParamSpec("P")
@@ -167,7 +169,8 @@ class SpoolFile:
         self._on_bytes = on_bytes
         self._share = Share(spool.max_file_bytes)
         self._digest = hashlib.sha256()
-        self._buffer = bytearray()
+        self._parts: list[bytes | memoryview] = []  # not yet written
+        self._parts_bytes = 0
         self._fd = -1
         self.waits_for_room = False
         """Stays set where whoever waited was cancelled."""
@@ -196,7 +199,7 @@ class SpoolFile:
         self._share.most_bytes = size_bytes
 
     async def write(self, data: bytes | memoryview) -> None:
-        """Append, as soon as there is room.
+        """Append, as soon as there is room; `data` must not change afterwards.
 
         Raises
         ------
@@ -210,8 +213,9 @@ class SpoolFile:
         await self._room.take(self._share, len(data))
         self.waits_for_room = False
         self._on_bytes(len(data))
-        self._buffer += data
-        if len(self._buffer) >= WRITE_BYTES:
+        self._parts.append(data)
+        self._parts_bytes += len(data)
+        if self._parts_bytes >= WRITE_BYTES or len(self._parts) >= WRITE_PARTS:
             await in_thread(self._flush)
 
     async def finish(self) -> SpooledAudio:
@@ -231,9 +235,11 @@ class SpoolFile:
         try:
             if self._fd < 0:
                 self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            rest = memoryview(self._buffer)
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
+            for part in self._parts:
+                rest = memoryview(part)
+                while rest:
+                    rest = rest[os.write(self._fd, rest) :]
+                self._digest.update(part)
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
@@ -241,8 +247,8 @@ class SpoolFile:
                 f"The disk of the spool has no room left ({error.strerror}); make room at "
                 "TIMBRE_FETCH__SPOOL_DIR."
             ) from error
-        self._digest.update(self._buffer)
-        self._buffer = bytearray()
+        self._parts.clear()
+        self._parts_bytes = 0
 
     def _close(self) -> None:
         if self._fd >= 0:

@@ -8,7 +8,13 @@ import pytest
 
 from tests.audio import ENCODINGS, LOSSLESS, encode, encode_as, noise, tone, wav
 from worker.decoder import Decoder, decode_samples, decode_windows
-from worker.errors import AudioEmpty, AudioTooLong, AudioUnreadable, DecodeFailed
+from worker.errors import (
+    AudioEmpty,
+    AudioTooLong,
+    AudioUnreadable,
+    DecodeFailed,
+    TimbreError,
+)
 from worker.windows import Samples
 
 RATE_HZ = 16_000
@@ -226,6 +232,38 @@ def test_damage_in_the_middle_is_skipped_and_counted(tmp_path: Path) -> None:
 
     assert decoder.facts.damaged_packets > 5
     assert 6.0 < samples.size / RATE_HZ < 7.9
+
+
+@pytest.mark.parametrize("suffix", ENCODINGS)
+def test_damage_neither_loses_nor_repeats_what_packed_frames_gave(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = encode_as(tmp_path / f"whole.{suffix}", 6.0).read_bytes()
+    random = np.random.default_rng(0)
+    for number in range(30):
+        data = bytearray(whole)
+        start = int(random.integers(len(data)))
+        if number % 3:
+            data[start : start + 300] = random.bytes(len(data[start : start + 300]))
+        else:
+            del data[start:]
+        path = tmp_path / f"damaged-{number}"
+        path.write_bytes(data)
+
+        packed = decoded_or_error(path)
+        with monkeypatch.context() as patch:
+            patch.setattr("worker.decoder.PACKED_CONTAINERS", set[str]())
+            single = decoded_or_error(path)
+
+        assert packed == single
+
+
+def decoded_or_error(path: Path) -> tuple[bytes | str, object]:
+    decoder = Decoder(path, RATE_HZ)
+    try:
+        return np.concatenate(list(decoder)).tobytes(), decoder.facts
+    except TimbreError as error:
+        return error.message, decoder.facts
 
 
 def test_a_file_damaged_for_the_most_part_is_unreadable(tmp_path: Path) -> None:

@@ -1,0 +1,19 @@
+"""What glibc's malloc does with memory that is freed."""
+
+import ctypes
+
+# malloc.h; 32 MiB is the most that the first knob takes.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGEST_KEPT_BYTES = 32 << 20
+
+
+def keep_freed_memory(most_bytes: int) -> None:
+    """Let malloc keep up to `most_bytes` of what is freed, rather than give it back at once.
+
+    What takes and frees pieces of some MB would have the kernel map and zero each of them anew.
+    Other C libraries have no such knobs and are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
+        mallopt(M_TRIM_THRESHOLD, most_bytes)
