@@ -6,9 +6,11 @@ new ones take its place; all are daemons, so that none holds up the exit of the 
 
 import asyncio
 import logging
+import math
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -38,6 +40,9 @@ START_TIMEOUT_S = 180.0
 # Forward passes without running out of memory until a larger batch is tried again.
 PASSES_BEFORE_GROWING = 100
 KEPT_BYTES = 256 << 20  # of memory that passes freed
+# What decoding 3 s of an MP3 takes of a core, to weigh the network against; docs/batching.md.
+DECODE_S_PER_WINDOW = 0.0025
+TIMED_PASSES = 3
 OUT_OF_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
 
 
@@ -216,14 +221,14 @@ class Engine:
         self._max_windows = settings.max_windows
         self._timeout_s = settings.timeout_s
         on_cpu = self.device.type == "cpu"
-        self._threads = (settings.threads or len(os.sched_getaffinity(0))) if on_cpu else 1
+        self._threads = settings.threads if on_cpu else 1
         self._chunk = min(CPU_CHUNK_WINDOWS, self._max_windows) if on_cpu else self._max_windows
         self._buckets = buckets(self._chunk)
         self._fits = self._chunk
         self._passes = 0
         self._buffers: list[Buffer] = []
         self._copiers = Crew("timbre-copy", 1)
-        self._runners = Crew("timbre-network", self._threads)
+        self._runners = Crew("timbre-network", self._threads or 1)
         self._streams = None if on_cpu else Streams(self.device)
         self.empty = WindowOutputs({}, np.zeros((0, 0), np.float32))
         """Outputs of no window at all, once started"""
@@ -246,6 +251,8 @@ class Engine:
             # Otherwise convolutions would round float32 to TF32.
             torch.backends.cudnn.allow_tf32 = False
         (self.empty,) = await self._runners.run([self._warm_up], START_TIMEOUT_S)
+        if not self._threads:
+            await self._choose_threads()
 
     def close(self) -> None:
         """Let the threads end; those that hang are left to the end of the process."""
@@ -286,6 +293,20 @@ class Engine:
         calls = [partial(self._run, buffer, first, last) for first, last in pairwise(cuts)]
         return WindowOutputs.join(await self._runners.run(calls, self._timeout_s))
 
+    async def _choose_threads(self) -> None:
+        """As many as keep up with decoders on the other cores: more would only disturb them."""
+        (window_s,) = await self._runners.run([self._time_a_window], START_TIMEOUT_S)
+        cores = len(os.sched_getaffinity(0))
+        self._threads = threads_beside_decoders(window_s, cores)
+        logger.info(
+            "The network takes %.2f ms a window and gets %d of %d cores",
+            1000 * window_s,
+            self._threads,
+            cores,
+        )
+        self._runners.close()
+        self._runners = Crew("timbre-network", self._threads)
+
     # From here on: in the engine's threads.
 
     def _warm_up(self) -> WindowOutputs:
@@ -296,6 +317,16 @@ class Engine:
             outputs = self._run(buffer, 0, windows)
         self._buffers.append(buffer)
         return outputs.rows(0, 0)
+
+    def _time_a_window(self) -> float:
+        """Seconds in the best of a few passes over as many windows as a pass takes."""
+        buffer = self._buffers[0]
+        taken_s = []
+        for _ in range(TIMED_PASSES):
+            begun_s = time.perf_counter()
+            self._run(buffer, 0, self._chunk)
+            taken_s.append(time.perf_counter() - begun_s)
+        return min(taken_s) / self._chunk
 
     def _fill(self, buffer: Buffer | None, parts: Sequence[Floats]) -> tuple[Buffer, list[bool]]:
         buffer = buffer or Buffer(self._max_windows, self._window_samples, self.device)
@@ -392,6 +423,11 @@ class Streams:
         with torch.cuda.stream(self._compute):
             self._compute.wait_event(buffer.ready)
             yield
+
+
+def threads_beside_decoders(window_s: float, cores: int) -> int:
+    """The network's share of the cores when a window takes it `window_s` of one, rounded up."""
+    return math.ceil(cores * window_s / (window_s + DECODE_S_PER_WINDOW))
 
 
 def buckets(most: int) -> list[int]:

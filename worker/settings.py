@@ -118,7 +118,9 @@ class BatchSettings(Section):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Number type of the network; auto is float16 on CUDA, float32 on CPU"
     )
-    threads: int = Field(0, ge=0, description="CPU threads of the network; 0: one for every core")
+    threads: int = Field(
+        0, ge=0, description="CPU threads of the network; 0: its share beside decoders"
+    )
     max_windows: int = Field(64, ge=1, description="Windows in a batch")
     max_delay_s: float = Field(0.05, ge=0, description="Seconds the oldest window waits")
     queue_windows: int = Field(512, ge=1, description="Windows that wait at most, all tracks")

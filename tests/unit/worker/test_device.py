@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.device import (
+    DECODE_S_PER_WINDOW,
     Crew,
     Engine,
     WindowOutputs,
@@ -22,6 +23,7 @@ from worker.device import (
     choose_device,
     cut,
     pad_to_bucket,
+    threads_beside_decoders,
 )
 from worker.errors import DeviceHung, DeviceLost, DeviceOutOfMemory, SettingsInvalid
 from worker.settings import BatchSettings
@@ -120,7 +122,7 @@ async def outputs_of(engine: Engine, *parts: np.ndarray) -> WindowOutputs:
         engine.release(buffer)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [0, 1, 3])
 @pytest.mark.parametrize("windows", [1, 8, 9, 40])
 async def test_outputs_come_in_the_order_of_the_windows(threads: int, windows: int) -> None:
     samples = noise(windows)
@@ -276,6 +278,12 @@ def test_buckets_are_powers_of_two_up_to_the_most() -> None:
     assert buckets(1) == [1]
     assert buckets(8) == [1, 2, 4, 8]
     assert buckets(48) == [1, 2, 4, 8, 16, 32, 48]
+
+
+def test_the_network_gets_its_share_of_the_cores_beside_decoders() -> None:
+    light_s, heavy_s = 0.2 * DECODE_S_PER_WINDOW, 5 * DECODE_S_PER_WINDOW
+    assert [threads_beside_decoders(light_s, cores) for cores in (1, 2, 6, 16)] == [1, 1, 1, 3]
+    assert [threads_beside_decoders(heavy_s, cores) for cores in (1, 2, 6, 16)] == [1, 2, 5, 14]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 16, 17, 64, 100])
