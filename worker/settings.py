@@ -6,17 +6,29 @@ is how passwords should arrive: `redis__password` holds TIMBRE_REDIS__PASSWORD. 
 wins.
 """
 
+import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
-from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    IPvAnyNetwork,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     NestedSecretsSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
@@ -25,19 +37,36 @@ from worker.errors import SettingsInvalid
 
 VoteMethod = Literal["mean", "majority", "weighted"]
 MIB = 1024 * 1024
+SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:,\[\]/@]+)(:\d{1,5})?")
+
+
+def _listed(value: Any) -> Any:
+    """A list as it stands in the environment or in a file."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise ValueError('must be a list in JSON, such as ["a", "b"]') from None
+
+
+# Read here and not by pydantic-settings, whose complaint names the section and not the variable.
+Listed = (NoDecode, BeforeValidator(_listed))
 
 
 class Section(BaseModel):
     """A part of the settings: unknown names are refused, so a misspelling is noticed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class FetchSettings(Section):
     """Where audio may come from and how much of it."""
 
-    file_roots: tuple[Path, ...] = Field((), description="Folders below which `file` URIs are read")
-    allowed_networks: tuple[IPv4Network | IPv6Network, ...] = Field(
+    file_roots: Annotated[tuple[Path, ...], *Listed] = Field(
+        (), description="Folders below which `file` URIs are read"
+    )
+    allowed_networks: Annotated[tuple[IPvAnyNetwork, ...], *Listed] = Field(
         (), description="Networks that may be fetched from although they are not public"
     )
     spool_dir: Path = Field(
@@ -86,6 +115,7 @@ class DecodeSettings(Section):
     processes: int = Field(
         default_factory=lambda: max(2, len(os.sched_getaffinity(0))),
         ge=1,
+        le=256,
         description="Decoder processes, one track each at a time; two, so that none waits for long",
     )
     timeout_s: float = Field(
@@ -102,7 +132,7 @@ class DecodeSettings(Section):
 class WindowSettings(Section):
     """How a track is cut."""
 
-    hop_s: float = Field(3.0, gt=0, description="Seconds between the starts of two windows")
+    hop_s: float = Field(3.0, ge=0.1, description="Seconds between the starts of two windows")
     min_tail_s: float = Field(
         1.0, ge=0, description="A tail shorter than this is dropped, unless it is the whole track"
     )
@@ -119,9 +149,9 @@ class BatchSettings(Section):
         "auto", description="Number type of the network; auto is float16 on CUDA, float32 on CPU"
     )
     threads: int = Field(
-        0, ge=0, description="CPU threads of the network; 0: its share beside decoders"
+        0, ge=0, le=1024, description="CPU threads of the network; 0: its share beside decoders"
     )
-    max_windows: int = Field(64, ge=1, description="Windows in a batch")
+    max_windows: int = Field(64, ge=1, le=4096, description="Windows in a batch")
     max_delay_s: float = Field(0.05, ge=0, description="Seconds the oldest window waits")
     queue_windows: int = Field(512, ge=1, description="Windows that wait at most, all tracks")
     in_flight: int = Field(2, ge=1, le=2, description="Batches on their way through the device")
@@ -142,7 +172,9 @@ class BatchSettings(Section):
 class VoteSettings(Section):
     """How windows become tags."""
 
-    method: VoteMethod = Field("mean", description="mean, majority or weighted (by confidence)")
+    method: VoteMethod = Field(
+        "mean", description="How windows become one verdict; weighted is by confidence"
+    )
     uncertain_below: float | None = Field(
         None, ge=0, le=1, description="Best score below which a track is uncertain; unset: bundle's"
     )
@@ -166,13 +198,24 @@ class KafkaSettings(Section):
         20.0, ge=6, description="Seconds until the group takes over a dead worker's partitions"
     )
     request_timeout_s: float = Field(30.0, gt=0, description="Seconds for one request to a broker")
-    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
-    sasl_username: str | None = None
-    sasl_password: SecretStr | None = None
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="With TLS, with a password, or both"
+    )
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+        "SCRAM-SHA-512", description="How the password is shown to the broker"
+    )
+    sasl_username: str | None = Field(None, description="User, where SASL is spoken")
+    sasl_password: SecretStr | None = Field(None, description="The user's password")
     ssl_ca_file: Path | None = Field(None, description="CA certificates; unset: the system's")
     ssl_cert_file: Path | None = Field(None, description="Client certificate")
     ssl_key_file: Path | None = Field(None, description="Client key")
+
+    @field_validator("bootstrap_servers")
+    @classmethod
+    def _are_servers(cls, value: str) -> str:
+        if not all(SERVER.fullmatch(server.strip()) for server in value.split(",")):
+            raise ValueError("must be host:port, or several with commas between")
+        return value
 
     @model_validator(mode="after")
     def _sasl_needs_credentials(self) -> Self:
@@ -247,8 +290,10 @@ class WorkerSettings(Section):
     stalled_after_s: float = Field(
         120.0, gt=0, description="Seconds without progress, while there is lag, until not live"
     )
-    log_format: Literal["text", "json"] = "text"
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = Field("text", description="Form of the log's lines")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="What the log holds at least"
+    )
 
 
 class Settings(BaseSettings):
@@ -305,10 +350,11 @@ def load(**sections: object) -> Settings:
         return Settings(**sections)  # type: ignore[arg-type]  # pydantic checks what comes in
     except ValidationError as error:
         faults = "; ".join(
-            f"TIMBRE_{'__'.join(str(part) for part in fault['loc']).upper()}: {fault['msg']}"
+            f"TIMBRE_{'__'.join(str(part) for part in fault['loc']).upper()}: "
+            + fault["msg"].removeprefix("Value error, ")
             for fault in error.errors(include_input=False, include_url=False)
         )
-        raise SettingsInvalid(f"Settings can't be used. {faults}") from None
+        raise SettingsInvalid(f"Settings can't be used. {faults}.") from None
     except Exception as error:
         raise SettingsInvalid(f"Settings can't be read: {error}") from None
 

@@ -1,9 +1,9 @@
 """Every setting as a page: `python -m worker.settings_table > docs/configuration.md`."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -35,7 +35,7 @@ def _sections() -> Iterator[str]:
         yield "| variable | default | meaning |\n|---|---|---|\n"
         for key, value in section.model_fields.items():
             variable = f"TIMBRE_{name}__{key}".upper()
-            yield f"| `{variable}` | {_default(value)} | {value.description or key} |\n"
+            yield f"| `{variable}` | {_default(value)} | {_meaning(value)} |\n"
 
 
 def _default(field: FieldInfo) -> str:
@@ -44,7 +44,16 @@ def _default(field: FieldInfo) -> str:
         return "by the machine"
     if value is None or value == ():
         return "unset"
-    return f"`{value}`"
+    shown = value.get_secret_value() if isinstance(value, SecretStr) else value
+    return f"`{shown}`"
+
+
+def _meaning(field: FieldInfo) -> str:
+    """What it is for, and the choices where there are few."""
+    if get_origin(field.annotation) is not Literal:
+        return str(field.description)
+    *most, last = (f"`{choice}`" for choice in get_args(field.annotation))
+    return f"{field.description}: {', '.join(most)} or {last}"
 
 
 if __name__ == "__main__":

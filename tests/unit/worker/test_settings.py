@@ -50,6 +50,15 @@ def test_the_environment_wins_over_files(monkeypatch: pytest.MonkeyPatch, tmp_pa
         ("TIMBRE_KAFKA__SESSION_TIMEOUT_S", "1", "greater than or equal to 6"),
         ("TIMBRE_KAFKA__SECURITY_PROTOCOL", "SASL_SSL", "sasl_username"),
         ("TIMBRE_SECRETS_DIR", "/does/not/exist", "/does/not/exist"),
+        ("TIMBRE_FETCH__FILE_ROOTS", "/music", "TIMBRE_FETCH__FILE_ROOTS: must be a list in JSON"),
+        ("TIMBRE_FETCH__ALLOWED_NETWORKS", '["10.0.0.1/8"]', "ALLOWED_NETWORKS__0: [^;]*$"),
+        ("TIMBRE_WINDOWS__HOP_S", "inf", "TIMBRE_WINDOWS__HOP_S: Input should be a finite number"),
+        ("TIMBRE_WINDOWS__HOP_S", "1e-9", "TIMBRE_WINDOWS__HOP_S"),
+        ("TIMBRE_BATCH__THREADS", "100000", "TIMBRE_BATCH__THREADS"),
+        ("TIMBRE_BATCH__MAX_WINDOWS", "1000000000", "TIMBRE_BATCH__MAX_WINDOWS"),
+        ("TIMBRE_DECODE__PROCESSES", "1000000", "TIMBRE_DECODE__PROCESSES"),
+        ("TIMBRE_KAFKA__BOOTSTRAP_SERVERS", "broker:port", "BOOTSTRAP_SERVERS: must be host:port"),
+        ("TIMBRE_KAFKA__BOOTSTRAP_SERVERS", "", "BOOTSTRAP_SERVERS: must be host:port"),
     ],
 )
 def test_what_cannot_be_used_is_named(
@@ -58,6 +67,20 @@ def test_what_cannot_be_used_is_named(
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsInvalid, match=said):
         load()
+
+
+@pytest.mark.parametrize("servers", ["broker", "a:9092, b:9093", "[::1]:9092", "10.0.0.1:1"])
+def test_brokers_are_named_in_every_usual_form(
+    monkeypatch: pytest.MonkeyPatch, servers: str
+) -> None:
+    monkeypatch.setenv("TIMBRE_KAFKA__BOOTSTRAP_SERVERS", servers)
+    assert load().kafka.bootstrap_servers == servers
+
+
+def test_lists_come_from_files_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "fetch__allowed_networks").write_text('["10.0.0.0/8", "fd00::/8"]\n')
+    monkeypatch.setenv("TIMBRE_SECRETS_DIR", str(tmp_path))
+    assert list(map(str, load().fetch.allowed_networks)) == ["10.0.0.0/8", "fd00::/8"]
 
 
 def test_an_error_does_not_show_the_value_of_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
