@@ -18,6 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from worker import kafka
 from worker.batch import Batcher
 from worker.consumer import Consumer
+from worker.errors import SettingsInvalid
 from worker.metrics import Metrics
 from worker.settings import HttpSettings, Settings
 
@@ -153,9 +154,23 @@ class HttpServer:
         self.port = settings.port
 
     async def __aenter__(self) -> Self:
+        """Listen.
+
+        Raises
+        ------
+        SettingsInvalid
+            The port is taken, or the address is not this machine's.
+        """
+        host, port = self._settings.host, self._settings.port
         await self._runner.setup()
-        site = web.TCPSite(self._runner, self._settings.host, self._settings.port)
-        await site.start()
+        try:
+            await web.TCPSite(self._runner, host, port).start()
+        except OSError as error:
+            await self._runner.cleanup()
+            raise SettingsInvalid(
+                f"Metrics and health can't be served on {host}:{port} ({error.strerror}); "
+                "set TIMBRE_HTTP__HOST and TIMBRE_HTTP__PORT, 0 for any free port."
+            ) from error
         self.port = self._runner.addresses[0][1]
         return self
 

@@ -11,6 +11,7 @@ import uuid
 from datetime import UTC, datetime
 from typing import Self
 
+from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
     KafkaError,
     MessageSizeTooLargeError,
@@ -83,9 +84,10 @@ class Publisher:
 
     def __init__(self, settings: KafkaSettings) -> None:
         self._settings = settings
-        self._producer = kafka.producer(settings)
+        self._producer: AIOKafkaProducer
 
     async def __aenter__(self) -> Self:
+        self._producer = kafka.producer(self._settings)
         try:
             await self._producer.start()
         except KafkaError as error:

@@ -8,6 +8,8 @@ from tests.conftest import MakeTopics
 from tests.integration.worker.test_consumer import consuming, send, settings_of, until
 from worker import health
 from worker.batch import Batcher
+from worker.consumer import Consumer
+from worker.errors import SettingsInvalid
 from worker.health import Health, HttpServer, LagProbe
 from worker.metrics import Metrics
 from worker.record import Record
@@ -98,3 +100,22 @@ async def test_the_port_serves_metrics_and_health_and_nothing_else(topics: MakeT
                 assert answer.status == status, path
         async with http.post("/health/live") as answer:
             assert answer.status == 405
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1"])
+async def test_a_port_that_cannot_be_had_is_a_fault_of_the_settings(
+    topics: MakeTopics, host: str
+) -> None:
+    settings = settings_of(await topics())
+    metrics = Metrics()
+
+    async def handle(record: Record) -> None: ...
+
+    async with Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher:
+        consumer = Consumer(settings, handle, metrics)
+        probe = LagProbe(settings, consumer, metrics)
+        state = Health(STALLED_AFTER_S, probe, consumer, batcher)
+        async with HttpServer(HttpSettings(port=0), metrics, state) as first:
+            second = HttpServer(HttpSettings(host=host, port=first.port), metrics, state)
+            with pytest.raises(SettingsInvalid, match=f"on {host}:{first.port} .*TIMBRE_HTTP__"):
+                await second.__aenter__()
