@@ -1,5 +1,6 @@
 """The command `timbre`. Thin and quick to load: a command's own module is imported when it runs."""
 
+import io
 import logging
 import sys
 from pathlib import Path
@@ -33,6 +34,9 @@ def main() -> None:
     """The entry point: an error that Timbre knows is a sentence on standard error."""
     # What a client library would complain of comes as an error; only `worker` keeps a log.
     logging.getLogger("aiokafka").addHandler(logging.NullHandler())
+    # What the output's encoding lacks, as a file's name may, is escaped, in JSON's own way.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except TimbreError as error:

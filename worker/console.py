@@ -61,6 +61,16 @@ def best(tags: list[Tag], head: str, count: int) -> Text:
     return Text("  ").join(label(tag) for tag in [t for t in tags if t.head == head][:count])
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: `1 track`, `2 tracks`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def line(on: Console, text: Text) -> None:
+    """Print one thing on one line: cut where a terminal ends, whole into a pipe."""
+    on.print(text, overflow="ellipsis" if on.is_terminal else "ignore", no_wrap=True)
+
+
 def clock(seconds: float) -> str:
     """Minutes and seconds, hours where there are any."""
     minutes, rest = divmod(round(seconds), 60)

@@ -55,11 +55,19 @@ async def retry(
     """Send dead letters to the topic they came from, as they were; returns those sent.
 
     `places` picks single ones; without it all are sent again, or all of one reason `code`. A
-    letter stays in its topic: it is a log, and the event's id stays the same.
+    letter stays in its topic: it is a log, and the event's id stays the same. One whose value was
+    too large for the topic is left out: the value is only at its origin.
+
+    Raises
+    ------
+    DeadLetterNotFound
+        Nothing stands at one of the places; then none is sent.
+    ServicesUnavailable
+        Kafka can't be reached.
     """
     sent = list[Place]()
     async with (
-        kafka.producer(settings.kafka) as producer,
+        kafka.started(kafka.producer(settings.kafka), settings.kafka) as producer,
         aclosing(_chosen(settings.kafka, places)) as messages,
     ):
         async for message in messages:
@@ -67,7 +75,7 @@ async def retry(
             if code is not None and letter.reason.code != code:
                 continue
             if _header(message, "value-omitted-bytes") is not None:
-                continue  # the value is only at its origin
+                continue
             headers = [(n, v) for n, v in message.headers if not n.startswith(HEADER)]
             await producer.send_and_wait(
                 letter.origin.topic, message.value, key=message.key, headers=headers
@@ -134,8 +142,8 @@ async def _chosen(
     settings: KafkaSettings, places: Sequence[Place]
 ) -> AsyncGenerator["ConsumerRecord[bytes, bytes]", None]:
     if places:
-        for place in places:
-            yield await _at(settings, place)
+        for message in [await _at(settings, place) for place in places]:
+            yield message
         return
     async with aclosing(_read(settings)) as messages:
         async for message in messages:
@@ -161,7 +169,7 @@ async def _read(
     consumer = AIOKafkaConsumer(
         **kafka.client_options(settings), group_id=None, enable_auto_commit=False
     )
-    async with consumer:
+    async with kafka.started(consumer, settings):
         partitions = await _partitions(consumer, settings.topic_dead_letter)
         if start is not None:
             partitions = [tp for tp in partitions if tp.partition == start[0]]

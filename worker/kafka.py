@@ -3,16 +3,21 @@
 import asyncio
 import ssl
 import time
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.client import AIOKafkaClient
+from aiokafka.errors import KafkaError
 from faust.auth import SASLCredentials, SSLCredentials
 
-from worker.errors import SettingsInvalid
+from worker.errors import ServicesUnavailable, SettingsInvalid
 from worker.settings import KafkaSettings
 
 MAX_REQUEST_OVERHEAD_BYTES = 1024 * 1024
+
+Client = TypeVar("Client", AIOKafkaConsumer, AIOKafkaProducer)
 
 
 def _pace_metadata_updates() -> None:
@@ -102,4 +107,30 @@ def producer(kafka: KafkaSettings) -> AIOKafkaProducer:
         compression_type="gzip",
         linger_ms=5,
         max_request_size=8 * kafka.max_event_bytes + MAX_REQUEST_OVERHEAD_BYTES,
+    )
+
+
+@asynccontextmanager
+async def started(client: Client, kafka: KafkaSettings) -> AsyncIterator[Client]:
+    """A client for as long as somebody at a terminal needs it; stopped also where it can't start.
+
+    Raises
+    ------
+    ServicesUnavailable
+        Kafka can't be reached, or is gone half-way.
+    """
+    try:
+        await client.start()
+        yield client
+    except KafkaError as error:
+        raise unreachable(kafka, error) from error
+    finally:
+        await client.stop()
+
+
+def unreachable(kafka: KafkaSettings, error: KafkaError) -> ServicesUnavailable:
+    """What to tell of a broker that doesn't answer."""
+    return ServicesUnavailable(
+        f"Kafka at {kafka.bootstrap_servers} can't be reached ({type(error).__name__}); "
+        "check that it runs, and TIMBRE_KAFKA__BOOTSTRAP_SERVERS."
     )

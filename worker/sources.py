@@ -24,6 +24,7 @@ AUDIO_SUFFIXES = frozenset({
 # fmt: on
 URI_COLUMNS = ("uri", "url", "path")
 SCHEMES = ("http", "https", "s3", "gs", "az", "file")
+FOREIGN_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 MAX_NAME_CHARS = 80
 
 Priority = Literal["upload", "backfill"]
@@ -62,6 +63,11 @@ def audio(source: str) -> Iterator[tuple[str, str]]:
         yield source, source
         return
     path = Path(source)
+    if FOREIGN_URL.match(source) and not path.exists():
+        raise SourceInvalid(
+            f"{source} can't be fetched: give an address of {', '.join(SCHEMES[:-1])} "
+            f"or {SCHEMES[-1]}."
+        )
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
         if not found:
@@ -133,6 +139,8 @@ def _row(table: Path, line: int, row: dict[str, str], column: str, priority: Pri
     if not named or extra:
         fault = "more cells than the header" if extra else f"no {column}"
         raise SourceInvalid(f"{table}, line {line}: {fault}.")
+    if FOREIGN_URL.match(named) and not is_url(named):
+        raise SourceInvalid(f"{table}, line {line}: {named} can't be fetched.")
     uri = named if is_url(named) else (table.parent / named).resolve().as_uri()
     name, sha256 = row.pop("track_id", ""), row.pop("sha256", "")
     metadata: dict[str, JsonValue] = {key: value for key, value in row.items() if value}

@@ -8,7 +8,6 @@ from aiokafka.errors import KafkaError
 
 from schemas.events import NewTrack
 from worker import kafka
-from worker.errors import ServicesUnavailable
 from worker.settings import KafkaSettings
 
 MAX_UNCONFIRMED = 1000
@@ -39,30 +38,23 @@ async def submit(
     """
     submission = Submission()
     room = asyncio.Semaphore(MAX_UNCONFIRMED)
-    try:
-        async with kafka.producer(settings) as producer, asyncio.TaskGroup() as group:
+    async with (
+        kafka.started(kafka.producer(settings), settings) as producer,
+        asyncio.TaskGroup() as group,
+    ):
 
-            async def deliver(track: NewTrack) -> None:
-                topic = (
-                    settings.topic_backfill if track.priority == "backfill" else settings.topic_new
-                )
-                try:
-                    await producer.send_and_wait(
-                        topic, track.to_bytes(), key=track.track_id.encode()
-                    )
-                    submission.delivered[topic] = submission.delivered.get(topic, 0) + 1
-                except KafkaError as error:
-                    submission.failed.append((track.track_id, f"{topic}: {error!r}"))
-                finally:
-                    room.release()
-                    progress(track)
+        async def deliver(track: NewTrack) -> None:
+            topic = settings.topic_backfill if track.priority == "backfill" else settings.topic_new
+            try:
+                await producer.send_and_wait(topic, track.to_bytes(), key=track.track_id.encode())
+                submission.delivered[topic] = submission.delivered.get(topic, 0) + 1
+            except KafkaError as error:
+                submission.failed.append((track.track_id, f"{topic}: {error!r}"))
+            finally:
+                room.release()
+                progress(track)
 
-            for track in tracks:
-                await room.acquire()
-                group.create_task(deliver(track))
-    except KafkaError as error:
-        raise ServicesUnavailable(
-            f"Kafka at {settings.bootstrap_servers} can't be reached ({type(error).__name__}); "
-            "check that it runs, and TIMBRE_KAFKA__BOOTSTRAP_SERVERS."
-        ) from error
+        for track in tracks:
+            await room.acquire()
+            group.create_task(deliver(track))
     return submission

@@ -88,7 +88,4 @@ class Watch:
                 f"Kafka at {servers} has no topic {' or '.join(self._topics)}; make it, or name "
                 "the topics in use with TIMBRE_KAFKA__TOPIC_*."
             )
-        return ServicesUnavailable(
-            f"Kafka at {servers} can't be reached ({type(error).__name__}); check that it runs, "
-            "and TIMBRE_KAFKA__BOOTSTRAP_SERVERS."
-        )
+        return kafka.unreachable(self._settings, error)

@@ -21,6 +21,7 @@ PLACE = re.compile(r"(\d+):(\d+)")
 PLACE_WIDTH = 8
 CODE_WIDTH = 22
 ID_WIDTH = 28
+MOMENT = "%Y-%m-%d %H:%M:%S %Z"
 
 
 def list_all(settings: Settings, *, code: str | None, limit: int | None, as_json: bool) -> None:
@@ -39,7 +40,7 @@ def list_all(settings: Settings, *, code: str | None, limit: int | None, as_json
                 line.append(f"{letter.reason.code:<{CODE_WIDTH}} ", style="red")
                 line.append(f"{letter.track_id or '-':<{ID_WIDTH}} ", style="bold")
                 line.append(letter.reason.message)
-                out.print(line, overflow="ellipsis", no_wrap=out.is_terminal)
+                console.line(out, line)
         if not found and not as_json:
             console.err().print("There are no dead letters" + (f" of {code}." if code else "."))
 
@@ -55,20 +56,23 @@ def show_one(settings: Settings, place: str, *, as_json: bool) -> None:
         return
     reason, origin, original = letter.reason, letter.origin, letter.original
     model = letter.model and f"{letter.model.name}@{letter.model.version}"
-    lines = {
-        "track": letter.track_id or "-",
-        "reason": f"{reason.code}: {reason.message}",
-        "stage": reason.stage + (" (a retry may help)" if reason.retryable else ""),
-        "attempts": str(letter.attempts),
-        "failed": f"{letter.failed_at:%Y-%m-%d %H:%M:%S %Z}",
-        "origin": f"{origin.topic} {origin.partition}:{origin.offset}, {origin.timestamp}",
-        "model": model or "-",
-        "key": _text(original.key_b64),
-        **{f"header {name}": _text(value) for name, value in original.headers},
-        "value": _text(original.value_b64),
-    }
+    lines = [
+        ("track", letter.track_id or "-"),
+        ("reason", f"{reason.code}: {reason.message}"),
+        ("stage", reason.stage + (" (a retry may help)" if reason.retryable else "")),
+        ("attempts", str(letter.attempts)),
+        ("failed", f"{letter.failed_at:{MOMENT}}"),
+        (
+            "origin",
+            f"{origin.topic} {origin.partition}:{origin.offset}, {origin.timestamp:{MOMENT}}",
+        ),
+        ("model", model or "-"),
+        ("key", _text(original.key_b64)),
+        *((f"header {_printable(name)}", _text(value)) for name, value in original.headers),
+        ("value", _text(original.value_b64)),
+    ]
     out = console.out()
-    for name, value in lines.items():
+    for name, value in lines:
         out.print(Text.assemble((f"{name:<10} ", "dim"), value))
 
 
@@ -78,8 +82,10 @@ def retry_some(
     """Send dead letters again and print how many."""
     if not (places or code or everything):
         raise SourceInvalid("Say which: PARTITION:OFFSET as listed, --code CODE, or --all.")
+    if everything and (places or code):
+        raise SourceInvalid("Choose one: --all, or places and --code.")
     sent = asyncio.run(dead_letters.retry(settings, [_place(p) for p in places], code=code))
-    console.out().print(f"Sent {len(sent)} events again")
+    console.out().print(f"Sent {console.counted(len(sent), 'event')} again")
 
 
 def _place(text: str) -> Place:
@@ -100,4 +106,11 @@ def _write_json(place: Place, letter: DeadLetter) -> None:
 
 def _text(encoded: str | None) -> str:
     """Bytes as text where they are, so that a person can read them."""
-    return "-" if encoded is None else b64decode(encoded).decode(errors="backslashreplace")
+    return (
+        "-" if encoded is None else _printable(b64decode(encoded).decode(errors="backslashreplace"))
+    )
+
+
+def _printable(text: str) -> str:
+    """An outsider's text, unable to steer the terminal that shows it."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)

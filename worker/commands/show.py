@@ -15,6 +15,8 @@ from worker.cache import Keys, connect
 from worker.errors import ServicesUnavailable, TrackUnknown
 from worker.settings import RedisSettings, Settings
 
+DAY_S = 86_400
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -41,7 +43,12 @@ def show_track(settings: Settings, track_id: str, *, as_json: bool) -> None:
     if result.metadata:
         out.print(Text(f"  {json.dumps(result.metadata, ensure_ascii=False)}", "dim"))
     if found.expires_in_s is not None:
-        out.print(Text(f"  kept for {found.expires_in_s / 86400:.1f} days", "dim"))
+        out.print(Text(f"  kept for {_span(found.expires_in_s)}", "dim"))
+
+
+def _span(seconds: int) -> str:
+    """A time to live, in days, or below one day as a clock shows it."""
+    return f"{seconds / DAY_S:.1f} days" if seconds >= DAY_S else f"{console.clock(seconds)} more"
 
 
 async def stored(settings: RedisSettings, track_id: str) -> Stored:

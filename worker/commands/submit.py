@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from rich.progress import TimeRemainingColumn
+from rich.text import Text
 
 from worker import console
 from worker.errors import SourceInvalid
@@ -28,9 +29,9 @@ def submit_tracks(settings: Settings, sources: Sequence[str], *, backfill: bool)
     out = console.out()
     if len(found) <= IDS_SHOWN:
         for track in found:
-            out.print(f"{track.track_id}  [dim]{track.audio.uri}[/dim]")
+            out.print(Text.assemble(track.track_id, "  ", (track.audio.uri, "dim")))
     for topic, count in submission.delivered.items():
-        out.print(f"Submitted {count} tracks to {topic}")
+        out.print(f"Submitted {console.counted(count, 'track')} to {topic}", markup=False)
     for track_id, reason in submission.failed:
-        remarks.print(f"[red]Not submitted[/red] {track_id}: {reason}")
+        remarks.print(Text.assemble(("Not submitted", "red"), f" {track_id}: {reason}"))
     return 1 if submission.failed else 0

@@ -238,4 +238,4 @@ def _draw(outcomes: Sequence[Outcome], bundle: Bundle, hop_s: float, picture: Pa
     for path, shown in pictures.items():
         if shown:
             draw_taggrams(path, shown, bundle, hop_s=hop_s)
-            console.err().print(f"Drew {path}")
+            console.err().print(f"Drew {path}", markup=False)

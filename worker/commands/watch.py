@@ -68,7 +68,7 @@ def print_line(out: Console, result: TrackTags | DeadLetter) -> None:
         line.append_text(Text("  ·  ", style="dim").join(parts))
         if result.processing.cached:
             line.append("  cached", style="dim")
-    out.print(line, overflow="ellipsis", no_wrap=out.is_terminal)
+    console.line(out, line)
 
 
 def _cell(name: str) -> Text:

@@ -107,6 +107,17 @@ async def test_backfill_goes_to_its_own_topic(
     assert capsys.readouterr().out.startswith(track.track_id)
 
 
+async def test_ids_and_addresses_are_shown_as_they_are(
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "tracks.csv"
+    table.write_text("uri,track_id\nhttps://cdn.example/[dim].mp3,[/dim]one\n")
+    assert await asyncio.to_thread(submit_tracks, settings, [str(table)], backfill=False) == 0
+    shown, count = capsys.readouterr().out.splitlines()
+    assert shown == "[/dim]one  https://cdn.example/[dim].mp3"
+    assert count == f"Submitted 1 track to {settings.kafka.topic_new}"
+
+
 async def test_what_kafka_does_not_take_is_counted_and_named(
     settings: Settings, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,7 +203,7 @@ async def test_dead_letters_are_listed_shown_and_sent_again(
 ) -> None:
     headers = {
         "reason-code": "audio_not_found",
-        "reason": "There is no audio there.",
+        "reason": "There is no audio there. " * 10,
         "origin-topic": settings.kafka.topic_new,
         "track-id": "t-1",
     }
@@ -201,7 +212,11 @@ async def test_dead_letters_are_listed_shown_and_sent_again(
         sent = await producer.send_and_wait(
             settings.kafka.topic_dead_letter,
             event,
-            headers=[(f"timbre-{name}", value.encode()) for name, value in headers.items()],
+            headers=[
+                *((f"timbre-{name}", value.encode()) for name, value in headers.items()),
+                ("trace", b"first"),
+                ("trace", b"\x1b[2Jsecond"),
+            ],
         )
     place = f"{sent.partition}:{sent.offset}"
 
@@ -211,15 +226,18 @@ async def test_dead_letters_are_listed_shown_and_sent_again(
 
     listed = await run(dead_letters.list_all, settings, code=None, limit=None, as_json=False)
     assert listed.split()[:3] == [place, "audio_not_found", "t-1"]
+    assert len(listed.splitlines()) == 1, "a line a letter, however long, into a pipe"
     as_json = await run(dead_letters.list_all, settings, code=None, limit=None, as_json=True)
     assert json.loads(as_json)["place"] == place
-    assert DeadLetter.model_validate_json(as_json).reason.message == "There is no audio there."
+    assert DeadLetter.model_validate_json(as_json).reason.message == headers["reason"]
     other = await run(
         dead_letters.list_all, settings, code="fetch_failed", limit=None, as_json=True
     )
     assert other == ""
     shown = await run(dead_letters.show_one, settings, place, as_json=False)
     assert "https://cdn.example/a.mp3" in shown
+    assert "header trace first\n" in shown
+    assert "header trace \\x1b[2Jsecond\n" in shown
     again = await run(dead_letters.retry_some, settings, [place], code=None, everything=False)
-    assert again == "Sent 1 events again\n"
+    assert again == "Sent 1 event again\n"
     assert (await events(settings.kafka, settings.kafka.topic_new, 1))[0].to_bytes() == event

@@ -85,6 +85,18 @@ async def test_a_single_letter_is_shown_and_an_absent_one_is_an_error(topics: Ma
             await dead_letters.show(settings, place)
 
 
+async def test_nothing_is_sent_again_when_one_of_the_places_is_empty(topics: MakeTopics) -> None:
+    own = await topics()
+    settings = Settings(kafka=own)
+    await fill(own)
+
+    with pytest.raises(DeadLetterNotFound):
+        await dead_letters.retry(settings, [(0, 0), (0, 2)])
+    assert await dead_letters.retry(settings, [(0, 1)]) == [(0, 1)]
+    [first] = await receive(own, own.topic_new, 1)
+    assert first.value == b"{}"
+
+
 async def test_a_message_that_timbre_did_not_write_is_listed_all_the_same(
     topics: MakeTopics,
 ) -> None:

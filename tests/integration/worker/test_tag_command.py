@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,24 @@ def test_json_has_a_line_for_each_file_in_the_order_given(files: list[str]) -> N
     assert broken["error"].keys() == {"code", "message"}
     assert absent["error"]["code"] == "source_invalid"
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("form", "encoding", "shown"),
+    [("--json", "utf-8", r"\udcff.mp3"), ("--csv", "ascii", r"\udcff.mp3")],
+)
+def test_a_name_that_the_output_cannot_hold_is_escaped(
+    files: list[str], tmp_path: Path, form: str, encoding: str, shown: str
+) -> None:
+    file = tmp_path / os.fsdecode(b"\xff.mp3")
+    file.write_bytes(Path(files[3]).read_bytes())
+    environment = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+    done = subprocess.run(
+        [TIMBRE, "tag", form, file], capture_output=True, text=True, check=True, env=environment
+    )
+    assert shown in done.stdout
+    if form == "--json":
+        assert json.loads(done.stdout)["source"] == str(file)
 
 
 def test_the_status_is_0_when_all_were_tagged(

@@ -66,6 +66,28 @@ def test_a_dead_letters_place_is_a_partition_and_an_offset(
     assert "PARTITION:OFFSET" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments", [["submit", __file__], ["watch"], ["dead-letters", "list"],
+                  ["dead-letters", "show", "0:0"], ["dead-letters", "retry", "--all"]],
+)  # fmt: skip
+def test_without_kafka_every_command_says_what_to_check_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    monkeypatch.setenv("TIMBRE_KAFKA__BOOTSTRAP_SERVERS", "127.0.0.1:9")
+    assert run(monkeypatch, *arguments) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    [sentence] = said.err.splitlines()
+    assert "TIMBRE_KAFKA__BOOTSTRAP_SERVERS" in sentence
+
+
+def test_all_and_some_dead_letters_are_not_asked_for_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "dead-letters", "retry", "0:0", "--all") == 1
+    assert "Choose one" in capsys.readouterr().err
+
+
 def test_retrying_says_which_letters_it_must_be_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

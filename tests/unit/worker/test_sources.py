@@ -36,6 +36,11 @@ def test_what_is_not_there_is_named(source: str) -> None:
         list(tracks([source]))
 
 
+def test_an_address_of_another_scheme_is_not_taken_for_a_file() -> None:
+    with pytest.raises(SourceInvalid, match="ftp://a/b.mp3 can't be fetched"):
+        list(tracks(["ftp://a/b.mp3"]))
+
+
 def test_a_folder_without_audio_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SourceInvalid, match="no audio"):
         list(audio(str(tmp_path)))
@@ -82,6 +87,7 @@ def test_a_table_names_tracks_with_ids_and_metadata(folder: Path) -> None:
         ("uri\n\n \n", "line 3: no uri"),
         ("uri,sha256\nhttps://a/b,zz\n", "line 2: sha256"),
         ("uri\nhttps://a/b,more\n", "line 2: more cells"),
+        ("uri\nftp://a/b.mp3\n", "line 2: ftp://a/b.mp3 can't be fetched"),
     ],
 )
 def test_a_faulty_table_names_the_line_and_the_fault(tmp_path: Path, text: str, fault: str) -> None:
