@@ -37,7 +37,7 @@ def test_what_is_not_there_is_named(source: str) -> None:
 
 
 def test_an_address_of_another_scheme_is_not_taken_for_a_file() -> None:
-    with pytest.raises(SourceInvalid, match="ftp://a/b.mp3 can't be fetched"):
+    with pytest.raises(SourceInvalid, match=r"ftp://a/b.mp3 can't be fetched"):
         list(tracks(["ftp://a/b.mp3"]))
 
 
