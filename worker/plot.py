@@ -17,6 +17,7 @@ LABELS_SHOWN = 12
 WIDTH_INCHES = 10.0
 LABEL_INCHES = 0.24
 MARGIN_INCHES = 1.1
+SILENT_COLOUR = "0.8"
 
 
 def draw_taggrams(
@@ -57,10 +58,12 @@ def draw_taggrams(
 def _draw_panel(
     panel: Axes, table: np.ndarray, labels: Sequence[str], *, hop_s: float, duration_s: float
 ) -> None:
-    """One head: `table` is (windows, labels)."""
+    """One head: `table` is (windows, labels); a silent window, a row of zeros, stays grey."""
     strongest = np.argsort(table.mean(axis=0))[-LABELS_SHOWN:]  # the last row is drawn on top
+    heard = np.where(table.any(axis=1, keepdims=True), table, np.nan)
+    panel.set_facecolor(SILENT_COLOUR)
     picture = panel.imshow(
-        table[:, strongest].T,
+        heard[:, strongest].T,
         origin="lower",
         aspect="auto",
         interpolation="nearest",
@@ -72,6 +75,6 @@ def _draw_panel(
     panel.set_yticks(range(len(strongest)), [labels[index] for index in strongest])
     panel.set_xlim(0, max(duration_s, len(table) * hop_s))
     panel.xaxis.set_major_formatter(lambda seconds, _: clock(seconds))
-    panel.set_xlabel("time")
+    panel.set_xlabel("time" if np.isfinite(heard).all() else "time (grey: silent)")
     assert panel.figure is not None
     panel.figure.colorbar(picture, ax=panel, pad=0.01, fraction=0.03, label="probability")
