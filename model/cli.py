@@ -131,6 +131,8 @@ def evaluate(  # noqa: PLR0917
     from model.evaluate import draw
     from model.evaluate import evaluate as run
 
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)  # said at once where it can't be, not in the end
     bar = _bar()
     with bar:
         task = bar.add_task("clips", total=None)
@@ -303,7 +305,8 @@ def _bar(*, training: bool = False) -> "Bar":
     columns += [MofNCompleteColumn(), TimeRemainingColumn()]
     if training:
         columns.append(TextColumn("{task.fields[loss]}"))
-    return Bar(*columns, console=_console())
+    console = _console()
+    return Bar(*columns, console=console, disable=not console.is_terminal)
 
 
 def _show(evaluation: "Evaluation") -> None:

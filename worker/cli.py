@@ -31,7 +31,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 
 
 def main() -> None:
-    """The entry point: an error that Timbre knows is a sentence on standard error."""
+    """The entry point: an error that Timbre knows, or a path, is a sentence on standard error."""
     # What a client library would complain of comes as an error; only `worker` keeps a log.
     logging.getLogger("aiokafka").addHandler(logging.NullHandler())
     # What the output's encoding lacks, as a file's name may, is escaped, in JSON's own way.
@@ -41,6 +41,11 @@ def main() -> None:
         app()
     except TimbreError as error:
         sys.stderr.write(f"timbre: {error.message}\n")
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.stderr.write(f"timbre: {error.filename} can't be used: {error.strerror}\n")
         sys.exit(1)
 
 

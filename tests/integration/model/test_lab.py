@@ -113,6 +113,16 @@ def test_the_recipe_says_at_once_when_its_data_are_not_there(tmp_path: Path) -> 
     assert not (tmp_path / "work").exists()
 
 
+def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+    taken = tmp_path / "file"
+    taken.write_bytes(b"")
+    for arguments in (
+        ("export", "--onnx", taken / "model.onnx"),
+        ("evaluate", "--dataset", "absent", "--out", taken),
+    ):
+        assert refused(*arguments) == f"timbre: {taken} can't be used: File exists\n"
+
+
 def test_a_data_set_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
     told = refused("compare", "-d", tmp_path / "none", "-o", tmp_path / "out")
     assert told == f"timbre: {tmp_path}/none does not exist\n"
