@@ -54,7 +54,7 @@ class Recipe(BaseModel):
     rehearsal: float = Field(0.6, gt=0, le=1)
     batch: int = Field(64, ge=2)
     learning_rate: float = Field(2e-3, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
+    weight_decay: float = Field(0.5, ge=0)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     warm_up: float = Field(0.05, ge=0, lt=1)
     average: float = Field(0.998, ge=0, lt=1)
@@ -63,7 +63,9 @@ class Recipe(BaseModel):
     network: LogMelCnnConfig = LogMelCnnConfig()
 
 
-FINE_TUNING = Recipe(passes=60, rehearsal=1.0, learning_rate=3e-4, average=0.99)
+FINE_TUNING = Recipe(
+    passes=60, rehearsal=1.0, learning_rate=3e-4, weight_decay=0.05, average=0.99
+)
 
 
 def load_recipe(path: Path | None, passes: float | None, *, fine_tuning: bool) -> Recipe:
