@@ -55,8 +55,9 @@ async def retry(
     """Send dead letters to the topic they came from, as they were; returns those sent.
 
     `places` picks single ones; without it all are sent again, or all of one reason `code`. A
-    letter stays in its topic: it is a log, and the event's id stays the same. One whose value was
-    too large for the topic is left out: the value is only at its origin.
+    letter stays in its topic: it is a log, and the event's id stays the same. A message of which
+    several tracks failed is sent once. Left out is what can't be sent: a value that was too large
+    for the topic and is only at its origin, and a message that Timbre did not write.
 
     Raises
     ------
@@ -65,7 +66,7 @@ async def retry(
     ServicesUnavailable
         Kafka can't be reached.
     """
-    sent = list[Place]()
+    sent, origins = list[Place](), set[tuple[str, int, int]]()
     async with (
         kafka.started(kafka.producer(settings.kafka), settings.kafka) as producer,
         aclosing(_chosen(settings.kafka, places)) as messages,
@@ -74,8 +75,12 @@ async def retry(
             letter = parse(message)
             if code is not None and letter.reason.code != code:
                 continue
-            if _header(message, "value-omitted-bytes") is not None:
+            if _header(message, "value-omitted-bytes") or not _header(message, "origin-topic"):
                 continue
+            origin = (letter.origin.topic, letter.origin.partition, letter.origin.offset)
+            if origin in origins:
+                continue
+            origins.add(origin)
             headers = [(n, v) for n, v in message.headers if not n.startswith(HEADER)]
             await producer.send_and_wait(
                 letter.origin.topic, message.value, key=message.key, headers=headers

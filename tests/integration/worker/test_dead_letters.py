@@ -104,6 +104,22 @@ async def test_a_message_that_timbre_did_not_write_is_listed_all_the_same(
     await send(own, b"foreign", topic=own.topic_dead_letter)
     [(_, letter)] = [item async for item in dead_letters.list_dead_letters(Settings(kafka=own))]
     assert letter.reason.code == "unknown"
+    assert await dead_letters.retry(Settings(kafka=own)) == [], "it has nowhere to go back to"
+
+
+async def test_a_message_of_which_two_tracks_failed_is_sent_again_once(topics: MakeTopics) -> None:
+    own = await topics()
+    async with Publisher(own) as publisher:
+        for track_id in ("bucket/a.mp3", "bucket/b.mp3"):
+            await publisher.dead_letter(
+                record(own, 7, b"{}"),
+                AudioNotFound("Nothing there."),
+                stage="fetch",
+                attempts=1,
+                track_id=track_id,
+                model=MODEL,
+            )
+    assert len(await dead_letters.retry(Settings(kafka=own))) == 1
 
 
 async def test_a_value_too_large_for_the_topic_is_left_out_and_identified(
