@@ -9,6 +9,14 @@ from worker.settings import WorkerSettings
 # What these tell while they reconnect and rebalance is no news: failures that matter are raised.
 QUIET = {"faust": logging.ERROR, "mode": logging.ERROR, "aiokafka": logging.CRITICAL}
 
+# What faust says of partitions that a rebalance has just brought: it counts from the worker's start
+# and not from theirs. The worker watches its own progress (worker/health.py).
+FALSE_ALARM = "Aiokafka has not sent fetch request"
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return FALSE_ALARM not in record.getMessage()
+
 
 class JsonFormatter(logging.Formatter):
     """One JSON object a line."""
@@ -39,3 +47,4 @@ def configure(settings: WorkerSettings) -> None:
     if settings.log_level != "debug":
         for name, level in QUIET.items():
             logging.getLogger(name).setLevel(level)
+        handler.addFilter(_is_news)

@@ -1,0 +1,31 @@
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from worker import logs
+from worker.settings import WorkerSettings
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    levels = {name: logging.getLogger(name).level for name in logs.QUIET}
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for name, before in levels.items():
+        logging.getLogger(name).setLevel(before)
+
+
+def test_fausts_false_alarm_is_left_out_and_its_errors_are_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logs.configure(WorkerSettings())
+    faust = logging.getLogger("faust.transport.drivers.aiokafka")
+    faust.error("%s Aiokafka has not sent fetch request for %r since start", "[x]", ("t", 0))
+    faust.error("Committing raised exception: %r", ValueError())
+    told = capsys.readouterr().err
+    assert "fetch request" not in told
+    assert "Committing raised" in told
