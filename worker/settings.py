@@ -37,6 +37,7 @@ from worker.errors import SettingsInvalid
 
 VoteMethod = Literal["mean", "majority", "weighted"]
 MIB = 1024 * 1024
+ENDPOINT = re.compile(r"https?://[^\s/@]+")
 SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:,\[\]/@]+)(:\d{1,5})?")
 
 
@@ -107,6 +108,13 @@ class FetchSettings(Section):
     az_endpoint: str | None = Field(None, description="Endpoint in place of the account's own")
     az_account_name: str | None = Field(None, description="Azure storage account")
     az_account_key: SecretStr | None = Field(None, description="Azure storage key")
+
+    @field_validator("s3_endpoint", "gs_endpoint", "az_endpoint")
+    @classmethod
+    def _is_endpoint(cls, value: str | None) -> str | None:
+        if value is not None and not ENDPOINT.match(value):
+            raise ValueError("must be an address such as https://store.example.com")
+        return value
 
 
 class DecodeSettings(Section):
