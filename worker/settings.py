@@ -19,8 +19,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    HttpUrl,
     IPvAnyNetwork,
     SecretStr,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -37,7 +39,7 @@ from worker.errors import SettingsInvalid
 
 VoteMethod = Literal["mean", "majority", "weighted"]
 MIB = 1024 * 1024
-ENDPOINT = re.compile(r"https?://[^\s/@]+")
+ENDPOINT = TypeAdapter(HttpUrl)
 SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:,\[\]/@]+)(:\d{1,5})?")
 
 
@@ -112,8 +114,11 @@ class FetchSettings(Section):
     @field_validator("s3_endpoint", "gs_endpoint", "az_endpoint")
     @classmethod
     def _is_endpoint(cls, value: str | None) -> str | None:
-        if value is not None and not ENDPOINT.match(value):
-            raise ValueError("must be an address such as https://store.example.com")
+        if value is not None:
+            try:
+                ENDPOINT.validate_python(value)
+            except ValueError:
+                raise ValueError("must be an address such as https://store.example.com") from None
         return value
 
 
