@@ -251,7 +251,8 @@ def _validated(model: type[Model], document: Any) -> Model:
     except ValidationError as error:
         faults = error.errors(include_input=False, include_url=False, include_context=False)
         told = "; ".join(
-            f"{_quoted('.'.join(str(part) for part in fault['loc']))}: {fault['msg']}"
+            f"{_quoted('.'.join(str(part) for part in fault['loc']))}: "
+            + fault["msg"].removeprefix("Value error, ")
             for fault in faults[:MAX_FAULTS_TOLD]
         )
         more = len(faults) - MAX_FAULTS_TOLD

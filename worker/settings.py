@@ -19,6 +19,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    FilePath,
     HttpUrl,
     IPvAnyNetwork,
     SecretStr,
@@ -219,9 +220,9 @@ class KafkaSettings(Section):
     )
     sasl_username: str | None = Field(None, description="User, where SASL is spoken")
     sasl_password: SecretStr | None = Field(None, description="The user's password")
-    ssl_ca_file: Path | None = Field(None, description="CA certificates; unset: the system's")
-    ssl_cert_file: Path | None = Field(None, description="Client certificate")
-    ssl_key_file: Path | None = Field(None, description="Client key")
+    ssl_ca_file: FilePath | None = Field(None, description="CA certificates; unset: the system's")
+    ssl_cert_file: FilePath | None = Field(None, description="Client certificate")
+    ssl_key_file: FilePath | None = Field(None, description="Client key")
 
     @field_validator("bootstrap_servers")
     @classmethod
@@ -246,7 +247,7 @@ class RedisSettings(Section):
         SecretStr("redis://localhost:6379/0"), description="redis://, rediss:// or unix://"
     )
     password: SecretStr | None = Field(None, description="Password, when not in the URL")
-    ssl_ca_file: Path | None = Field(None, description="CA certificates for rediss://")
+    ssl_ca_file: FilePath | None = Field(None, description="CA certificates for rediss://")
     prefix: str = Field("timbre:", description="Start of every key")
     track_ttl_s: int = Field(30 * 86400, ge=0, description="Life of a track's hash; 0: for ever")
     cache_ttl_s: int = Field(30 * 86400, ge=0, description="Life of a cached analysis; 0: for ever")
@@ -357,8 +358,10 @@ def load(**sections: object) -> Settings:
     Raises
     ------
     SettingsInvalid
-        A value is of the wrong kind; the message names it without showing secrets.
+        A value is of the wrong kind, or a variable of a section that there is not; the message
+        names it without showing secrets.
     """
+    _refuse_unknown_sections()
     try:
         return Settings(**sections)  # type: ignore[arg-type]  # pydantic checks what comes in
     except ValidationError as error:
@@ -370,6 +373,18 @@ def load(**sections: object) -> Settings:
         raise SettingsInvalid(f"Settings can't be used. {faults}.") from None
     except Exception as error:
         raise SettingsInvalid(f"Settings can't be read: {error}") from None
+
+
+def _refuse_unknown_sections() -> None:
+    """Pydantic refuses unknown names within a section; a misspelt section it would pass over."""
+    prefix, delimiter = "TIMBRE_", "__"
+    for name in sorted(os.environ):
+        section, found, _ = name.removeprefix(prefix).partition(delimiter)
+        if name.startswith(prefix) and found and section.lower() not in Settings.model_fields:
+            raise SettingsInvalid(
+                f"{name} belongs to no section; those are "
+                f"{', '.join(each.upper() for each in Settings.model_fields)}."
+            )
 
 
 def child_environment(values: Mapping[str, str]) -> dict[str, str]:
