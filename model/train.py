@@ -63,9 +63,7 @@ class Recipe(BaseModel):
     network: LogMelCnnConfig = LogMelCnnConfig()
 
 
-FINE_TUNING = Recipe(
-    passes=60, rehearsal=1.0, learning_rate=3e-4, weight_decay=0.05, average=0.99
-)
+FINE_TUNING = Recipe(passes=60, rehearsal=1.0, learning_rate=3e-4, weight_decay=0.05, average=0.99)
 
 
 def load_recipe(path: Path | None, passes: float | None, *, fine_tuning: bool) -> Recipe:
