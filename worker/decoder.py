@@ -163,19 +163,19 @@ class Decoder:
             file = self._path.open("rb", buffering=0)
         except OSError as error:
             raise DecodeFailed(f"The spooled audio can't be opened: {error.strerror}.") from error
-        given, whole = 0, False
+        given = 0
         with file:
             try:
                 for samples in self._resampled(self._packed_frames(file)):
                     given += samples.size
                     yield _sane(samples)
-                whole = given > 0
+                if given:
+                    return
             except MemoryError:
                 raise
             except av.FFmpegError:
                 pass  # damage, or a change of format: once more, with care
-            if not whole:
-                yield from self._rest(file, given)
+            yield from self._rest(file, given)
 
     def _rest(self, file: FileIO, given: int) -> Iterator[Samples]:
         """Decode again, passing over damage, and leave out the samples given before."""

@@ -20,9 +20,8 @@ from typing import ParamSpec, TypeVar
 
 from worker.errors import AudioTooLarge, FetchUnavailable, SettingsInvalid, SpoolFull
 
-# As much as makes a hop into a thread worth it.
-WRITE_BYTES = 512 * 1024
-WRITE_PARTS = 256
+WRITE_BYTES = 256 * 1024  # as much as makes a hop into a thread worth it
+WRITE_PARTS = 256  # of a sender in tiny pieces, each of which takes more room than its bytes
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 P = ParamSpec("P")

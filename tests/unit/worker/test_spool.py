@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from worker.errors import AudioTooLarge, FetchUnavailable, SettingsInvalid, SpoolFull
-from worker.spool import WRITE_BYTES, Room, Share, Spool, in_thread
+from worker.spool import Room, Share, Spool, in_thread
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from worker.spool import WRITE_BYTES, Spool
+from worker.spool import Spool
 spool = Spool(Path(sys.argv[1]), max_bytes=100, max_file_bytes=100)
 spool.open()
 spool.file()._path.write_bytes(b"left behind")
@@ -100,7 +100,7 @@ class TestFiles:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         try:
             with pytest.raises(SpoolFull, match="SPOOL_DIR"):
-                await file.write(bytes(WRITE_BYTES))
+                await file.write(bytes(500_000))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             file.remove()
