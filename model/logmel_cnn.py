@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -34,6 +34,7 @@ ARCHIVE_FRONT_END = LogMelConfig(
 
 
 MAX_EMBEDDING_DIM = 256  # of a bundle
+BATCH = 256  # windows at a time, where nothing is learnt
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -43,6 +44,8 @@ class LogMelCnnConfig(BaseModel):
     There is one member for each of `balance`: how much of each band's mean over the window is taken
     out before it looks, from 0, where the recording's equalisation stays, to 1, where none of it is
     left. What they say is averaged before the softmax; members that hear differently gain more.
+    While they learn, the embedding is all that they pool; `narrowed_dim` is what is left of it
+    afterwards (see `narrowed`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,18 +54,17 @@ class LogMelCnnConfig(BaseModel):
     channels: tuple[int, ...] = Field((16, 40, 80, 160), min_length=1, max_length=6)
     stem_stride: tuple[int, int] = (2, 2)
     balance: tuple[Share, ...] = Field((0.0, 0.25, 0.5, 0.75, 1.0), min_length=1, max_length=16)
-    member_dim: int = Field(48, ge=1, le=256)
     dropout: float = Field(0.3, ge=0, lt=1)
+    narrowed_dim: int | None = Field(None, ge=1, le=MAX_EMBEDDING_DIM)
+
+    @property
+    def pooled_dim(self) -> int:
+        """Numbers that all members pool together."""
+        return len(self.balance) * 2 * self.channels[-1]
 
     @property
     def embedding_dim(self) -> int:
-        return len(self.balance) * self.member_dim
-
-    @model_validator(mode="after")
-    def _embedding_fits(self) -> "LogMelCnnConfig":
-        if self.embedding_dim > MAX_EMBEDDING_DIM:
-            raise ValueError(f"{len(self.balance)} x member_dim is above {MAX_EMBEDDING_DIM}")
-        return self
+        return self.narrowed_dim or self.pooled_dim
 
 
 class Block(nn.Module):
@@ -87,7 +89,7 @@ class Block(nn.Module):
 
 
 class Member(nn.Module):
-    """One network: `(windows, 1, frames, mels)` to its part `(windows, member_dim)`.
+    """One network: `(windows, 1, frames, mels)` to its part `(windows, 2 * channels[-1])`.
 
     What is left of frequency is averaged; over time both the mean and the maximum count.
     """
@@ -105,12 +107,10 @@ class Member(nn.Module):
             )
         )
         self.dropout = nn.Dropout(config.dropout)
-        self.project = nn.Linear(2 * widths[-1], config.member_dim)
 
     def forward(self, logmel: Tensor) -> Tensor:
         features = self.blocks(functional.relu(self.stem(logmel))).mean(3)
-        pooled = torch.cat([features.mean(2), features.amax(2)], 1)
-        return torch.as_tensor(self.project(self.dropout(pooled)))
+        return torch.as_tensor(self.dropout(torch.cat([features.mean(2), features.amax(2)], 1)))
 
 
 class LogMelCnn(nn.Module):
@@ -120,6 +120,12 @@ class LogMelCnn(nn.Module):
         super().__init__()
         self.balance = config.balance
         self.members = nn.ModuleList(Member(config) for _ in config.balance)
+        self.side_by_side = len(config.balance) if config.narrowed_dim is None else 1
+        self.narrow = (
+            nn.Linear(config.pooled_dim, config.narrowed_dim)
+            if config.narrowed_dim
+            else nn.Identity()
+        )
 
     def forward(self, logmel: Tensor) -> Tensor:
         plane = logmel.unsqueeze(1).contiguous(memory_format=torch.channels_last)
@@ -130,7 +136,7 @@ class LogMelCnn(nn.Module):
         ]
         # Over their number, so that one head's sum over all members is the mean of their logits and
         # each member's weights learn at the pace that they would alone.
-        return torch.cat(heard, 1) / len(heard)
+        return torch.as_tensor(self.narrow(torch.cat(heard, 1) / len(heard)))
 
 
 def build_logmel_cnn(config: Mapping[str, Any], heads: Sequence[Head]) -> Tagger:
@@ -138,6 +144,45 @@ def build_logmel_cnn(config: Mapping[str, Any], heads: Sequence[Head]) -> Tagger
     parsed = LogMelCnnConfig.model_validate(config)
     trunk = LogMelCnn(parsed).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Tagger(LogMel(parsed.front_end), trunk, parsed.embedding_dim, heads)
+
+
+@torch.no_grad()
+def narrowed(
+    network: Tagger, config: LogMelCnnConfig, head: Head, logmels: Tensor
+) -> tuple[Tagger, LogMelCnnConfig]:
+    """The trained `network` with an embedding of `MAX_EMBEDDING_DIM` numbers, and its config.
+
+    The first of them are the directions that `head` reads, so that its answers stay what they were
+    where its labels are no more than these numbers (of more labels, the strongest directions stay).
+    The others are the principal components of the rest over `logmels` `(windows, frames, mels)`.
+    All have unit length and stand at right angles, so distances are those of what is pooled.
+    """
+    layer = network.heads[head.name]
+    assert isinstance(layer, nn.Linear)
+    where = layer.weight.device
+    parts = torch.split(logmels.to(where), BATCH)
+    pooled = torch.cat([network.trunk(part) for part in parts]).double()
+    centre = pooled.mean(0)
+    directions = torch.linalg.svd(layer.weight.double()).Vh
+    read_dims = min(len(layer.weight), MAX_EMBEDDING_DIM)
+    read, rest = directions[:read_dims], directions[read_dims:]
+    spread = (pooled - centre) @ rest.T
+    components = torch.linalg.eigh(spread.T @ spread).eigenvectors.flip(1).T @ rest
+    kept = torch.cat([read, components[: MAX_EMBEDDING_DIM - len(read)]])
+
+    smaller = config.model_copy(update={"narrowed_dim": MAX_EMBEDDING_DIM})
+    result = build_logmel_cnn(smaller.model_dump(mode="json"), [head])
+    weight = torch.zeros(len(layer.weight), MAX_EMBEDDING_DIM)
+    weight[:, : len(read)] = layer.weight.double() @ read.T
+    state = {
+        **network.state_dict(),
+        "trunk.narrow.weight": kept,
+        "trunk.narrow.bias": -kept @ centre,
+        f"heads.{head.name}.weight": weight,
+        f"heads.{head.name}.bias": layer.bias.double() + layer.weight.double() @ centre,
+    }
+    result.load_state_dict(state)
+    return result.to(where).eval(), smaller
 
 
 def _convolution(

@@ -29,7 +29,7 @@ from model.datasets.dataset import Dataset
 from model.datasets.logmels import LogMelSource, open_source
 from model.frontend import LogMelConfig
 from model.heads import Head
-from model.logmel_cnn import LogMelCnnConfig
+from model.logmel_cnn import BATCH, MAX_EMBEDDING_DIM, LogMelCnnConfig, narrowed
 from model.measure import METHODS, Voted, nll, window_accuracy
 from model.network import Tagger, build
 from worker.errors import CheckpointInvalid, DatasetInvalid, SettingsInvalid
@@ -38,7 +38,7 @@ Fit = Literal["all", "train"]
 CONFIDENT_COVERAGE = 0.7  # share of tracks that `uncertain` leaves
 CHECKPOINTS = 50  # of a part of a run
 VALIDATIONS = 8
-VALIDATION_BATCH = 256  # windows
+NARROWING_CLIPS, NARROWING_WINDOWS = 512, 10  # that say which directions embeddings keep
 
 
 class Recipe(BaseModel):
@@ -119,6 +119,19 @@ class Plan:
                 )
         return network
 
+    def finished(
+        self, network: Tagger, source: LogMelSource, songs: NDArray[np.intp]
+    ) -> tuple[Tagger, dict[str, Any]]:
+        """A trained network as its bundle holds it, with its config: no larger an embedding than
+        bundles may have."""
+        if network.embedding_dim <= MAX_EMBEDDING_DIM:
+            return network, self.config
+        chosen = songs[:: -(-len(songs) // NARROWING_CLIPS)]
+        logmels = torch.cat([source.windows(int(row))[:NARROWING_WINDOWS] for row in chosen])
+        config = LogMelCnnConfig.model_validate(self.config)
+        smaller, config = narrowed(network, config, self.head, logmels)
+        return smaller, config.model_dump(mode="json")
+
 
 def train(
     dataset: Dataset,
@@ -180,12 +193,17 @@ def train(
     trainer = Trainer(plan, recipe, source, targets, seed, where, checkpoint, progress)
     passes = recipe.passes * (recipe.rehearsal if fit == "all" else 1.0)
     validate = Validation(source, targets, held, plan.head, where)
-    network = trainer.fit("rehearsal", songs, passes, validate)
+    network, config = plan.finished(
+        trainer.fit("rehearsal", songs, passes, validate), source, songs
+    )
     calibration, threshold, figures = _calibrated(
         plan.head, validate.probabilities(network), targets[held]
     )
     if fit == "all":
-        network = trainer.fit("final", np.concatenate([songs, held]), recipe.passes, None)
+        everything = np.concatenate([songs, held])
+        network, config = plan.finished(
+            trainer.fit("final", everything, recipe.passes, None), source, everything
+        )
 
     bundle = Bundle(
         name=_bundle_name(out),
@@ -195,7 +213,7 @@ def train(
         embedding_dim=network.embedding_dim,
         uncertain_threshold=threshold,
         kind=plan.kind,
-        config=plan.config,
+        config=config,
         network=network.cpu(),
         training={
             "data": dataset.name,
@@ -275,7 +293,7 @@ class Trainer:
 
 def _loss(network: Tagger, head: Head, logmel: Tensor, target: Tensor, smoothing: float) -> Tensor:
     """Cross entropy of each member on its own, so that members differ and their mean gains."""
-    members = len(getattr(network.trunk, "members", ())) or 1
+    members = getattr(network.trunk, "side_by_side", 1)
     embedding = network.trunk(logmel).float().reshape(len(logmel), members, -1) * members
     layer = network.heads[head.name]
     assert isinstance(layer, nn.Linear)
@@ -378,7 +396,7 @@ class Validation:
         with Precision(self.device).cast():
             said = [
                 network.from_logmel(batch.to(self.device)).probabilities[self.head.name].cpu()
-                for batch in torch.split(torch.cat(songs), VALIDATION_BATCH)
+                for batch in torch.split(torch.cat(songs), BATCH)
             ]
         ends = np.cumsum([len(song) for song in songs])[:-1]
         return np.split(torch.cat(said).double().numpy(), ends)

@@ -14,7 +14,7 @@ from tests import collections_of_music as music
 from tests.integration.model.command import done, refused
 from worker.decoder import decode_samples
 
-RECIPE = {"batch": 8, "network": {"channels": [8, 16], "member_dim": 16, "balance": [0.5]}}
+RECIPE = {"batch": 8, "network": {"channels": [8, 16], "balance": [0.5]}}
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def test_explore_draws_audio_and_archives(tmp_path: Path) -> None:
 
 def test_train_evaluate_and_info_by_command(tmp_path: Path) -> None:
     archive, recipe = music.archive(tmp_path / "a.npz"), tmp_path / "recipe.json"
-    recipe.write_text(json.dumps({"batch": 8, "network": {"channels": [8, 16], "member_dim": 16}}))
+    recipe.write_text(json.dumps({"batch": 8, "network": {"channels": [8, 16]}}))
     bundle = tmp_path / "own"
     timbre_model("train", "-d", archive, "-o", bundle, "--recipe", recipe, "--passes", 4)
     report = json.loads(

@@ -23,14 +23,14 @@ HEAD = Head(name="genre", kind="single", labels=music.GENRES, categories=("genre
 def bundle(folder: Path, *heads: Head) -> Bundle:
     """An untrained bundle over the archive's front end."""
     torch.manual_seed(0)
-    config = LogMelCnnConfig(channels=(8, 16), member_dim=16, stem_stride=(4, 4), balance=(0.5,))
+    config = LogMelCnnConfig(channels=(8, 16), stem_stride=(4, 4), balance=(0.5,))
     raw = config.model_dump(mode="json")
     return Bundle(
         name="untrained",
         heads=heads,
         sample_rate_hz=22_050,
         window_s=3.0,
-        embedding_dim=16,
+        embedding_dim=32,
         uncertain_threshold=0.5,
         kind="logmel_cnn",
         config=raw,

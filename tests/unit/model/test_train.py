@@ -10,7 +10,8 @@ import torch
 from model.bundle import Bundle
 from model.datasets import load
 from model.datasets.dataset import Dataset
-from model.logmel_cnn import LogMelCnnConfig, build_logmel_cnn
+from model.heads import Head
+from model.logmel_cnn import LogMelCnnConfig, build_logmel_cnn, narrowed
 from model.network import Tagger
 from model.train import FINE_TUNING, Progress, Recipe, load_recipe, train
 from tests import collections_of_music as music
@@ -21,9 +22,7 @@ SMALL = Recipe(
     batch=8,
     learning_rate=5e-3,
     average=0.9,
-    network=LogMelCnnConfig(
-        channels=(8, 16), member_dim=16, stem_stride=(4, 4), balance=(0.0, 0.5)
-    ),
+    network=LogMelCnnConfig(channels=(8, 16), stem_stride=(4, 4), balance=(0.0, 0.5)),
 )
 BRIEF = SMALL.model_copy(update={"passes": 2})
 
@@ -182,9 +181,44 @@ def test_members_together_say_the_mean_of_what_each_says(dataset: Dataset, tmp_p
     assert isinstance(layer, torch.nn.Linear)
     apart = [
         2 * embedding[:, part] @ layer.weight[:, part].T + layer.bias
-        for part in (slice(0, 16), slice(16, 32))
+        for part in (slice(0, 32), slice(32, 64))
     ]
     torch.testing.assert_close(joint["genre"], torch.stack(apart).mean(0))
+
+
+WIDE = LogMelCnnConfig(channels=(8, 72), stem_stride=(8, 8), balance=(0.0, 1.0))
+
+
+@pytest.mark.parametrize("labels", [3, 300])
+def test_an_embedding_narrowed_to_what_bundles_may_have_says_the_same(labels: int) -> None:
+    torch.manual_seed(0)
+    names = tuple(str(number) for number in range(labels))
+    head = Head(name="genre", kind="single", labels=names, categories=names)
+    wide = build_logmel_cnn(WIDE.model_dump(mode="json"), [head]).eval()
+    windows = torch.randn(400, 72, 128) * torch.rand(400, 1, 128)
+    narrow, config = narrowed(wide, WIDE, head, windows)
+    assert (wide.embedding_dim, narrow.embedding_dim, config.embedding_dim) == (288, 256, 256)
+    with torch.inference_mode():
+        before, after = wide.from_logmel(windows), narrow.from_logmel(windows)
+    exact = labels <= narrow.embedding_dim
+    torch.testing.assert_close(
+        after.probabilities["genre"], before.probabilities["genre"],
+        atol=1e-5 if exact else 1e-3, rtol=0,
+    )  # fmt: skip
+    if exact:
+        apart = [torch.cdist(output.embedding, output.embedding) for output in (before, after)]
+        torch.testing.assert_close(apart[1], apart[0], atol=1e-3, rtol=1e-2)
+    basis = narrow.state_dict()["trunk.narrow.weight"]
+    torch.testing.assert_close(basis @ basis.T, torch.eye(256), atol=1e-5, rtol=0)
+
+
+def test_a_wide_network_ends_as_a_bundle_and_can_be_tuned(dataset: Dataset, tmp_path: Path) -> None:
+    recipe = BRIEF.model_copy(update={"network": WIDE})
+    bundle = train(dataset, tmp_path / "wide", recipe=recipe, fit="train")
+    assert bundle.embedding_dim == 256
+    brief = FINE_TUNING.model_copy(update={"passes": 1, "batch": 8})
+    tuned = train(dataset, tmp_path / "tuned", recipe=brief, start=bundle, fit="train")
+    assert tuned.embedding_dim == 256
 
 
 def test_the_network_hears_no_difference_in_gain_and_little_in_equalisation() -> None:
@@ -219,8 +253,6 @@ def test_what_would_fail_in_the_end_fails_at_once(dataset: Dataset, tmp_path: Pa
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsInvalid, match="folder"):
         train(dataset, tmp_path / "file", recipe=SMALL)
-    with pytest.raises(ValueError, match="256"):
-        LogMelCnnConfig(member_dim=128)
     blank = tuple(dataclasses.replace(clip, labels=("",)) for clip in dataset.clips)
     with pytest.raises(DatasetInvalid, match="labels"):
         train(dataclasses.replace(dataset, labels=("",), clips=blank), tmp_path / "b", recipe=SMALL)
