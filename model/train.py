@@ -32,6 +32,7 @@ from model.heads import Head
 from model.logmel_cnn import BATCH, MAX_EMBEDDING_DIM, LogMelCnnConfig, narrowed
 from model.measure import METHODS, Voted, nll, window_accuracy
 from model.network import Tagger, build
+from worker.device import choose_device
 from worker.errors import CheckpointInvalid, DatasetInvalid, SettingsInvalid
 
 Fit = Literal["all", "train"]
@@ -167,7 +168,7 @@ def train(
     recipe = recipe or (Recipe() if start is None else FINE_TUNING)
     progress = progress or Progress()
     work = work or out.with_name(out.name + ".work")
-    where = _device(device)
+    where = choose_device(device)
     _make_folder(out)
     dataset = _with_splits(dataset, seed)
     plan = _plan(dataset, recipe, start)
@@ -487,15 +488,6 @@ def _plan(dataset: Dataset, recipe: Recipe, start: Bundle | None) -> Plan:
     return Plan(
         "logmel_cnn", recipe.network.model_dump(mode="json"), front_end, head, window_s, None
     )
-
-
-def _device(asked: str) -> torch.device:
-    if asked not in {"auto", "cpu", "cuda"}:
-        raise SettingsInvalid(f"the device {asked!r} is none of auto, cpu and cuda")
-    there = torch.cuda.is_available()
-    if asked == "cuda" and not there:
-        raise SettingsInvalid("PyTorch finds no CUDA device; check the driver, or train on the cpu")
-    return torch.device("cuda" if there and asked != "cpu" else "cpu")
 
 
 # Checkpoints ---------------------------------------------------------------------------------
