@@ -35,6 +35,7 @@ from worker.errors import (
     ConsumerLost,
     DecodeFailed,
     FetchFailed,
+    FetchTimeout,
     InferenceFailed,
     PublishFailed,
     ResultTooLarge,
@@ -232,7 +233,7 @@ class Worker:
 
         options = self._settings.worker
         retrying = AsyncRetrying(
-            retry=retry_if_exception(lambda e: isinstance(e, TimbreError) and e.retryable),
+            retry=retry_if_exception(_tried_again),
             stop=stop_after_attempt(options.attempts),
             wait=wait_random_exponential(options.backoff_initial_s, options.backoff_max_s),
             before=count,
@@ -315,6 +316,13 @@ class Worker:
             metrics.audio_seconds.inc(analysis.audio.duration_s)
             metrics.windows.labels("silent").inc(windows.silent)
             metrics.windows.labels("voted").inc(windows.total - windows.silent)
+
+
+def _tried_again(error: BaseException) -> bool:
+    """Whether to try a track again at once; a fetch that timed out has been, within the fetch."""
+    return (
+        isinstance(error, TimbreError) and error.retryable and not isinstance(error, FetchTimeout)
+    )
 
 
 def _typed(error: Exception) -> TimbreError:

@@ -82,7 +82,11 @@ class FetchUnavailable(FetchFailed):
 
 
 class FetchTimeout(FetchFailed):
-    """The audio did not arrive in time."""
+    """The audio did not arrive in time.
+
+    The fetch tries once more, the worker does not: each attempt holds a place in flight until the
+    time is up. It may pass later, when an operator has it tried again.
+    """
 
     code = "fetch_timeout"
     retryable = True

@@ -14,7 +14,6 @@ from aiohttp.abc import AbstractResolver
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
-    retry_if_exception,
     stop_after_attempt,
     stop_any,
     stop_before_delay,
@@ -41,6 +40,10 @@ from worker.spool import Spool, SpooledAudio, SpoolFile
 __all__ = ["Fetcher", "SpooledAudio"]
 
 Copy = Callable[[str, SpoolFile], Awaitable[None]]
+
+STALL_ATTEMPTS = 2
+"""At a server that stalls: once more, should a connection have been lost. Each attempt holds a
+place in flight for all the time that a stall takes to tell, while other tracks wait for it."""
 
 
 class Fetcher:
@@ -112,7 +115,8 @@ class Fetcher:
         Raises
         ------
         FetchFailed
-            A subclass of it. Retryable ones were retried as long as attempts and time allowed.
+            A subclass of it. Retryable ones were retried as long as attempts and time allowed, a
+            `FetchTimeout` at most once.
         """
         copy = self._copy.get(uri.partition(":")[0].lower())
         if copy is None:
@@ -121,7 +125,7 @@ class Fetcher:
             )
         limit_s = min(timeout_s or self._settings.timeout_s, self._settings.timeout_s)
         retrying = AsyncRetrying(
-            retry=retry_if_exception(_can_pass),
+            retry=_tried_again,
             stop=stop_any(stop_after_attempt(self._settings.attempts), stop_before_delay(limit_s)),
             wait=self._wait_s,
             before_sleep=self._tell_retry,
@@ -190,7 +194,10 @@ def _check_sha256(audio: SpooledAudio, expected: str | None, uri: str) -> None:
         )
 
 
-def _can_pass(error: BaseException) -> bool:
+def _tried_again(state: RetryCallState) -> bool:
+    error = _failure(state)
+    if isinstance(error, FetchTimeout):
+        return state.attempt_number < STALL_ATTEMPTS
     return isinstance(error, TimbreError) and error.retryable
 
 

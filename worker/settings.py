@@ -94,7 +94,9 @@ class FetchSettings(Section):
     )
     connect_timeout_s: float = Field(10.0, gt=0, description="Seconds to connect")
     max_redirects: int = Field(5, ge=0, description="Redirects followed")
-    attempts: int = Field(5, ge=1, description="Attempts for what can pass")
+    attempts: int = Field(
+        5, ge=1, description="Attempts for what can pass; at a server that stalls two at most"
+    )
     backoff_initial_s: float = Field(0.25, gt=0, description="First wait between attempts")
     backoff_max_s: float = Field(20.0, gt=0, description="Longest wait between attempts")
     ambient_credentials: bool = Field(

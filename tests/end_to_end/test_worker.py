@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -62,7 +63,14 @@ async def serving(folder: Path) -> AsyncIterator[str]:
     """A web server with the folder's files."""
     app = web.Application()
     app.router.add_static("/", folder)
-    runner = web.AppRunner(app)
+    async with running(app) as address:
+        yield address
+
+
+@asynccontextmanager
+async def running(app: web.Application) -> AsyncIterator[str]:
+    """The address of a web server for as long as the context lasts."""
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:
@@ -200,6 +208,44 @@ async def test_what_cannot_pass_is_a_dead_letter_and_its_neighbours_are_tagged(
         letter.value: dict(letter.headers)["timbre-reason-code"].decode() for letter in letters
     }
     assert found == bad
+
+
+async def test_a_server_that_stalls_holds_a_place_only_twice_and_one_that_fails_is_asked_on(
+    topics: MakeTopics, redis_url: str, redis_prefix: str, tmp_path: Path
+) -> None:
+    own = await topics(partitions=1)
+    requests = Counter[str]()
+
+    async def answer(request: web.Request) -> web.Response:
+        requests[request.path] += 1
+        if request.path == "/stalls":
+            await asyncio.sleep(60)
+        return web.Response(status=503)
+
+    attempts = {
+        "TIMBRE_FETCH__ATTEMPTS": "3",
+        "TIMBRE_FETCH__BACKOFF_INITIAL_S": "0.01",
+        "TIMBRE_FETCH__STALL_TIMEOUT_S": "0.5",
+        "TIMBRE_WORKER__ATTEMPTS": "3",
+        "TIMBRE_WORKER__BACKOFF_INITIAL_S": "0.01",
+    }
+    settings = environment(own, redis_url, redis_prefix, **attempts)
+    app = web.Application()
+    app.router.add_get("/{name}", answer)
+    async with (
+        running(app) as http,
+        running_worker(settings, tmp_path / "worker.log") as worker,
+    ):
+        await send(own, event("stalls", f"{http}/stalls"), event("fails", f"{http}/fails"))
+        letters = await receive(own, own.topic_dead_letter, 2)
+        assert worker.metric("timbre_retries_total", code="fetch_timeout") == 1
+
+    assert requests == {"/stalls": 2, "/fails": 9}
+    said = {letter.key: {k: v.decode() for k, v in letter.headers} for letter in letters}
+    stalls, fails = said[b"stalls"], said[b"fails"]
+    assert (stalls["timbre-reason-code"], stalls["timbre-attempts"]) == ("fetch_timeout", "1")
+    assert stalls["timbre-retryable"] == "true", "an operator may have it tried again"
+    assert (fails["timbre-reason-code"], fails["timbre-attempts"]) == ("fetch_unavailable", "3")
 
 
 async def test_timbre_tag_and_the_worker_give_the_same_result(

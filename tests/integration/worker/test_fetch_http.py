@@ -284,17 +284,6 @@ class TestWhatPasses:
         assert await fetched(fetcher, server.answer("/a", first, whole())) == AUDIO
         assert len(server.requests) == 2
 
-    @pytest.mark.parametrize("at", [0, 1, 5, 12, 17, 30, 40, 60, 85])
-    async def test_a_stall_at_any_byte_ends_in_time(
-        self, server: Server, fetcher: Fetcher, at: int
-    ) -> None:
-        full = head(content_length=50) + AUDIO[:50]
-        url = server.answer("/a", raw(full[:at], 60.0))
-        started = time.monotonic()
-        assert isinstance(await failure(fetcher, url), FetchTimeout)
-        assert time.monotonic() - started < 3 * STALL_S + 1
-        assert len(server.requests) == 3
-
     async def test_attempts_are_limited(self, server: Server, fetcher: Fetcher) -> None:
         error = await failure(fetcher, server.answer("/a", status("503 Busy")))
         assert isinstance(error, FetchUnavailable)
@@ -316,6 +305,39 @@ class TestWhatPasses:
         first, second = (b - a for a, b in zip(server.at_s, server.at_s[1:], strict=False))
         assert 0.1 <= first <= 0.3
         assert 0.2 <= second <= 0.5
+
+
+class TestStalls:
+    """A server that stalls gets a second try and no third: each costs the time it takes to tell."""
+
+    @pytest.mark.parametrize("at", [0, 1, 5, 12, 17, 30, 40, 60, 85])
+    async def test_at_any_byte_end_in_time(self, server: Server, fetcher: Fetcher, at: int) -> None:
+        full = head(content_length=50) + AUDIO[:50]
+        url = server.answer("/a", raw(full[:at], 60.0))
+        started = time.monotonic()
+        error = await failure(fetcher, url)
+        assert isinstance(error, FetchTimeout)
+        assert error.retryable
+        assert time.monotonic() - started < 2 * STALL_S + 1
+        assert len(server.requests) == 2
+
+    async def test_are_over_sooner_where_fewer_attempts_are_allowed(
+        self, server: Server, configured: Callable[..., FetchSettings]
+    ) -> None:
+        async with Fetcher(configured(attempts=1)) as fetcher:
+            error = await failure(fetcher, server.answer("/a", raw(60.0)))
+        assert isinstance(error, FetchTimeout)
+        assert len(server.requests) == 1
+
+    async def test_between_quick_failures_are_no_more(
+        self, server: Server, configured: Callable[..., FetchSettings]
+    ) -> None:
+        busy, stall = status("503 Busy"), raw(60.0)
+        async with Fetcher(configured(attempts=5)) as fetcher:
+            url = server.answer("/a", busy, busy, stall, whole())
+            assert isinstance(await failure(fetcher, url), FetchTimeout)
+            assert len(server.requests) == 3
+            assert await fetched(fetcher, server.answer("/b", stall, busy, busy, whole())) == AUDIO
 
 
 class TestRetryAfter:
