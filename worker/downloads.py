@@ -2,9 +2,8 @@
 
 import asyncio
 import socket
-import time
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from datetime import UTC, datetime
@@ -33,11 +32,11 @@ from worker.errors import (
     FetchFailed,
     FetchForbidden,
     FetchTimeout,
-    FetchTooSlow,
     FetchUnavailable,
     RedirectLimit,
     UriUnsupported,
 )
+from worker.pace import paced
 from worker.settings import FetchSettings
 from worker.spool import WRITE_BYTES, SpoolFile
 
@@ -149,7 +148,7 @@ class Downloads:
 
     async def _follow(self, url: URL, file: SpoolFile) -> None:
         assert self._session is not None, "Downloads is an async context manager"
-        patience_s = self._settings.connect_timeout_s + self._settings.stall_timeout_s
+        patience_s = self._settings.answer_timeout_s
         async with asyncio.timeout(patience_s) as until_answered:  # however it drips its headers
             for _ in range(self._settings.max_redirects + 1):
                 check_url(url)
@@ -157,7 +156,8 @@ class Downloads:
                     if response.status not in REDIRECTS:
                         until_answered.reschedule(None)
                         _check_status(response)
-                        async with aclosing(self._paced(response)) as pieces:
+                        body = paced(response.content.iter_any(), str(url), self._settings)
+                        async with aclosing(body) as pieces:
                             await _receive(response, pieces, file)
                         return
                     url = _redirected(response)
@@ -165,28 +165,6 @@ class Downloads:
             f"More than {self._settings.max_redirects} redirects; send the final address, or raise "
             "TIMBRE_FETCH__MAX_REDIRECTS."
         )
-
-    async def _paced(self, response: ClientResponse) -> AsyncGenerator[bytes, None]:
-        """The body as it arrives; raises `FetchTooSlow` where it arrives too slowly.
-
-        What counts is the time spent waiting for the server, not what is done between pieces. A
-        server that stops sending altogether meets the session's own timeout.
-        """
-        least_per_s, window_s = self._settings.min_bytes_per_s, self._settings.stall_timeout_s
-        received_bytes, waited_s, since_s = 0, 0.0, time.monotonic()
-        async for data in response.content.iter_any():
-            received_bytes += len(data)
-            waited_s += time.monotonic() - since_s
-            if waited_s >= window_s:
-                if received_bytes < least_per_s * waited_s:
-                    raise FetchTooSlow(
-                        f"{shown(str(response.url))} sent {received_bytes} bytes in {waited_s:.1f} "
-                        f"s, less than {least_per_s} a second; retry when its server is faster, or "
-                        "lower TIMBRE_FETCH__MIN_BYTES_PER_S."
-                    )
-                received_bytes, waited_s = 0, 0.0
-            yield data
-            since_s = time.monotonic()
 
 
 def _parsed(uri: str) -> URL:

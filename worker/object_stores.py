@@ -1,7 +1,9 @@
 """Audio from object stores: S3 and what speaks like it, Google Cloud Storage, Azure Blob."""
 
+import asyncio
 import re
 from collections.abc import Callable
+from contextlib import aclosing
 from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,8 +26,9 @@ from worker.errors import (
     FetchUnavailable,
     UriUnsupported,
 )
+from worker.pace import paced
 from worker.settings import FetchSettings
-from worker.spool import WRITE_BYTES, SpoolFile
+from worker.spool import SpoolFile
 
 if TYPE_CHECKING:
     from obstore.store import AzureConfig, ClientConfig, GCSConfig, RetryConfig, S3Config
@@ -77,13 +80,17 @@ class ObjectStores:
         where = location(uri)
         try:
             store = self._store(where.scheme, where.bucket)
-            found = await obstore.get_async(
-                store, where.key, options={"version": where.version} if where.version else None
-            )
+            async with asyncio.timeout(self._settings.answer_timeout_s):
+                # Errors are answered with a body, which may drip like any other.
+                found = await obstore.get_async(
+                    store, where.key, options={"version": where.version} if where.version else None
+                )
             size_bytes = found.meta["size"]
             file.expect(size_bytes)
-            async for data in found.stream(min_chunk_size=WRITE_BYTES):
-                await file.write(memoryview(data))
+            as_they_come = found.stream(min_chunk_size=1)  # or a drip would go unnoticed
+            async with aclosing(paced(as_they_come, uri, self._settings)) as pieces:
+                async for data in pieces:
+                    await file.write(memoryview(data))
         except (BaseError, OSError, ValueError) as error:
             raise _typed(error, uri) from error
         if file.size_bytes != size_bytes:
@@ -186,6 +193,8 @@ def _typed(error: Exception, uri: str) -> FetchFailed:
         )
     if isinstance(error, ValueError):
         return UriUnsupported(f"The store has no client for {where}.")
+    if isinstance(error, TimeoutError) or TIMED_OUT in str(error):
+        return FetchTimeout(f"The store sent nothing of {where} for too long.")
     return _typed_by_text(str(error), where)
 
 
@@ -193,8 +202,6 @@ def _typed_by_text(text: str, where: str) -> FetchFailed:
     """For most failures obstore has one type, and tells the cause in its text only."""
     if "without LOCATION" in text:
         return FetchFailed(f"{where} lies in another region; set TIMBRE_FETCH__S3_REGION.")
-    if TIMED_OUT in text:
-        return FetchTimeout(f"The store sent nothing of {where} for too long.")
     status = STATUS.search(text)
     if status and status[1][0] == "4" and int(status[1]) not in PASSING:
         return FetchForbidden(f"The store refuses to read {where} (HTTP {status[1]}).")

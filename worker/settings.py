@@ -89,8 +89,8 @@ class FetchSettings(Section):
     min_bytes_per_s: int = Field(
         8192,
         ge=0,
-        description="Bytes a second that an HTTP server must send, once it has begun, on average "
-        "over STALL_TIMEOUT_S; 0: no limit",
+        description="Bytes a second that a server or store must send, once it has begun, on "
+        "average over STALL_TIMEOUT_S; 0: no limit",
     )
     connect_timeout_s: float = Field(10.0, gt=0, description="Seconds to connect")
     max_redirects: int = Field(5, ge=0, description="Redirects followed")
@@ -113,6 +113,11 @@ class FetchSettings(Section):
     az_endpoint: str | None = Field(None, description="Endpoint in place of the account's own")
     az_account_name: str | None = Field(None, description="Azure storage account")
     az_account_key: SecretStr | None = Field(None, description="Azure storage key")
+
+    @property
+    def answer_timeout_s(self) -> float:
+        """Seconds until a server must have answered, before the body."""
+        return self.connect_timeout_s + self.stall_timeout_s
 
     @field_validator("s3_endpoint", "gs_endpoint", "az_endpoint")
     @classmethod

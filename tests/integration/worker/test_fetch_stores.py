@@ -3,7 +3,9 @@
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,6 +21,7 @@ from worker.errors import (
     FetchFailed,
     FetchForbidden,
     FetchTimeout,
+    FetchTooSlow,
     FetchUnavailable,
     TimbreError,
     UriUnsupported,
@@ -27,6 +30,8 @@ from worker.fetch import Fetcher
 from worker.settings import FetchSettings
 
 AUDIO = os.urandom(700_000)
+STALL_S = 0.5
+DRIPPED_BYTES = 2500  # at 1000 a second, longer than any wait here
 KEYS = ["a.mp3", "deep/er/b.flac", "two words+ü%20#?.ogg", "a=b&c~(1)*'!.mp3"]
 
 
@@ -61,7 +66,7 @@ def configured(tmp_path: Path) -> Callable[..., FetchSettings]:
     def configure(**changes: Any) -> FetchSettings:
         defaults: dict[str, Any] = {
             "spool_dir": tmp_path / "spool",
-            "stall_timeout_s": 0.5,
+            "stall_timeout_s": STALL_S,
             "connect_timeout_s": 2.0,
             "timeout_s": 10.0,
             "attempts": 2,
@@ -72,6 +77,12 @@ def configured(tmp_path: Path) -> Callable[..., FetchSettings]:
         return FetchSettings(**{**defaults, **changes})
 
     return configure
+
+
+def stores_at(endpoint: str) -> dict[str, str]:
+    """Settings for stores of all kinds that are served at one address."""
+    endpoints = {f"{scheme}_endpoint": endpoint for scheme in ("s3", "gs", "az")}
+    return {**endpoints, "az_account_name": "account"}
 
 
 async def failure(fetcher: Fetcher, uri: str) -> TimbreError:
@@ -144,6 +155,22 @@ class TestS3:
             assert audio.size_bytes == len(AUDIO)
 
 
+@asynccontextmanager
+async def serving(
+    answer: Callable[[web.Request], Awaitable[web.StreamResponse]],
+) -> AsyncIterator[str]:
+    """The address of a server that gives that answer at every path."""
+    app = web.Application()
+    app.router.add_get("/{path:.*}", answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
 @pytest.fixture
 async def endpoint() -> AsyncIterator[str]:
     """A server of any bucket: `a.mp3` is there, a number is a status, the rest is a fault."""
@@ -164,13 +191,8 @@ async def endpoint() -> AsyncIterator[str]:
         request.transport.abort()
         return response
 
-    app = web.Application()
-    app.router.add_get("/{path:.*}", answer)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    await runner.cleanup()
+    async with serving(answer) as address:
+        yield address
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
@@ -179,8 +201,7 @@ class TestAnyStore:
     async def fetcher(
         self, endpoint: str, configured: Callable[..., FetchSettings]
     ) -> AsyncIterator[Fetcher]:
-        endpoints = {f"{scheme}_endpoint": endpoint for scheme in ("s3", "gs", "az")}
-        async with Fetcher(configured(**endpoints, az_account_name="account")) as made:
+        async with Fetcher(configured(**stores_at(endpoint))) as made:
             yield made
 
     async def test_objects_arrive(self, fetcher: Fetcher, scheme: str) -> None:
@@ -242,6 +263,63 @@ class TestAnyStore:
     )
     async def test_what_names_no_object(self, fetcher: Fetcher, scheme: str, rest: str) -> None:
         assert isinstance(await failure(fetcher, f"{scheme}://{rest}"), UriUnsupported)
+
+
+class Dripping:
+    """A store of any object, which comes at 1000 bytes a second; a number for a key is a status."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.endpoint = ""
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        self.requests += 1
+        name = request.path.rpartition("/")[2]
+        headers = {"ETag": '"x"', "Last-Modified": "Sat, 31 Jan 2026 12:00:00 GMT"}
+        response = web.StreamResponse(status=int(name) if name.isdigit() else 200, headers=headers)
+        response.content_length = DRIPPED_BYTES
+        await response.prepare(request)
+        for at in range(0, DRIPPED_BYTES, 50):
+            await asyncio.sleep(0.05)
+            await response.write(AUDIO[at : at + 50])
+        return response
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
+class TestSlowStores:
+    @pytest.fixture
+    async def store(self) -> AsyncIterator[Dripping]:
+        store = Dripping()
+        async with serving(store.answer) as store.endpoint:
+            yield store
+
+    async def test_are_left_after_a_window_and_not_tried_again(
+        self, store: Dripping, configured: Callable[..., FetchSettings], scheme: str
+    ) -> None:
+        started = time.monotonic()
+        async with Fetcher(configured(**stores_at(store.endpoint))) as fetcher:
+            error = await failure(fetcher, f"{scheme}://music/a.mp3")
+        assert isinstance(error, FetchTooSlow)
+        assert "MIN_BYTES_PER_S" in error.message
+        assert STALL_S <= time.monotonic() - started < STALL_S + 0.5
+        assert store.requests == 1
+
+    async def test_may_be_as_slow_as_the_limit(
+        self, store: Dripping, configured: Callable[..., FetchSettings], scheme: str
+    ) -> None:
+        settings = configured(**stores_at(store.endpoint), min_bytes_per_s=500)
+        async with Fetcher(settings) as fetcher, fetcher.fetch(f"{scheme}://music/a.mp3") as audio:
+            assert audio.path.read_bytes() == AUDIO[:DRIPPED_BYTES]
+
+    async def test_have_the_time_of_an_answer_for_an_error(
+        self, store: Dripping, configured: Callable[..., FetchSettings], scheme: str
+    ) -> None:
+        started = time.monotonic()
+        settings = configured(**stores_at(store.endpoint), connect_timeout_s=0.3)
+        async with Fetcher(settings) as fetcher:
+            assert isinstance(await failure(fetcher, f"{scheme}://music/400"), FetchTimeout)
+        assert time.monotonic() - started < 2 * (0.3 + STALL_S) + 0.5
+        assert store.requests == 2
 
 
 async def test_azure_needs_an_account(configured: Callable[..., FetchSettings]) -> None:
