@@ -342,7 +342,9 @@ class Kafka(Service):
             "group.initial.rebalance.delay.ms": 0,
             # A broker that was killed may not register again before its last session ended.
             "broker.session.timeout.ms": 3000,
-            "broker.heartbeat.interval.ms": 500,
+            "broker.heartbeat.interval.ms": 1000,
+            # Alone, the controller has nobody to show twice a second that it is there.
+            "metadata.max.idle.interval.ms": 0,
             "num.network.threads": 2,
             "num.io.threads": 2,
             "background.threads": 2,
