@@ -57,6 +57,11 @@ class Fetcher:
         Told the size of every piece of audio that arrives.
     resolver
         Turns names of HTTP servers into addresses; by default the system's way.
+
+    Raises
+    ------
+    SettingsInvalid
+        A store's key is not of the form that its store has.
     """
 
     def __init__(

@@ -24,6 +24,7 @@ from worker.errors import (
     FetchForbidden,
     FetchTimeout,
     FetchUnavailable,
+    SettingsInvalid,
     UriUnsupported,
 )
 from worker.pace import paced
@@ -35,11 +36,17 @@ if TYPE_CHECKING:
 
 Store = S3Store | GCSStore | AzureStore
 
-URI = re.compile(r"(s3|gs|az)://([^/]*)/(.+?)(?:\?versionId=([^&?#]+))?", re.DOTALL | re.IGNORECASE)
+URI = re.compile(r"(s3|gs|az)://([^/]+)/(.+?)(?:\?versionId=([^&?#]+))?", re.DOTALL | re.IGNORECASE)
 BUCKET = {
     "s3": re.compile(r"[a-z0-9](?!.*\.\.)[a-z0-9.-]{1,61}[a-z0-9]"),
     "gs": re.compile(r"[a-z0-9](?!.*\.\.)[a-z0-9._-]{1,220}[a-z0-9]"),
     "az": re.compile(r"\$root|\$web|(?!.*--)[a-z0-9][a-z0-9-]{1,61}[a-z0-9]"),
+}
+UNREADABLE = {
+    "gs": "TIMBRE_FETCH__GS_SERVICE_ACCOUNT_KEY can't be read; give it the JSON that Google made "
+    "for the service account, whole and unchanged.",
+    "az": "TIMBRE_FETCH__AZ_ACCOUNT_KEY can't be read; give it a key of the account, in base64 as "
+    "Azure shows it, and name the account in TIMBRE_FETCH__AZ_ACCOUNT_NAME.",
 }
 MAX_KEY_BYTES = 1024
 MAX_STORES = 64  # events name buckets; clients for them are kept, but not without end
@@ -63,11 +70,17 @@ class ObjectStores:
     without any, requests are unsigned.
 
     Retries are left to the fetch that all addresses have in common.
+
+    Raises
+    ------
+    SettingsInvalid
+        A key is not of the form that its store has.
     """
 
     def __init__(self, settings: FetchSettings) -> None:
         self._settings = settings
         self._store: Callable[[str, str], Store] = lru_cache(MAX_STORES)(self._connect)
+        self._check_keys()
 
     async def copy(self, uri: str, file: SpoolFile) -> None:
         """Stream an object into `file`.
@@ -96,13 +109,29 @@ class ObjectStores:
         if file.size_bytes != size_bytes:
             raise FetchUnavailable(f"{shown(uri)} ended after {file.size_bytes} bytes.")
 
+    def _check_keys(self) -> None:
+        """Have the clients read the keys at the start, and not with the first track."""
+        given = {"gs": self._settings.gs_service_account_key, "az": self._settings.az_account_key}
+        for scheme, key in given.items():
+            if key is not None:
+                try:
+                    self._connect(scheme, "any-bucket")
+                except FetchFailed:
+                    raise SettingsInvalid(UNREADABLE[scheme]) from None
+
     def _connect(self, scheme: str, bucket: str) -> Store:
         connect: dict[str, Callable[[str], Store]] = {
             "s3": self._s3,
             "gs": self._gs,
             "az": self._az,
         }
-        return connect[scheme](bucket)
+        try:
+            return connect[scheme](bucket)
+        except BaseError:  # no request was made yet
+            raise FetchFailed(
+                f"No client for {scheme} addresses can be made; see "
+                f"TIMBRE_FETCH__{scheme.upper()}_*, and the credentials of this machine itself."
+            ) from None  # the cause may tell of a key
 
     def _s3(self, bucket: str) -> S3Store:
         region = self._settings.s3_region or "us-east-1"
@@ -160,11 +189,16 @@ def location(uri: str) -> Location:
     UriUnsupported
     """
     match = URI.fullmatch(uri)
-    scheme = match[1].lower() if match else ""
-    if match is None or not BUCKET[scheme].fullmatch(match[2]):
+    if match is None:
         raise UriUnsupported(
             f"{shown(uri)} names no object; write s3://bucket/key, gs://bucket/key or "
             "az://container/key."
+        )
+    scheme, bucket = match[1].lower(), match[2]
+    if not BUCKET[scheme].fullmatch(bucket):
+        raise UriUnsupported(
+            f"The bucket or container of {shown(uri)} has a name that none can have in {scheme} "
+            "stores; see that the event spells it as the store does."
         )
     try:
         key = unquote(match[3], errors="strict")
@@ -178,7 +212,7 @@ def location(uri: str) -> Location:
             f"The key of {shown(uri)} has an empty or dotted part, an unprintable character, or "
             f"more than {MAX_KEY_BYTES} bytes; copy the object to a plainer key."
         )
-    return Location(scheme, match[2], key, version)
+    return Location(scheme, bucket, key, version)
 
 
 def _typed(error: Exception, uri: str) -> FetchFailed:

@@ -129,6 +129,12 @@ class FetchSettings(Section):
                 raise ValueError("must be an address such as https://store.example.com") from None
         return value
 
+    @model_validator(mode="after")
+    def _s3_keys_are_a_pair(self) -> Self:
+        if (self.s3_access_key_id is None) != (self.s3_secret_access_key is None):
+            raise ValueError("s3_access_key_id and s3_secret_access_key are given together or not")
+        return self
+
 
 class DecodeSettings(Section):
     """The decoder processes and their limits."""

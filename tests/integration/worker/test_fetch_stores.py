@@ -2,8 +2,10 @@
 
 import asyncio
 import hashlib
+import json
 import os
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from urllib.parse import quote
 
 import boto3
 import pytest
+import trustme
 from aiohttp import web
 from moto.server import ThreadedMotoServer
 
@@ -23,10 +26,12 @@ from worker.errors import (
     FetchTimeout,
     FetchTooSlow,
     FetchUnavailable,
+    SettingsInvalid,
     TimbreError,
     UriUnsupported,
 )
 from worker.fetch import Fetcher
+from worker.object_stores import location
 from worker.settings import FetchSettings
 
 AUDIO = os.urandom(700_000)
@@ -327,3 +332,80 @@ async def test_azure_needs_an_account(configured: Callable[..., FetchSettings]) 
         error = await failure(fetcher, "az://music/a.mp3")
     assert isinstance(error, UriUnsupported)
     assert "AZ_ACCOUNT_NAME" in error.message
+
+
+@pytest.fixture(scope="module")
+def service_account() -> dict[str, Any]:
+    """A service account's key with the fields that are read of it."""
+    pem = trustme.CA(key_type=trustme.KeyType.RSA).private_key_pem.bytes().decode()
+    return {"client_email": "timbre@example.com", "private_key_id": "1", "private_key": pem}
+
+
+def assert_refused(settings: FetchSettings, name: str) -> None:
+    """Before any fetch, naming the setting and showing nothing of the key."""
+    with pytest.raises(SettingsInvalid, match=f"TIMBRE_FETCH__{name}") as raised:
+        Fetcher(settings)
+    assert "secret" not in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.parametrize("key", ["", "secret", "{}", '["secret"]', '{"private_key": "secret"}'])
+def test_a_google_key_that_is_no_service_account_s_is_refused(
+    configured: Callable[..., FetchSettings], key: str
+) -> None:
+    assert_refused(configured(gs_service_account_key=key), "GS_SERVICE_ACCOUNT_KEY")
+
+
+@pytest.mark.parametrize(
+    "damage", [str.upper, lambda pem: pem.replace("\n", " "), lambda _: "secret"]
+)
+def test_a_google_key_that_is_damaged_is_refused(
+    configured: Callable[..., FetchSettings],
+    service_account: dict[str, Any],
+    damage: Callable[[str], str],
+) -> None:
+    damaged = {**service_account, "private_key": damage(service_account["private_key"])}
+    settings = configured(gs_service_account_key=json.dumps(damaged))
+    assert_refused(settings, "GS_SERVICE_ACCOUNT_KEY")
+
+
+@pytest.mark.parametrize("key", ["secre", "secret!!", "c2VjcmV0\n"])
+def test_an_azure_key_that_is_not_base64_is_refused(
+    configured: Callable[..., FetchSettings], key: str
+) -> None:
+    assert_refused(configured(az_account_key=key, az_account_name="account"), "AZ_ACCOUNT_KEY")
+
+
+def test_an_azure_key_needs_an_account(configured: Callable[..., FetchSettings]) -> None:
+    assert_refused(configured(az_account_key="c2VjcmV0"), "AZ_ACCOUNT_NAME")
+
+
+async def test_keys_of_the_form_that_their_stores_have_are_taken(
+    endpoint: str, configured: Callable[..., FetchSettings], service_account: dict[str, Any]
+) -> None:
+    keys = {
+        "gs_service_account_key": json.dumps(service_account),
+        "az_account_key": "c2VjcmV0",
+    }
+    async with (
+        Fetcher(configured(**stores_at(endpoint), **keys)) as fetcher,
+        fetcher.fetch("az://music/a.mp3") as audio,
+    ):
+        assert audio.path.read_bytes() == AUDIO
+
+
+async def test_broken_credentials_of_the_machine_are_named_and_not_tried_again(
+    configured: Callable[..., FetchSettings], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
+    codes: list[str] = []
+    async with Fetcher(configured(ambient_credentials=True), on_retry=codes.append) as fetcher:
+        error = await failure(fetcher, "gs://music/a.mp3")
+    assert type(error) is FetchFailed
+    assert "TIMBRE_FETCH__GS_" in error.message
+    assert codes == []
+
+
+@pytest.mark.parametrize("uri", ["s3://bk/key", "gs://MUSIC/key", "az://my_music/key"])
+def test_a_name_that_no_bucket_can_have_is_said_to_be_one(uri: str) -> None:
+    with pytest.raises(UriUnsupported, match="has a name that none can have"):
+        location(uri)

@@ -55,6 +55,7 @@ def test_the_environment_wins_over_files(monkeypatch: pytest.MonkeyPatch, tmp_pa
         ("TIMBRE_FETCH__FILE_ROOTS", "/music", "TIMBRE_FETCH__FILE_ROOTS: must be a list in JSON"),
         ("TIMBRE_FETCH__ALLOWED_NETWORKS", '["10.0.0.1/8"]', "ALLOWED_NETWORKS__0: [^;]*$"),
         ("TIMBRE_FETCH__S3_ENDPOINT", "minio:9000", "S3_ENDPOINT: must be an address such as"),
+        ("TIMBRE_FETCH__S3_ACCESS_KEY_ID", "key", "s3_access_key_id and s3_secret_access_key"),
         ("TIMBRE_FETCH__AZ_ENDPOINT", "http://minio:99999", "AZ_ENDPOINT: must be an address"),
         ("TIMBRE_WINDOWS__HOP_S", "inf", "TIMBRE_WINDOWS__HOP_S: Input should be a finite number"),
         ("TIMBRE_WINDOWS__HOP_S", "1e-9", "TIMBRE_WINDOWS__HOP_S"),
