@@ -320,6 +320,8 @@ def _show(evaluation: "Evaluation") -> None:
         f"split {report['split']}: {report['tracks']} tracks, {report['window']['count']} windows",
         highlight=False,
     )
+    for caveat in report["caveats"]:
+        console.print(caveat, style="bold", highlight=False)
     for name, reason in report["skipped"].items():
         console.print(f"skipped {name}: {reason}", highlight=False)
     votes = Table("vote", "accuracy", "95 % interval", "NLL")

@@ -15,6 +15,7 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from model.bundle import Bundle
 from model.calibration import expected_calibration_error
 from model.datasets.dataset import Dataset
+from model.datasets.gtzan import fault_filtered_split
 from model.measure import METHODS, Voted, nll, window_accuracy
 from model.pictures import Gallery, canvas, scatter_by_class, tsne
 from model.predict import HOP_S, Predictions, predict
@@ -64,6 +65,8 @@ def evaluate(
         "bundle": {"name": bundle.name, "version": bundle.version},
         "dataset": dataset.name,
         "split": split or "all",
+        "input": predictions.heard,
+        "caveats": _caveats(bundle, predictions),
         "hop_s": hop_s,
         "head": head.name,
         "kind": head.kind,
@@ -97,6 +100,31 @@ def evaluate(
     else:
         report |= _multi(mean, targets, head.labels)
     return Evaluation(predictions, voted, report)
+
+
+# What the figures don't say -------------------------------------------------------------------
+
+
+def _caveats(bundle: Bundle, predictions: Predictions) -> list[str]:
+    """Sentences on what these figures are no measure of."""
+    found = []
+    if predictions.heard == "audio resynthesised from log-mels":
+        found.append(
+            "The bundle's front end makes other log-mels than this archive holds. So these were "
+            "made audible: blurred in pitch and time, phases and loudness guessed. These figures "
+            "are no measure of the bundle on audio."
+        )
+    learnt = str(bundle.training.get("labels") or bundle.training.get("data") or "")
+    sides = {"train"} if bundle.training.get("fit") == "train" else {"train", "valid"}
+    known = fault_filtered_split() if "GTZAN" in learnt else {}
+    heard = sum(known.get(clip.group) in sides for clip in predictions.clips)
+    if heard:
+        found.append(
+            f"By its card the bundle has learnt from {learnt}: {heard} of these "
+            f"{len(predictions.clips)} tracks are of such songs. These figures are no measure of "
+            "it on music that is new to it."
+        )
+    return found
 
 
 # Figures -------------------------------------------------------------------------------------
@@ -211,6 +239,8 @@ def draw(evaluation: Evaluation, folder: Path) -> Path:
     report, predictions = evaluation.report, evaluation.predictions
     mean = evaluation.voted["mean"]
     gallery = Gallery(folder, f"{report['bundle']['name']} on {report['dataset']}")
+    for caveat in report["caveats"]:
+        gallery.note(caveat)
     gallery.table(
         "Accuracy over tracks",
         ["vote", "accuracy", "95 % interval", "NLL"],

@@ -44,6 +44,10 @@ class Gallery:
             f"<figcaption>{escape(caption)}</figcaption></figure>"
         )
 
+    def note(self, text: str) -> None:
+        """A paragraph."""
+        self.parts.append(f"<p>{escape(text)}</p>")
+
     def table(self, title: str, header: list[str], rows: list[list[str]]) -> None:
         """A table of texts."""
         head = "".join(f"<th>{escape(cell)}</th>" for cell in header)

@@ -1,11 +1,12 @@
 """A bundle over a data set: what every window and every track is said to be.
 
-Audio goes the worker's way (its decoder, its cutting, its rule of silence), log-mels into the
-network behind its front end.
+Audio goes the worker's way (its decoder, its cutting, its rule of silence). Log-mels go into the
+network behind its front end where it makes such, and are made audible where it makes others.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from model.bundle import Bundle
 from model.datasets.dataset import Clip, Dataset, Skipped
-from model.datasets.logmels import archive_source
+from model.datasets.logmels import archive_source, makes
+from model.datasets.resynthesis import Resynthesis
 from model.frontend import LogMelConfig
 from model.heads import Head
 from model.network import Output, Tagger
@@ -27,14 +29,19 @@ BATCH = 64  # windows
 HOP_S = WindowSettings().hop_s
 
 
+Heard = Literal["audio", "log-mels", "audio resynthesised from log-mels"]
+
+
 @dataclass(frozen=True)
 class Predictions:
     """By track: windows' probabilities `(windows, labels)`, which of them vote, and embeddings.
 
-    `targets` is `(tracks, labels)` in the head's order, `embeddings` `(tracks, dims)` of length 1.
+    `targets` is `(tracks, labels)` in the head's order, `embeddings` `(tracks, dims)` of length 1,
+    `heard` what the network was given.
     """
 
     head: Head
+    heard: Heard
     clips: tuple[Clip, ...]
     targets: NDArray[np.float32]
     probabilities: list[NDArray[np.float32]]
@@ -57,16 +64,11 @@ def predict(
     ------
     DatasetInvalid
         No head of the bundle knows the labels, no clip can be read, or the data set has log-mels
-        that aren't those of the bundle's front end.
+        that neither are those of the bundle's front end nor can be made audible for it.
     """
     head = _head(bundle, dataset)
-    network = bundle.network
-    assert isinstance(network, Tagger)
     chosen = dataset.indices(split)
-    if dataset.logmels:
-        windows_of = _logmel_windows(bundle, dataset, hop_s)
-    else:
-        windows_of = _audio_windows(bundle, hop_s)
+    heard, windows_of = _reader(bundle, dataset, hop_s)
     kept: list[int] = []
     skipped = list(dataset.skipped)
     probabilities, voting, embeddings = [], [], []
@@ -89,6 +91,7 @@ def predict(
         raise DatasetInvalid(f"{dataset.name}: none of its {len(chosen)} clips can be read")
     return Predictions(
         head=head,
+        heard=heard,
         clips=tuple(dataset.clips[index] for index in kept),
         targets=dataset.targets(head.labels)[kept],
         probabilities=probabilities,
@@ -107,10 +110,29 @@ def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 Reader = Callable[[Clip, int], tuple[Output, NDArray[np.bool_]]]
 
 
-def _logmel_windows(bundle: Bundle, dataset: Dataset, hop_s: float) -> Reader:
+def _reader(bundle: Bundle, dataset: Dataset, hop_s: float) -> tuple[Heard, Reader]:
+    rate_hz = bundle.sample_rate_hz
+    if dataset.logmels is None:
+        return "audio", _audio_windows(bundle, hop_s, lambda clip, _: _decoded(clip, rate_hz))
+    front_end = LogMelConfig.model_validate(bundle.config.get("front_end", {}))
+    if makes(front_end, dataset.logmels):
+        return "log-mels", _logmel_windows(bundle, dataset, front_end, hop_s)
+    resynthesis = Resynthesis(dataset, rate_hz)
+    return "audio resynthesised from log-mels", _audio_windows(
+        bundle, hop_s, lambda _, row: [resynthesis.samples(row)]
+    )
+
+
+def _decoded(clip: Clip, rate_hz: int) -> Iterable[NDArray[np.float32]]:
+    assert clip.path is not None
+    return Decoder(clip.path, rate_hz)
+
+
+def _logmel_windows(
+    bundle: Bundle, dataset: Dataset, front_end: LogMelConfig, hop_s: float
+) -> Reader:
     network = bundle.network
     assert isinstance(network, Tagger)
-    front_end = LogMelConfig.model_validate(bundle.config.get("front_end", {}))
     source = archive_source(dataset, front_end)
     hop = max(1, round(hop_s / bundle.window_s * front_end.frames))
 
@@ -123,18 +145,19 @@ def _logmel_windows(bundle: Bundle, dataset: Dataset, hop_s: float) -> Reader:
     return read
 
 
-def _audio_windows(bundle: Bundle, hop_s: float) -> Reader:
+def _audio_windows(
+    bundle: Bundle, hop_s: float, samples_of: Callable[[Clip, int], Iterable[NDArray[np.float32]]]
+) -> Reader:
     cut, rate_hz = WindowSettings(), bundle.sample_rate_hz
 
-    def read(clip: Clip, _: int) -> tuple[Output, NDArray[np.bool_]]:
-        assert clip.path is not None
+    def read(clip: Clip, row: int) -> tuple[Output, NDArray[np.bool_]]:
         silent: list[NDArray[np.bool_]] = []
 
         def windows() -> Iterator[Tensor]:
             cutter = WindowCutter(
                 bundle.window_samples, round(hop_s * rate_hz), round(cut.min_tail_s * rate_hz)
             )
-            for samples in Decoder(clip.path, rate_hz):  # type: ignore[arg-type]
+            for samples in samples_of(clip, row):
                 yield from batches(cutter.push(samples))
             yield from batches(cutter.finish())
 

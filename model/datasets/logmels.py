@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.datasets.dataset import Clip, Dataset, Skipped
+from model.datasets.dataset import Clip, Dataset, LogMels, Skipped
 from model.frontend import LogMel, LogMelConfig, floored, normalise
 from worker.decoder import Decoder
 from worker.errors import DatasetInvalid, DecodeFailed
@@ -62,18 +62,21 @@ class LogMelSource:
         return normalise(windows) if self.front_end.normalise else windows
 
 
+def makes(front_end: LogMelConfig, logmels: LogMels) -> bool:
+    """Whether `front_end` makes of audio what the archive holds of it."""
+    scale = (front_end.f_max_hz, front_end.compression, front_end.normalise)
+    return _shape(front_end) == _held(logmels) and scale == (logmels.f_max_hz, "decibel", True)
+
+
 def archive_source(dataset: Dataset, front_end: LogMelConfig) -> LogMelSource:
     """The archive's log-mels; DatasetInvalid where `front_end` makes others."""
     logmels = dataset.logmels
     assert logmels is not None
-    made = (logmels.sample_rate_hz, logmels.n_fft, logmels.hop, logmels.values.shape[1])
-    asked = (front_end.sample_rate_hz, front_end.n_fft, front_end.hop, front_end.n_mels)
-    scale = (logmels.f_max_hz, "decibel", True)
-    if made != asked or scale != (front_end.f_max_hz, front_end.compression, front_end.normalise):
+    if not makes(front_end, logmels):
         raise DatasetInvalid(
-            f"{dataset.name} holds log-mels of {_told(*made)}, and this bundle's front end makes "
-            f"others from audio, {_told(*asked)}: use the data set's audio, or a bundle that was "
-            "trained on such an archive"
+            f"{dataset.name} holds log-mels of {_told(*_held(logmels))}, and this bundle's front "
+            f"end makes others from audio, {_told(*_shape(front_end))}: use the data set's audio, "
+            "or a bundle that was trained on such an archive"
         )
     return LogMelSource(np.ascontiguousarray(logmels.values.transpose(0, 2, 1)), front_end)  # type: ignore[arg-type]
 
@@ -160,6 +163,14 @@ def _at_least(clip: NDArray[Any], frames: int) -> NDArray[Any]:
     if len(clip) >= frames:
         return clip
     return np.tile(clip, (-(-frames // len(clip)), 1))[:frames]
+
+
+def _held(logmels: LogMels) -> tuple[int, int, int, int]:
+    return logmels.sample_rate_hz, logmels.n_fft, logmels.hop, logmels.values.shape[1]
+
+
+def _shape(front_end: LogMelConfig) -> tuple[int, int, int, int]:
+    return front_end.sample_rate_hz, front_end.n_fft, front_end.hop, front_end.n_mels
 
 
 def _told(rate_hz: int, n_fft: int, hop: int, mels: int) -> str:

@@ -12,6 +12,7 @@ import torch
 import torchaudio
 from numpy.typing import NDArray
 
+from model.datasets.archive import decibels
 from model.frontend import LogMel, LogMelConfig
 
 Floats = NDArray[np.float32]
@@ -71,14 +72,8 @@ def _bank() -> torch.Tensor:
 
 
 def archive_decibels(clip: NDArray[np.uint8]) -> Floats:
-    """An archive's clip `(mels, frames)` as decibels `(frames, BANDS)`.
-
-    Its range is unknown but near 77 dB where nothing was cut off and 80 dB where something was;
-    its gain is near that of the excerpts. Both were read off the clips that there is audio of.
-    """
-    values = clip.T[:, :BANDS].astype(np.float32)
-    cut_off = float((clip == 0).mean()) > 0.01
-    return values * (80 / 255) - 51 if cut_off else values * 0.304 - 50
+    """An archive's clip `(mels, frames)` as decibels `(frames, BANDS)`."""
+    return decibels(clip)[:BANDS].T
 
 
 def compress(decibels: Floats) -> Floats:

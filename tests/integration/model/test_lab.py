@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from html import unescape
 from pathlib import Path
 
 import pandas as pd
@@ -100,11 +101,18 @@ def test_the_default_bundle_is_fine_tuned_on_ones_own_folders(tmp_path: Path) ->
     assert info["network"]["kind"] == "musicnn"
 
 
-def test_the_default_bundle_hears_audio_and_says_that_it_takes_no_such_log_mels(
-    tmp_path: Path, shared_data: Path
-) -> None:
-    with pytest.raises(DatasetInvalid, match="front end"):
-        timbre_model("evaluate", "-d", shared_data / "gtzan" / "logmel30s.npz")
+def test_the_default_bundle_is_evaluated_on_an_archive_made_audible(tmp_path: Path) -> None:
+    archive, out = music.archive(tmp_path / "a.npz"), tmp_path / "out"
+    told = timbre_model("evaluate", "-d", archive, "-o", out)
+    assert "no measure of the bundle on audio" in " ".join(told.split())
+    report = json.loads((out / "report.json").read_text())
+    assert report == json.loads(timbre_model("evaluate", "-d", archive, "--json"))
+    assert report["bundle"]["name"] == "timbre-default"
+    assert report["input"] == "audio resynthesised from log-mels"
+    assert (report["tracks"], report["window"]["count"]) == (12, 12 * 3)
+    assert len(report["labels"]) == 10
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert all(caveat in unescape(page) for caveat in report["caveats"])
 
 
 def test_the_recipe_says_at_once_when_its_data_are_not_there(tmp_path: Path) -> None:

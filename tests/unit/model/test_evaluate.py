@@ -127,12 +127,41 @@ def test_labels_that_no_head_knows_are_refused(tmp_path: Path) -> None:
         evaluate(bundle(tmp_path / "b", other), dataset)
 
 
-def test_log_mels_of_another_front_end_are_refused(tmp_path: Path) -> None:
+def test_log_mels_of_another_front_end_are_made_audible_and_the_report_says_so(
+    tmp_path: Path,
+) -> None:
+    model = bundle(tmp_path / "b", HEAD)
     dataset = load(music.archive(tmp_path / "a.npz"))
     assert dataset.logmels is not None
-    other = dataclasses.replace(dataset, logmels=dataclasses.replace(dataset.logmels, hop=512))
-    with pytest.raises(DatasetInvalid, match="front end"):
-        evaluate(bundle(tmp_path / "b", HEAD), other)
+    own = evaluate(model, dataset).report
+    assert (own["input"], own["caveats"]) == ("log-mels", [])
+    other = dataclasses.replace(dataset, logmels=dataclasses.replace(dataset.logmels, hop=1_024))
+    report = evaluate(model, other).report
+    assert report["input"] == "audio resynthesised from log-mels"
+    assert report["window"]["count"] == 12 * 4  # 11.1 s: three windows, and one of the tail
+    [caveat] = report["caveats"]
+    assert "no measure of the bundle on audio" in caveat
+
+
+def test_log_mels_that_are_neither_are_refused(tmp_path: Path) -> None:
+    dataset = load(music.archive(tmp_path / "a.npz"))
+    assert dataset.logmels is not None
+    fewer = dataclasses.replace(dataset.logmels, values=dataset.logmels.values[:, :96])
+    with pytest.raises(DatasetInvalid, match="96 mels as uint8, others than this bundle's"):
+        evaluate(bundle(tmp_path / "b", HEAD), dataclasses.replace(dataset, logmels=fewer))
+
+
+@pytest.mark.parametrize(("fit", "learnt"), [("all", 12), ("train", 8)])
+def test_songs_that_the_card_names_are_a_caveat(tmp_path: Path, fit: str, learnt: int) -> None:
+    model = dataclasses.replace(
+        bundle(tmp_path / "b", HEAD), training={"data": "GTZAN", "fit": fit}
+    )
+    dataset = load(music.gtzan(tmp_path / "music"))
+    report = evaluate(model, dataset).report
+    assert report["input"] == "audio"
+    [caveat] = report["caveats"]
+    assert f"{learnt} of these 14 tracks" in caveat
+    assert evaluate(model, dataset, "test").report["caveats"] == []
 
 
 def test_window_accuracy_and_likelihood_by_hand() -> None:
