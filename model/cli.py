@@ -121,8 +121,13 @@ def evaluate(  # noqa: PLR0917
         Path | None, typer.Option("--out", "-o", help="Folder for report.json and pictures.")
     ] = None,
     hop_s: Annotated[
-        float, typer.Option("--hop", min=0.1, help="Seconds between the starts of two windows.")
-    ] = 3.0,
+        float | None,
+        typer.Option(
+            "--hop",
+            min=0.1,
+            help="Seconds between the starts of two windows; the worker's if none.",
+        ),
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Measure a bundle: by window, by track and vote, with intervals and calibration."""
@@ -130,9 +135,11 @@ def evaluate(  # noqa: PLR0917
     from model.datasets import load
     from model.evaluate import draw
     from model.evaluate import evaluate as run
+    from model.folder import make_folder
+    from model.predict import HOP_S
 
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)  # said at once where it can't be, not in the end
+        make_folder(out)
     bar = _bar()
     with bar:
         task = bar.add_task("clips", total=None)
@@ -140,7 +147,7 @@ def evaluate(  # noqa: PLR0917
             Bundle.load(bundle),
             load(dataset, layout),
             split,
-            hop_s=hop_s,
+            hop_s=HOP_S if hop_s is None else hop_s,
             seed=seed,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

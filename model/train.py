@@ -27,6 +27,7 @@ from model.bundle import Bundle
 from model.calibration import Calibration, fit_temperature, threshold_for_coverage
 from model.datasets.dataset import Dataset
 from model.datasets.logmels import LogMelSource, open_source
+from model.folder import make_folder
 from model.frontend import LogMelConfig
 from model.heads import Head
 from model.logmel_cnn import BATCH, MAX_EMBEDDING_DIM, LogMelCnnConfig, narrowed
@@ -169,7 +170,7 @@ def train(
     progress = progress or Progress()
     work = work or out.with_name(out.name + ".work")
     where = choose_device(device)
-    _make_folder(out)
+    make_folder(out)
     dataset = _with_splits(dataset, seed)
     plan = _plan(dataset, recipe, start)
     source, dataset = open_source(
@@ -454,14 +455,6 @@ def _with_splits(dataset: Dataset, seed: int) -> Dataset:
         dataset,
         clips=tuple(replace(clip, split=side.get(clip.name, clip.split)) for clip in dataset.clips),
     )
-
-
-def _make_folder(out: Path) -> None:
-    """Before the work, so that an hour of it isn't lost over a name."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsInvalid(f"{out} can't be made a folder: {error.strerror}") from error
 
 
 def _bundle_name(out: Path) -> str:

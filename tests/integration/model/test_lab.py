@@ -14,6 +14,7 @@ from model.cli import app
 from tests import collections_of_music as music
 from tests.integration.model.command import refused
 from worker.errors import DatasetInvalid
+from worker.settings import WindowSettings
 
 
 def timbre_model(*arguments: object) -> str:
@@ -107,6 +108,7 @@ def test_the_default_bundle_is_evaluated_on_an_archive_made_audible(tmp_path: Pa
     assert "no measure of the bundle on audio" in " ".join(told.split())
     report = json.loads((out / "report.json").read_text())
     assert report == json.loads(timbre_model("evaluate", "-d", archive, "--json"))
+    assert report["hop_s"] == WindowSettings().hop_s
     assert report["bundle"]["name"] == "timbre-default"
     assert report["input"] == "audio resynthesised from log-mels"
     assert (report["tracks"], report["window"]["count"]) == (12, 12 * 3)
@@ -124,11 +126,11 @@ def test_the_recipe_says_at_once_when_its_data_are_not_there(tmp_path: Path) -> 
 def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     taken = tmp_path / "file"
     taken.write_bytes(b"")
-    for arguments in (
-        ("export", "--onnx", taken / "model.onnx"),
-        ("evaluate", "--dataset", "absent", "--out", taken),
-    ):
-        assert refused(*arguments) == f"timbre: {taken} can't be used: File exists\n"
+    told = refused("export", "--onnx", taken / "model.onnx")
+    assert told == f"timbre: {taken} can't be used: File exists\n"
+    for command in ("evaluate", "train"):
+        told = refused(command, "--dataset", music.archive(tmp_path / "a.npz"), "--out", taken)
+        assert told == f"timbre: {taken} can't be made a folder: File exists\n"
 
 
 def test_a_data_set_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
