@@ -78,12 +78,11 @@ class Branch(BaseModel):
 
 
 class MusicnnConfig(BaseModel):
-    """Shape of a musicnn-like network; see `Musicnn`. Pools of `frame_pool` frames are averaged."""
+    """Shape of a musicnn-like network; see `Musicnn`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     front_end: LogMelConfig = LogMelConfig()
-    frame_pool: int = Field(1, ge=1, le=16)
     branches: tuple[Branch, ...] = Field(min_length=1, max_length=16)
     mid_filters: int = Field(64, ge=1, le=1_024)
     mid_taps: int = Field(7, ge=1, le=64)
@@ -183,7 +182,6 @@ class Musicnn(nn.Module):
 
     def __init__(self, config: MusicnnConfig) -> None:
         super().__init__()
-        self.frame_pool = config.frame_pool
         self.input_scale = nn.Parameter(torch.empty(2))
         self.front = nn.ModuleList([FrontFilters(branch) for branch in config.branches])
         channels = sum(branch.filters for branch in config.branches)
@@ -196,16 +194,6 @@ class Musicnn(nn.Module):
         self.shift = nn.Parameter(torch.empty(config.embedding_dim))
 
     def forward(self, logmel: Tensor) -> Tensor:
-        return self.embed(self.pool(logmel))
-
-    def pool(self, logmel: Tensor) -> Tensor:
-        """Log-mels at the frame rate of the filters; a short last pool is dropped."""
-        pools = logmel.shape[1] // self.frame_pool
-        whole = logmel[:, : pools * self.frame_pool]
-        return whole.reshape(-1, pools, self.frame_pool, logmel.shape[2]).mean(2)
-
-    def embed(self, logmel: Tensor) -> Tensor:
-        """Embeddings of pooled log-mels."""
         scaled = (logmel.transpose(1, 2) * self.input_scale[0] + self.input_scale[1]).contiguous()
         front = torch.cat([branch(scaled) for branch in self.front], 1)
         first = self.mid[0](torch.cat([front, torch.ones_like(front[:, :1])], 1))

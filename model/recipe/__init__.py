@@ -56,6 +56,7 @@ def build_default(
     wheel = fetch_wheel(work)
     reference = folded(read_checkpoint(wheel, "MSD_musicnn"))
     cache = work / "logmels"
+    at_hand = cache.exists()
     log.info("decoding")
     game = list(music.recordings(music.debian_music(work), cache))
     tracks = list(music.recordings(music.shared_tracks(data / "audio"), cache))
@@ -95,6 +96,7 @@ def build_default(
     if tracks:
         figures["tags_against_reference"] = genre.compare_tags(student, reference, tracks)
     figures["recipe_s"] = round(time.monotonic() - began)
+    figures["log_mels_at_hand"] = at_hand
     log.info("measured: %s", json.dumps(figures))
     bundle = Bundle(
         name="timbre-default",

@@ -39,7 +39,7 @@ from model.recipe.coarse import (
     sampled,
 )
 from model.recipe.music import Recording
-from model.recipe.student import BATCH, clip_window
+from model.recipe.student import BATCH, clip_window, halved
 from worker.vote import vote
 
 Ints = NDArray[np.int64]
@@ -73,8 +73,8 @@ class Windows:
 
 @torch.inference_mode()
 def embed(student: Tagger, logmel: Floats) -> Floats:
-    """Embeddings of log-mels `(windows, WINDOW_FRAMES, 96)`."""
-    parts = torch.split(torch.from_numpy(np.ascontiguousarray(logmel, np.float32)), BATCH)
+    """The student's embeddings of the reference's log-mels `(windows, WINDOW_FRAMES, 96)`."""
+    parts = torch.split(halved(torch.from_numpy(np.asarray(logmel, np.float32))), BATCH)
     return np.asarray(torch.cat([student.trunk(part) for part in parts]).numpy())
 
 
@@ -350,8 +350,8 @@ def compare_tags(
     assert isinstance(reference.network, Tagger)
     both = np.stack(
         [
-            np.stack([_tags(network, cut(track)) for network in (student, reference.network)])
-            for track in tracks
+            np.stack([_tags(student, halved(logmel)), _tags(reference.network, logmel)])
+            for logmel in (torch.from_numpy(cut(track)) for track in tracks)
         ]
     )
     best = np.argsort(both, axis=2)[:, :, -5:]
@@ -364,7 +364,7 @@ def compare_tags(
 
 
 @torch.inference_mode()
-def _tags(network: Tagger, logmel: Floats) -> Floats:
-    parts = torch.split(torch.from_numpy(logmel), BATCH)
+def _tags(network: Tagger, logmel: Tensor) -> Floats:
+    parts = torch.split(logmel, BATCH)
     said = [network.logits(part)[0]["tags"].sigmoid() for part in parts]
     return np.asarray(torch.cat(said).mean(0).numpy())

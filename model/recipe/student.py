@@ -29,7 +29,6 @@ from model.recipe.music import Recording
 
 log = logging.getLogger(__name__)
 
-FRAME_POOL = 2
 HIGH_STRIDE, FLAT_STRIDE = 2, 3  # bands between positions of filters over many bands, over one
 TOP_MEL = 45.245  # Slaney's mel of 8 kHz
 BATCH = 64
@@ -39,12 +38,17 @@ Item = TypeVar("Item")
 def start(reference: Bundle) -> tuple[Tagger, MusicnnConfig]:
     """An untrained student with the reference's filters, resampled to its frame rate.
 
-    Two neighbouring frames are averaged, so each pair of a filter's taps becomes their sum.
+    One of its frames stands for two of the reference's, so each pair of a filter's taps becomes
+    their sum.
     """
     shape = MusicnnConfig.model_validate(reference.config)
     config = MusicnnConfig(
-        front_end=shape.front_end,
-        frame_pool=FRAME_POOL,
+        front_end=shape.front_end.model_copy(
+            update={
+                "hop": 2 * shape.front_end.hop,
+                "frames": -(-shape.front_end.frames // 2),
+            }
+        ),
         branches=tuple(
             Branch(
                 filters=branch.filters,
@@ -160,7 +164,7 @@ class Lessons:
             with torch.inference_mode():
                 batch = torch.from_numpy(np.stack(asked))
                 logits, embedded = network.logits(batch)
-            kept.append(pooled(batch).half().numpy())
+            kept.append(halved(batch).half().numpy())
             tags.append(logits["tags"].sigmoid().numpy())
             embedding.append(embedded.numpy())
             asked.clear()
@@ -179,9 +183,9 @@ class Lessons:
         return self.logmel[rows].astype(np.float32), self.tags[rows], self.embedding[rows]
 
 
-def pooled(logmel: Tensor) -> Tensor:
-    """Log-mels at the student's frame rate."""
-    return functional.avg_pool2d(logmel.unsqueeze(1), (FRAME_POOL, 1)).squeeze(1)
+def halved(logmel: Tensor) -> Tensor:
+    """The reference's log-mels `(windows, frames, 96)` as the student's front end makes them."""
+    return logmel[:, ::2]
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,7 @@ def teach(
         logmel, tags, wanted = (
             torch.from_numpy(np.concatenate(parts)) for parts in zip(*drawn, strict=True)
         )
-        embedded = trunk.embed(logmel)
+        embedded = trunk(logmel)
         raw = student.heads["tags"](embedded)
         # Kullback and Leibler's divergence: what of the cross-entropy can become zero.
         like = functional.binary_cross_entropy_with_logits(raw, tags)
@@ -235,7 +239,7 @@ def teach(
         near = ((embedded - wanted) / deviation).square().mean()
         loss = like + plan.embedding_weight * near
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(trained, 5.0)
         optimiser.step()
         schedule.step()

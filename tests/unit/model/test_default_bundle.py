@@ -3,6 +3,7 @@
 After a wanted change: `python -m tests.unit.model.test_default_bundle` stores the answers anew.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from model.bundle import Bundle
+from model.recipe.card import card
 from tests.unit.model.music import chords
 
 STORED = Path(__file__).with_name("default_answers.json")
@@ -44,8 +46,20 @@ def test_the_default_bundle_says_where_it_comes_from() -> None:
 def test_the_default_bundle_carries_its_card_and_licence() -> None:
     folder = Path(__file__).parents[3] / "model" / "bundles" / "default"
 
-    assert "GTZAN" in (folder / "README.md").read_text()
+    assert (folder / "README.md").read_text() == card(Bundle.load())
     assert "Universitat Pompeu Fabra" in (folder / "LICENSE.musicnn.md").read_text()
+
+
+def test_the_card_says_whether_the_recipe_began_from_nothing() -> None:
+    bundle = Bundle.load()
+
+    afresh, again = (
+        card(dataclasses.replace(bundle, figures={**bundle.figures, "log_mels_at_hand": at_hand}))
+        for at_hand in (False, True)
+    )
+
+    assert "downloads and decoding included" in afresh
+    assert "log-mels of an earlier run at hand" in again
 
 
 if __name__ == "__main__":
