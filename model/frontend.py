@@ -67,9 +67,8 @@ class LogMel(nn.Module):
         # Frames by hand: `torch.stft` gives bins before frames, and turning that round costs more
         # than the transform itself.
         frames = self.padded(samples).unfold(-1, self.config.n_fft, self.config.hop)
-        spectrum = torch.fft.rfft(frames * self.window)
-        power: Tensor = spectrum.real.square() + spectrum.imag.square()
-        return power
+        squares = torch.view_as_real(torch.fft.rfft(frames * self.window)).square()
+        return squares[..., 0] + squares[..., 1]
 
     def padded(self, samples: Tensor) -> Tensor:
         """`samples` with zeros on both sides where frames reach out, to the end of the last."""
