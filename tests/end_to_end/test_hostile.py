@@ -13,6 +13,7 @@ from tests.faults.stand import Stand
         inputs.hostile_events,
         inputs.http_faults,
         inputs.slow_drips,
+        inputs.many_stalls,
         inputs.addresses,
         inputs.odd_audio,
     ],

@@ -14,7 +14,7 @@ from tests.faults.stand import ROOT, Lane, Message, Stand, until
 ODD = ROOT.parent / "shared" / "audio" / "odd"
 EVENT_CODES = {"event_malformed", "event_too_large", "event_version_unknown"}
 IN_TIME_S = 10.0
-DRIPS = 60
+CROWD = 60
 MAX_DECODER_BYTES = 160 << 20
 FLAC_INFO_END = 42
 """Of a FLAC file's marker and its first block of metadata."""
@@ -75,22 +75,37 @@ async def http_faults(stand: Stand, quick: bool) -> Outcome:
 @scenario
 async def slow_drips(stand: Stand, quick: bool) -> Outcome:
     """More servers that drip than tracks may be in flight: those behind them hardly wait."""
+    return await _crowd(stand, "slow-drips", ("drip", None), "fetch_too_slow", 1, quick)
+
+
+@scenario
+async def many_stalls(stand: Stand, quick: bool) -> Outcome:
+    """More servers that stall than tracks may be in flight: those behind wait for two stalls."""
+    return await _crowd(stand, "many-stalls", ("stall", 1000), "fetch_timeout", 2, quick)
+
+
+async def _crowd(
+    stand: Stand, name: str, fault: tuple[str, object], code: str, attempts: int, quick: bool
+) -> Outcome:
+    """One fault takes all places in flight, more of it waits, and behind it sound tracks do."""
     tracks = 20 if quick else 100
-    async with stand.lane("slow-drips") as lane:
-        await lane.ready(worker__max_in_flight=DRIPS - 12, fetch__timeout_s=60)
+    async with stand.lane(name) as lane:
+        await lane.ready(worker__max_in_flight=CROWD - 12, fetch__timeout_s=60)
         await lane.send(
-            lane.event(stand.audio.url(number, "drip"), track_id=f"drip-{number}")
-            for number in range(DRIPS)
+            lane.event(stand.audio.url(number, *fault), track_id=f"{name}-{number}")
+            for number in range(CROWD)
         )
-        await until(lambda: len(stand.audio.requests) >= DRIPS - 12, "all places taken", 10)
+        await until(lambda: len(stand.audio.requests) >= CROWD - 12, "all places taken", 10)
         sound = lane.tracks(range(1000, 1000 + tracks))
         sent_s = dict.fromkeys((f"track-{1000 + number}" for number in range(tracks)), now_s())
         await lane.send(sound)
-        await lane.until_answered(DRIPS + tracks, 90)
+        await lane.until_answered(CROWD + tracks, 90)
         await _neighbours_in_time(lane, sent_s)
-        require(lane.checker.reasons() == {"fetch_too_slow": DRIPS}, str(lane.checker.reasons()))
-        dripped = [path for path in stand.audio.requests.elements() if path.startswith("/drip")]
-        require(len(dripped) == DRIPS, f"a drip is not tried again: {len(dripped)} requests")
+        require(lane.checker.reasons() == {code: CROWD}, str(lane.checker.reasons()))
+        asked = [
+            path for path in stand.audio.requests.elements() if path.startswith(f"/{fault[0]}")
+        ]
+        require(len(asked) == attempts * CROWD, f"{len(asked)} requests of {attempts * CROWD}")
         return await conclude(lane, [])
 
 
