@@ -40,20 +40,19 @@ Fit = Literal["all", "train"]
 CONFIDENT_COVERAGE = 0.7  # share of tracks that `uncertain` leaves
 CHECKPOINTS = 50  # of a part of a run
 VALIDATIONS = 8
-NARROWING_CLIPS, NARROWING_WINDOWS = 512, 10  # that say which directions embeddings keep
+NARROWING_CLIPS, NARROWING_WINDOWS = 128, 10  # that say which directions embeddings keep
 
 
 class Recipe(BaseModel):
     """All that decides a training run but the data and the seed.
 
     A pass draws one window from every clip. `average` is the decay of the weights' moving average,
-    which is what is kept; `rehearsal` the rehearsal's share of `passes`.
+    which is what is kept.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    passes: float = Field(240, gt=0)
-    rehearsal: float = Field(0.6, gt=0, le=1)
+    passes: float = Field(200, gt=0)
     batch: int = Field(64, ge=2)
     learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.5, ge=0)
@@ -65,7 +64,7 @@ class Recipe(BaseModel):
     network: LogMelCnnConfig = LogMelCnnConfig()
 
 
-FINE_TUNING = Recipe(passes=60, rehearsal=1.0, learning_rate=3e-4, weight_decay=0.05, average=0.99)
+FINE_TUNING = Recipe(passes=60, learning_rate=3e-4, weight_decay=0.05, average=0.99)
 
 
 def load_recipe(path: Path | None, passes: float | None, *, fine_tuning: bool) -> Recipe:
@@ -193,10 +192,9 @@ def train(
         checkpoint.forget()
 
     trainer = Trainer(plan, recipe, source, targets, seed, where, checkpoint, progress)
-    passes = recipe.passes * (recipe.rehearsal if fit == "all" else 1.0)
     validate = Validation(source, targets, held, plan.head, where)
     network, config = plan.finished(
-        trainer.fit("rehearsal", songs, passes, validate), source, songs
+        trainer.fit("rehearsal", songs, recipe.passes, validate), source, songs
     )
     calibration, threshold, figures = _calibrated(
         plan.head, validate.probabilities(network), targets[held]

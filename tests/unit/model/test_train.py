@@ -11,7 +11,7 @@ from model.bundle import Bundle
 from model.datasets import load
 from model.datasets.dataset import Dataset
 from model.heads import Head
-from model.logmel_cnn import LogMelCnnConfig, build_logmel_cnn, narrowed
+from model.logmel_cnn import LogMelCnnConfig, band_normalised, build_logmel_cnn, narrowed
 from model.network import Tagger
 from model.train import FINE_TUNING, Progress, Recipe, load_recipe, train
 from tests import collections_of_music as music
@@ -206,7 +206,7 @@ def test_an_embedding_narrowed_to_what_bundles_may_have_says_the_same(labels: in
         atol=1e-5 if exact else 1e-3, rtol=0,
     )  # fmt: skip
     if exact:
-        apart = [torch.cdist(output.embedding, output.embedding) for output in (before, after)]
+        apart = [torch.pdist(output.embedding) for output in (before, after)]
         torch.testing.assert_close(apart[1], apart[0], atol=1e-3, rtol=1e-2)
     basis = narrow.state_dict()["trunk.narrow.weight"]
     torch.testing.assert_close(basis @ basis.T, torch.eye(256), atol=1e-5, rtol=0)
@@ -229,6 +229,23 @@ def test_the_network_hears_no_difference_in_gain_and_little_in_equalisation() ->
         loud = network.from_logmel(network.front_end(samples)).embedding
         quiet = network.from_logmel(network.front_end(samples * 0.1)).embedding
     np.testing.assert_allclose(loud, quiet, atol=1e-3)
+
+
+def test_normalising_band_by_band_takes_out_a_bands_gain_and_offset() -> None:
+    features = torch.randn(2, 8, 12, 16, generator=torch.Generator().manual_seed(0))
+    equalised = features * torch.linspace(1, 3, 16) + torch.linspace(-1, 1, 16)
+    by_band, halfway, whole = (
+        [band_normalised(x, share) for x in (features, equalised)] for share in (1.0, 0.5, 0.0)
+    )
+    torch.testing.assert_close(by_band[0], by_band[1], atol=1e-2, rtol=0)
+    torch.testing.assert_close(
+        by_band[0].var((1, 2), correction=0), torch.ones(2, 16), atol=1e-2, rtol=0
+    )
+    torch.testing.assert_close(
+        whole[1].var((1, 2, 3), correction=0), torch.ones(2), atol=1e-2, rtol=0
+    )
+    assert (whole[0] - whole[1]).abs().max() > 1
+    torch.testing.assert_close(halfway[1], (by_band[1] + whole[1]) / 2)
 
 
 def test_recipes_from_json_change_only_what_they_name(tmp_path: Path) -> None:
