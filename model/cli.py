@@ -179,7 +179,9 @@ def compare(  # noqa: PLR0917
     """Lay side by side, on one split, the approaches that people try first."""
     from model.compare import compare as run
     from model.datasets import load
+    from model.folder import make_folder
 
+    make_folder(out)
     page = run(load(dataset, layout), out, table=table, quick=quick, seed=seed, say=_say)
     _console().print(f"page: {page}")
 
@@ -197,7 +199,9 @@ def explore(
     """Draw what is in a data set: waveforms, spectrograms, balance, durations, t-SNE."""
     from model.datasets import load
     from model.explore import explore as run
+    from model.folder import make_folder
 
+    make_folder(out)
     page = run(load(dataset, layout), out, quick=quick, seed=seed, say=_say)
     _console().print(f"page: {page}")
 
