@@ -18,6 +18,7 @@ from redis.asyncio import Redis
 from schemas.events import TrackFeatures, TrackTags
 from tests.audio import ENCODINGS, encode, tone
 from tests.conftest import MakeTopics
+from tests.web import running
 from tests.worker_process import (
     TIMBRE,
     WorkerProcess,
@@ -65,18 +66,6 @@ async def serving(folder: Path) -> AsyncIterator[str]:
     app.router.add_static("/", folder)
     async with running(app) as address:
         yield address
-
-
-@asynccontextmanager
-async def running(app: web.Application) -> AsyncIterator[str]:
-    """The address of a web server for as long as the context lasts."""
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
 
 
 async def test_tracks_of_five_codecs_over_http_s3_and_as_files_are_tagged_stored_and_counted(

@@ -18,6 +18,7 @@ import trustme
 from aiohttp import web
 from moto.server import ThreadedMotoServer
 
+from tests.web import running
 from worker.errors import (
     AudioNotFound,
     AudioTooLarge,
@@ -167,13 +168,8 @@ async def serving(
     """The address of a server that gives that answer at every path."""
     app = web.Application()
     app.router.add_get("/{path:.*}", answer)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
+    async with running(app) as address:
+        yield address
 
 
 @pytest.fixture
