@@ -128,8 +128,11 @@ def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     taken.write_bytes(b"")
     told = refused("export", "--onnx", taken / "model.onnx")
     assert told == f"timbre: {taken} can't be used: File exists\n"
-    for command in ("evaluate", "train", "compare", "explore"):
-        told = refused(command, "--dataset", music.archive(tmp_path / "a.npz"), "--out", taken)
+    for command, dataset in (
+        ("train", music.archive(tmp_path / "a.npz")),
+        *((name, "absent") for name in ("evaluate", "compare", "explore")),  # before it is read
+    ):
+        told = refused(command, "--dataset", dataset, "--out", taken)
         assert told == f"timbre: {taken} can't be made a folder: File exists\n"
 
 
