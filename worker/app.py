@@ -29,13 +29,12 @@ from schemas.events import NewTrack, Processing
 from worker import intake, logs, publish
 from worker.analysis import Analysis
 from worker.cache import Cache
-from worker.consumer import Consumer
+from worker.consumer import Consumer, Rest
 from worker.errors import (
     BundleInvalid,
     ConsumerLost,
     DecodeFailed,
     FetchFailed,
-    FetchTimeout,
     InferenceFailed,
     PublishFailed,
     ResultTooLarge,
@@ -154,17 +153,17 @@ class Worker:
     def _progressed(self) -> None:
         self.consumer.progressed()
 
-    async def handle(self, record: Record) -> None:
-        """Take one record to its end."""
+    async def handle(self, record: Record, rest: Rest) -> None:
+        """Take one record to its end; what is to be tried again waits by `rest`."""
         try:
             tracks = intake.read(record, max_bytes=self._settings.kafka.max_event_bytes)
         except Exception as error:
             await self._dead_letter(record, _typed(error), stage="intake")
             return
         for track in tracks:
-            await self._handle_track(record, track)
+            await self._handle_track(record, track, rest)
 
-    async def _handle_track(self, record: Record, track: NewTrack) -> None:
+    async def _handle_track(self, record: Record, track: NewTrack, rest: Rest) -> None:
         started_s = time.perf_counter()
         timings = Timings()
         priority = self._priority(record, track)
@@ -176,7 +175,7 @@ class Worker:
             self.consumer.progressed()
 
         try:
-            analysis, cached = await self._analyse(track, priority, timings, count)
+            analysis, cached = await self._analyse(track, priority, timings, count, rest)
             processing = Processing(
                 processed_at=datetime.now(UTC),
                 timings_s={stage: round(s, 6) for stage, s in timings.seconds.items()},
@@ -204,6 +203,7 @@ class Worker:
         priority: Priority,
         timings: Timings,
         count: Callable[[RetryCallState], None],
+        rest: Rest,
     ) -> tuple[Analysis, bool]:
         """The analysis and whether it came from the cache; retried where that can help."""
         known = await self._cache.by_event(publish.event_id(track, self._tagger.model))
@@ -229,6 +229,7 @@ class Worker:
                 expected_sha256=track.audio.sha256,
                 timings=timings,
                 lookup=lookup,
+                sleep=rest,
             )
 
         options = self._settings.worker
@@ -236,6 +237,7 @@ class Worker:
             retry=retry_if_exception(_tried_again),
             stop=stop_after_attempt(options.attempts),
             wait=wait_random_exponential(options.backoff_initial_s, options.backoff_max_s),
+            sleep=rest,
             before=count,
             before_sleep=self._count_retry,
             reraise=True,
@@ -319,10 +321,9 @@ class Worker:
 
 
 def _tried_again(error: BaseException) -> bool:
-    """Whether to try a track again at once; a fetch that timed out has been, within the fetch."""
-    return (
-        isinstance(error, TimbreError) and error.retryable and not isinstance(error, FetchTimeout)
-    )
+    """Whether to try a track again at once. A fetch makes its own attempts, and knows how long the
+    server asked it to stay away."""
+    return isinstance(error, TimbreError) and error.retryable and not isinstance(error, FetchFailed)
 
 
 def _typed(error: Exception) -> TimbreError:

@@ -36,8 +36,10 @@ POLL_RECORDS = 512
 COMMIT_INTERVAL_S = 0.5
 RESTART_BACKOFF_S = (0.5, 30.0)
 HEARTBEATS_PER_SESSION = 6
+MAX_RESTING = 512  # their messages are in memory
 
-Handle = Callable[[Record], Awaitable[None]]
+Rest = Callable[[float], Awaitable[None]]
+Handle = Callable[[Record, Rest], Awaitable[None]]
 
 
 class _App(faust.App):
@@ -53,10 +55,43 @@ class _App(faust.App):
         await super()._consumer_wait_empty(consumer, logger)
 
 
+class _Places:
+    """The places in flight of one topic, and how many events rest without one."""
+
+    def __init__(self, count: int) -> None:
+        self.free = asyncio.Semaphore(count)
+        self.couches = asyncio.Semaphore(MAX_RESTING)
+
+
+class _Place:
+    """A place in flight, already taken by whoever makes this."""
+
+    def __init__(self, places: _Places) -> None:
+        self._places = places
+        self._held = True
+
+    async def rest(self, duration_s: float) -> None:
+        """Sleep, and let others have the place for that long, unless too many rest already."""
+        if self._places.couches.locked():
+            await asyncio.sleep(duration_s)
+            return
+        async with self._places.couches:
+            self.leave()
+            await asyncio.sleep(duration_s)
+            await self._places.free.acquire()
+            self._held = True
+
+    def leave(self) -> None:
+        """Give the place back, if it is held."""
+        if self._held:
+            self._held = False
+            self._places.free.release()
+
+
 class _Partition:
     """One assigned partition: events waiting, events in flight, and the ledger over both."""
 
-    def __init__(self, tp: TP, consumer: "Consumer", gate: asyncio.Semaphore) -> None:
+    def __init__(self, tp: TP, consumer: "Consumer", places: _Places) -> None:
         self.tp = tp
         self.ledger = Ledger(consumer.settings.worker.max_ahead)
         self.waiting: deque[EventT[Any]] = deque()
@@ -64,7 +99,7 @@ class _Partition:
         self.paused = False
         self.last_offset = -1
         self._consumer = consumer
-        self._gate = gate
+        self._places = places
         self._wake = asyncio.Event()
         self._pump = asyncio.create_task(self._run(), name=f"pump {tp.topic}-{tp.partition}")
 
@@ -81,23 +116,22 @@ class _Partition:
             await self._wake.wait()
             while self.waiting:
                 await self.ledger.room()
-                await self._gate.acquire()
+                await self._places.free.acquire()
                 event = self.waiting.popleft()
                 self.ledger.open(event.message.offset, event.ack)
-                task = asyncio.create_task(self._work(event))
+                task = asyncio.create_task(self._work(event, _Place(self._places)))
                 self.running.add(task)
-                task.add_done_callback(self._done)
+                task.add_done_callback(self.running.discard)
                 if self.paused and len(self.waiting) < RESUME_BELOW:
                     self.paused = False
                     self._consumer.resume(self.tp)
             self._wake.clear()
 
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self.running.discard(task)
-        self._gate.release()
-
-    async def _work(self, event: EventT[Any]) -> None:
-        await self._consumer.work(_record(event))
+    async def _work(self, event: EventT[Any], place: _Place) -> None:
+        try:
+            await self._consumer.work(_record(event), place.rest)
+        finally:
+            place.leave()
         self.ledger.finish(event.message.offset)
         self._consumer.progressed()
 
@@ -124,7 +158,8 @@ class Consumer:
         Topics, group, and the limits in flight.
     handle
         Works on one record to its end, tags or dead letter. Whatever it raises, short of being
-        cancelled, it is called again: an event may be given back, never dropped.
+        cancelled, it is called again: an event may be given back, never dropped. Beside the record
+        it is given a sleep that leaves the event's place in flight to others.
     """
 
     def __init__(self, settings: Settings, handle: Handle, metrics: Metrics) -> None:
@@ -132,9 +167,9 @@ class Consumer:
         self._handle = handle
         self._metrics = metrics
         kafka, worker = settings.kafka, settings.worker
-        self._gates = {
-            kafka.topic_new: asyncio.Semaphore(worker.max_in_flight),
-            kafka.topic_backfill: asyncio.Semaphore(worker.max_backfill_in_flight),
+        self._places = {
+            kafka.topic_new: _Places(worker.max_in_flight),
+            kafka.topic_backfill: _Places(worker.max_backfill_in_flight),
         }
         self._partitions: dict[TP, _Partition] = {}
         self._app: _App | None = None
@@ -165,7 +200,7 @@ class Consumer:
         """Events being worked on."""
         return sum(len(partition.running) for partition in self._partitions.values())
 
-    async def work(self, record: Record) -> None:
+    async def work(self, record: Record, rest: Rest) -> None:
         """Handle one record, whatever it takes."""
         self._metrics.events.labels(record.topic).inc()
         gauge = self._metrics.in_flight.labels(record.topic)
@@ -173,14 +208,14 @@ class Consumer:
         with gauge.track_inprogress():
             while True:
                 try:
-                    return await self._handle(record)
+                    return await self._handle(record, rest)
                 except Exception:
                     self._metrics.retries.labels("handle", "internal_error").inc()
                     log.exception(
                         "Event %s-%d@%d could not be handled; trying again",
                         record.topic, record.partition, record.offset,
                     )  # fmt: skip
-                    await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
+                    await rest(pause_s * random.uniform(0.5, 1.5))
                     pause_s = min(2 * pause_s, longest_s)
 
     def pause(self, tp: TP) -> None:
@@ -284,7 +319,7 @@ class Consumer:
         )
         app.before_rebalance = self._give_back
         app.on_partitions_assigned.connect(self._on_assigned, weak=False)
-        for topic in self._gates:
+        for topic in self._places:
             source = app.topic(
                 topic,
                 key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw",
@@ -303,7 +338,7 @@ class Consumer:
                 await partition.give_back(grace_s=0)
                 partition = None
             if partition is None:
-                partition = self._partitions[tp] = _Partition(tp, self, self._gates[tp.topic])
+                partition = self._partitions[tp] = _Partition(tp, self, self._places[tp.topic])
             partition.add(event)
 
     async def _on_assigned(self, _app: Any, /, *args: Any, **_: Any) -> None:

@@ -84,8 +84,8 @@ class FetchUnavailable(FetchFailed):
 class FetchTimeout(FetchFailed):
     """The audio did not arrive in time.
 
-    The fetch tries once more, the worker does not: each attempt holds a place in flight until the
-    time is up. It may pass later, when an operator has it tried again.
+    Tried once more and no further: each attempt holds a place in flight until the time is up. It
+    may pass later, when an operator has it tried again.
     """
 
     code = "fetch_timeout"

@@ -40,10 +40,13 @@ from worker.spool import Spool, SpooledAudio, SpoolFile
 __all__ = ["Fetcher", "SpooledAudio"]
 
 Copy = Callable[[str, SpoolFile], Awaitable[None]]
+Sleep = Callable[[float], Awaitable[None]]
 
 STALL_ATTEMPTS = 2
 """At a server that stalls: once more, should a connection have been lost. Each attempt holds a
 place in flight for all the time that a stall takes to tell, while other tracks wait for it."""
+LONG_SILENCE = 1 / 2
+"""Of the time that a stall takes to tell: who is silent for so long and then fails has stalled."""
 
 
 class Fetcher:
@@ -105,7 +108,12 @@ class Fetcher:
 
     @asynccontextmanager
     async def fetch(
-        self, uri: str, *, expected_sha256: str | None = None, timeout_s: float | None = None
+        self,
+        uri: str,
+        *,
+        expected_sha256: str | None = None,
+        timeout_s: float | None = None,
+        sleep: Sleep = asyncio.sleep,
     ) -> AsyncIterator[SpooledAudio]:
         """Fetch into the spool; the file is there until the context is left, however it is left.
 
@@ -116,6 +124,8 @@ class Fetcher:
         timeout_s
             Seconds for everything, waits for room and between attempts included; never more than
             the settings allow.
+        sleep
+            Waits so many seconds, before another attempt.
 
         Raises
         ------
@@ -130,6 +140,7 @@ class Fetcher:
             )
         limit_s = min(timeout_s or self._settings.timeout_s, self._settings.timeout_s)
         retrying = AsyncRetrying(
+            sleep=sleep,
             retry=_tried_again,
             stop=stop_any(stop_after_attempt(self._settings.attempts), stop_before_delay(limit_s)),
             wait=self._wait_s,
@@ -146,7 +157,8 @@ class Fetcher:
     async def _attempt(
         self, copy: Copy, uri: str, expected_sha256: str | None, deadline_s: float
     ) -> "_Fetched":
-        file = self._spool.file()
+        loop = asyncio.get_running_loop()
+        file, began_s = self._spool.file(), loop.time()
         try:
             async with asyncio.timeout_at(deadline_s):
                 await copy(uri, file)
@@ -155,6 +167,12 @@ class Fetcher:
         except TimeoutError:
             file.remove()
             raise _late(file, uri) from None
+        except FetchUnavailable as error:
+            file.remove()
+            silent_s = loop.time() - max(began_s, file.written_s)
+            if silent_s >= LONG_SILENCE * self._settings.stall_timeout_s:
+                raise FetchTimeout(f"After {silent_s:.0f} s of silence: {error.message}") from error
+            raise
         except BaseException:
             file.remove()
             raise

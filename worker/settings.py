@@ -95,7 +95,7 @@ class FetchSettings(Section):
     connect_timeout_s: float = Field(10.0, gt=0, description="Seconds to connect")
     max_redirects: int = Field(5, ge=0, description="Redirects followed")
     attempts: int = Field(
-        5, ge=1, description="Attempts for what can pass; at a server that stalls two at most"
+        8, ge=1, description="Attempts for what can pass; at a server that stalls two at most"
     )
     backoff_initial_s: float = Field(0.25, gt=0, description="First wait between attempts")
     backoff_max_s: float = Field(20.0, gt=0, description="Longest wait between attempts")
@@ -310,7 +310,9 @@ class WorkerSettings(Section):
     track_deadline_s: float = Field(
         600.0, gt=0, description="Seconds one attempt at a track may take"
     )
-    attempts: int = Field(3, ge=1, description="Attempts at a track before its dead letter")
+    attempts: int = Field(
+        3, ge=1, description="Attempts at a track before its dead letter; fetches have their own"
+    )
     backoff_initial_s: float = Field(0.5, gt=0, description="First wait between attempts")
     backoff_max_s: float = Field(30.0, gt=0, description="Longest wait between attempts")
     stop_deadline_s: float = Field(25.0, gt=0, description="Seconds from SIGTERM to the exit")

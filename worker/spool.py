@@ -171,6 +171,8 @@ class SpoolFile:
         self._parts: list[bytes | memoryview] = []  # not yet written
         self._parts_bytes = 0
         self._fd = -1
+        self.written_s = 0.0
+        """When the last piece came, by the event loop's clock."""
         self.waits_for_room = False
         """Stays set where whoever waited was cancelled."""
 
@@ -211,6 +213,7 @@ class SpoolFile:
         self.waits_for_room = True
         await self._room.take(self._share, len(data))
         self.waits_for_room = False
+        self.written_s = asyncio.get_running_loop().time()
         self._on_bytes(len(data))
         self._parts.append(data)
         self._parts_bytes += len(data)

@@ -19,7 +19,7 @@ from worker.analysis import Analysis
 from worker.batch import Batcher, BatchObserver, Ticket, WindowOutputs
 from worker.decode import Block, DecodedFacts, DecoderPool
 from worker.errors import DeadlineExceeded
-from worker.fetch import Fetcher, SpooledAudio
+from worker.fetch import Fetcher, Sleep, SpooledAudio
 from worker.settings import Settings
 from worker.vote import vote
 
@@ -109,6 +109,7 @@ class Tagger:
         expected_sha256: str | None = None,
         timings: Timings | None = None,
         lookup: Lookup | None = None,
+        sleep: Sleep = asyncio.sleep,
     ) -> Analysis:
         """Tag the audio at `uri`.
 
@@ -121,6 +122,8 @@ class Tagger:
         lookup
             Asked for an earlier analysis once the audio's SHA-256 is known; it is returned as it
             is, with the address that the audio was fetched from then.
+        sleep
+            Waits so many seconds, before another attempt at a fetch.
 
         Raises
         ------
@@ -138,6 +141,7 @@ class Tagger:
                                 uri,
                                 expected_sha256=expected_sha256,
                                 timeout_s=self._settings.fetch.timeout_s,
+                                sleep=sleep,
                             )
                         )
                     if lookup is not None and (known := await lookup(spooled.sha256)):

@@ -120,6 +120,11 @@ async def busy(request: Request) -> None:
         await request.head(f"{request.argument} Busy", Retry_After=1, Content_Length=0)
 
 
+async def later(request: Request) -> None:
+    """503 with so many seconds of Retry-After, always."""
+    await request.head("503 Busy", Retry_After=request.argument, Content_Length=0)
+
+
 async def no_length(request: Request) -> None:
     """The body comes in pieces and ends with the connection."""
     await request.head()
@@ -196,8 +201,8 @@ async def marked(request: Request) -> None:
 FAULTS: dict[str, Answer] = {
     answer.__name__.replace("_", "-"): answer
     for answer in (
-        stall, reset, reset_once, status, busy, no_length, false_length, endless, loop, inward,
-        bomb, drip, late, large, marked,
+        stall, reset, reset_once, status, busy, later, no_length, false_length, endless, loop,
+        inward, bomb, drip, late, large, marked,
     )
 }  # fmt: skip
 

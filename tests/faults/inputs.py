@@ -84,13 +84,19 @@ async def many_stalls(stand: Stand, quick: bool) -> Outcome:
     return await _crowd(stand, "many-stalls", ("stall", 1000), "fetch_timeout", 2, quick)
 
 
+@scenario
+async def come_back_later(stand: Stand, quick: bool) -> Outcome:
+    """More servers that ask to come back in 20 s than tracks may be in flight: nobody waits."""
+    return await _crowd(stand, "come-back-later", ("later", 20), "fetch_unavailable", 2, quick)
+
+
 async def _crowd(
     stand: Stand, name: str, fault: tuple[str, object], code: str, attempts: int, quick: bool
 ) -> Outcome:
     """One fault takes all places in flight, more of it waits, and behind it sound tracks do."""
     tracks = 20 if quick else 100
     async with stand.lane(name) as lane:
-        await lane.ready(worker__max_in_flight=CROWD - 12, fetch__timeout_s=60)
+        await lane.ready(worker__max_in_flight=CROWD - 12, fetch__timeout_s=35)
         await lane.send(
             lane.event(stand.audio.url(number, *fault), track_id=f"{name}-{number}")
             for number in range(CROWD)

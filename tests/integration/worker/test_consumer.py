@@ -1,14 +1,14 @@
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from tests.conftest import MakeTopics
 from worker import kafka
-from worker.consumer import Consumer
+from worker.consumer import MAX_RESTING, Consumer, Handle, Rest
 from worker.metrics import Metrics
 from worker.record import Record
 from worker.settings import KafkaSettings, Settings, WorkerSettings
@@ -17,9 +17,7 @@ EVENTS = 200
 
 
 @asynccontextmanager
-async def consuming(
-    settings: Settings, handle: Callable[[Record], Awaitable[None]]
-) -> AsyncIterator[Consumer]:
+async def consuming(settings: Settings, handle: Handle) -> AsyncIterator[Consumer]:
     consumer = Consumer(settings, handle, Metrics())
     running = asyncio.create_task(consumer.run())
     try:
@@ -66,7 +64,7 @@ async def test_every_event_is_handled_once_and_committed_at_a_graceful_stop(
     own = await topics(partitions=3)
     seen = Counter[bytes | None]()
 
-    async def handle(record: Record) -> None:
+    async def handle(record: Record, _: Rest) -> None:
         await asyncio.sleep(random.uniform(0, 0.02))
         assert record.headers == (("n", record.key),)
         seen[record.value] += 1
@@ -83,12 +81,12 @@ async def test_what_hangs_at_a_stop_is_given_back_and_delivered_again(topics: Ma
     own = await topics(partitions=1)
     first, second = list[bytes | None](), list[bytes | None]()
 
-    async def hang_on_the_tenth(record: Record) -> None:
+    async def hang_on_the_tenth(record: Record, _: Rest) -> None:
         if record.offset == 10:
             await asyncio.Event().wait()
         first.append(record.value)
 
-    async def handle(record: Record) -> None:
+    async def handle(record: Record, _: Rest) -> None:
         second.append(record.value)
 
     await send(own, 50)
@@ -109,7 +107,7 @@ async def test_a_partition_may_run_ahead_of_its_oldest_event_only_so_far(
     release = asyncio.Event()
     done = list[int]()
 
-    async def hang_on_the_first(record: Record) -> None:
+    async def hang_on_the_first(record: Record, _: Rest) -> None:
         if record.offset == 0:
             await release.wait()
         done.append(record.offset)
@@ -128,7 +126,7 @@ async def test_backfill_that_hangs_does_not_hold_back_uploads(topics: MakeTopics
     own = await topics(partitions=1)
     uploads = list[int]()
 
-    async def handle(record: Record) -> None:
+    async def handle(record: Record, _: Rest) -> None:
         if record.topic == own.topic_backfill:
             await asyncio.Event().wait()
         uploads.append(record.offset)
@@ -140,11 +138,64 @@ async def test_backfill_that_hangs_does_not_hold_back_uploads(topics: MakeTopics
         await until(lambda: len(uploads) == EVENTS)
 
 
+async def test_events_that_rest_leave_their_places_to_others(topics: MakeTopics) -> None:
+    own = await topics(partitions=1)
+    done, working, most = list[int](), 0, 0
+
+    async def rest_at_first(record: Record, rest: Rest) -> None:
+        nonlocal working, most
+        if record.offset < 20:
+            await rest(2.0)
+        working += 1
+        most = max(most, working)
+        await asyncio.sleep(0.01)
+        working -= 1
+        done.append(record.offset)
+
+    await send(own, 60)
+    async with consuming(settings_of(own, max_in_flight=4), rest_at_first):
+        await until(lambda: len(done) == 60)
+    assert sorted(done[:40]) == list(range(20, 60))
+    assert most <= 4, "who comes back waits for a place"
+    assert await committed(own, 1) == 60
+
+
+async def test_events_that_rest_are_given_back_at_a_stop(topics: MakeTopics) -> None:
+    own = await topics(partitions=1)
+    resting = list[int]()
+
+    async def handle(record: Record, rest: Rest) -> None:
+        if record.offset >= 5:
+            resting.append(record.offset)
+            await rest(600.0)
+
+    await send(own, 10)
+    async with consuming(settings_of(own, stop_deadline_s=2.0), handle):
+        await until(lambda: len(resting) == 5)
+    assert await committed(own, 1) == 5
+
+
+async def test_only_so_many_events_rest_at_once(topics: MakeTopics) -> None:
+    own = await topics(partitions=1)
+    resting = list[int]()
+
+    async def handle(record: Record, rest: Rest) -> None:
+        resting.append(record.offset)
+        await rest(600.0)
+
+    await send(own, MAX_RESTING + 20)
+    settings = settings_of(own, max_ahead=2 * MAX_RESTING, stop_deadline_s=2.0)
+    async with consuming(settings, handle):
+        await until(lambda: len(resting) == MAX_RESTING + 8)
+        await asyncio.sleep(1)
+        assert len(resting) == MAX_RESTING + 8, "beside them only those with a place in flight"
+
+
 async def test_an_event_whose_handling_raises_is_tried_again(topics: MakeTopics) -> None:
     own = await topics(partitions=1)
     attempts = Counter[int]()
 
-    async def fail_twice(record: Record) -> None:
+    async def fail_twice(record: Record, _: Rest) -> None:
         attempts[record.offset] += 1
         if record.offset == 3 and attempts[3] < 3:
             raise RuntimeError("not this time")
@@ -159,7 +210,7 @@ async def test_workers_that_join_and_leave_lose_nothing(topics: MakeTopics) -> N
     own = await topics(partitions=6)
     seen = set[bytes | None]()
 
-    async def handle(record: Record) -> None:
+    async def handle(record: Record, _: Rest) -> None:
         await asyncio.sleep(random.uniform(0, 0.1))
         seen.add(record.value)
 

@@ -321,6 +321,22 @@ class TestStalls:
         assert time.monotonic() - started < 2 * STALL_S + 1
         assert len(server.requests) == 2
 
+    @pytest.mark.parametrize(
+        ("first", "requests"),
+        [
+            (raw(0.6 * STALL_S), 4),  # closed without a byte: aiohttp itself asks once more
+            (raw(0.6 * STALL_S, b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"), 2),
+            (raw(head(content_length=50) + AUDIO[:20], 0.6 * STALL_S, reset=True), 2),
+        ],
+    )
+    async def test_so_does_one_that_is_silent_for_long_and_then_fails(
+        self, server: Server, fetcher: Fetcher, first: Answer, requests: int
+    ) -> None:
+        error = await failure(fetcher, server.answer("/a", first))
+        assert isinstance(error, FetchTimeout)
+        assert "silence" in error.message
+        assert len(server.requests) == requests
+
     async def test_are_over_sooner_where_fewer_attempts_are_allowed(
         self, server: Server, configured: Callable[..., FetchSettings]
     ) -> None:

@@ -8,7 +8,7 @@ from tests.conftest import MakeTopics
 from tests.integration.worker.test_consumer import consuming, send, settings_of, until
 from worker import health
 from worker.batch import Batcher
-from worker.consumer import Consumer
+from worker.consumer import Consumer, Rest
 from worker.errors import SettingsInvalid
 from worker.health import Health, HttpServer, LagProbe
 from worker.metrics import Metrics
@@ -32,7 +32,7 @@ async def test_a_worker_is_live_while_it_progresses_and_not_when_it_hangs_with_l
     hang = asyncio.Event()
     handled = 0
 
-    async def handle(record: Record) -> None:
+    async def handle(record: Record, rest: Rest) -> None:
         nonlocal handled
         handled += 1
         if hang.is_set():
@@ -75,7 +75,7 @@ async def test_the_port_serves_metrics_and_health_and_nothing_else(topics: MakeT
     settings = settings_of(own)
     metrics = Metrics()
 
-    async def handle(record: Record) -> None: ...
+    async def handle(record: Record, rest: Rest) -> None: ...
 
     async with (
         Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher,
@@ -109,7 +109,7 @@ async def test_a_port_that_cannot_be_had_is_a_fault_of_the_settings(
     settings = settings_of(await topics())
     metrics = Metrics()
 
-    async def handle(record: Record) -> None: ...
+    async def handle(record: Record, rest: Rest) -> None: ...
 
     async with Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher:
         consumer = Consumer(settings, handle, metrics)
