@@ -96,7 +96,9 @@ async def _crowd(
     """One fault takes all places in flight, more of it waits, and behind it sound tracks do."""
     tracks = 20 if quick else 100
     async with stand.lane(name) as lane:
-        await lane.ready(worker__max_in_flight=CROWD - 12, fetch__timeout_s=35)
+        await lane.ready(
+            worker__max_in_flight=CROWD - 12, fetch__timeout_s=35, worker__track_deadline_s=60
+        )
         await lane.send(
             lane.event(stand.audio.url(number, *fault), track_id=f"{name}-{number}")
             for number in range(CROWD)
