@@ -304,8 +304,14 @@ class Batcher:
         start, stop = wanted[0].row, wanted[-1].stop
         try:
             outputs = await self._run(buffer, start, stop)
-        except (DeviceHung, DeviceLost):
+        except DeviceLost:
             raise
+        except DeviceHung:
+            if len({p.piece.request.ticket for p in wanted}) == 1:
+                raise
+            self._observer.on_fault("hung")
+            logger.warning("A batch hung; its tracks are run one by one")
+            await self._compute_each(buffer, wanted)
         except Exception as error:
             logger.warning("A batch failed; its tracks are run one by one", exc_info=error)
             await self._compute_each(buffer, wanted)
@@ -317,12 +323,26 @@ class Batcher:
         )
 
     async def _compute_each(self, buffer: Buffer, placed: list[_Placed]) -> None:
-        """Each track alone, so that one whose windows break the network harms no other."""
+        """Each track alone, so that one whose windows break the network harms no other.
+
+        Where a second one hangs it is the device that does, and nobody is tried any more.
+        """
+        culprit: Ticket | None = None
         for p in placed:
+            ticket = p.piece.request.ticket
+            if ticket is culprit:
+                continue  # its track has failed
             try:
                 self._answer(p.piece, await self._run(buffer, p.row, p.stop))
-            except (DeviceHung, DeviceLost):
+            except DeviceLost:
                 raise
+            except DeviceHung as error:
+                if culprit is not None:
+                    raise
+                culprit = ticket
+                self._observer.on_fault("hung")
+                for request in tuple(ticket.requests):
+                    request.fail(error)
             except TimbreError as error:
                 p.piece.request.fail(error)
             except Exception as error:

@@ -192,7 +192,7 @@ class BatchSettings(Section):
         60.0, gt=0, description="Seconds of a batch on the device until it counts as hung"
     )
     max_stuck: int = Field(
-        2, ge=1, description="Hung device threads at which the worker is no longer live"
+        4, ge=1, description="Hung device threads at which the worker is no longer live"
     )
 
 

@@ -550,6 +550,37 @@ async def test_a_hung_batch_fails_retryably_and_the_next_goes_on() -> None:
     assert tracks.copied == ["hung", "behind"]
 
 
+async def test_of_a_hung_batch_only_the_track_that_hangs_alone_fails() -> None:
+    network, told = Hanging(), Told()
+    async with batcher_of(network, told, timeout_s=0.5, max_delay_s=0.1) as batcher:
+        tracks = Tracks(batcher)
+        good, hung, fine = (
+            tracks.send("good", noise(2, 1)),
+            tracks.send("hung", noise(3, first=MARK)),
+            tracks.send("fine", noise(2, 2)),
+        )
+        with pytest.raises(DeviceHung):
+            await hung
+        assert same(await good, noise(2, 1))
+        assert same(await fine, noise(2, 2))
+        assert batcher.healthy
+        network.release.set()
+    assert told.faults == ["hung", "hung"]
+
+
+async def test_where_a_second_track_hangs_alone_the_rest_of_the_batch_fails_at_once() -> None:
+    network, told = Hanging(), Told()
+    async with batcher_of(network, told, timeout_s=0.5, max_delay_s=0.1) as batcher:
+        tracks = Tracks(batcher)
+        tasks = [tracks.send(f"t{i}", noise(1, i, first=MARK)) for i in range(4)]
+        began = asyncio.get_running_loop().time()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        assert asyncio.get_running_loop().time() - began < 4 * 0.5
+        assert all(isinstance(error, DeviceHung) for error in ended)
+        network.release.set()
+    assert told.faults == ["hung", "hung", "hung"]
+
+
 async def test_after_too_many_hung_batches_the_batcher_is_not_live() -> None:
     network = Hanging()
     async with batcher_of(network, timeout_s=0.5, max_stuck=2) as batcher:
