@@ -22,6 +22,7 @@ AUDIO_SUFFIXES = frozenset({
     ".weba", ".webm", ".wma", ".wv",
 })
 # fmt: on
+APPLE_DOUBLE = "._"  # macOS keeps what a file system lacks beside the file, under its suffix
 URI_COLUMNS = ("uri", "url", "path")
 SCHEMES = ("http", "https", "s3", "gs", "az", "file")
 FOREIGN_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -69,14 +70,31 @@ def audio(source: str) -> Iterator[tuple[str, str]]:
             f"or {SCHEMES[-1]}."
         )
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
-        if not found:
-            raise SourceInvalid(f"{source} holds no audio files.")
-        yield from ((str(file), file.resolve().as_uri()) for file in found)
+        yield from ((str(file), file.resolve().as_uri()) for file in audio_files(path))
     elif path.exists():
         yield source, path.resolve().as_uri()
     else:
         raise SourceInvalid(f"{source} is not there: give a file, a folder, a URL or a CSV table.")
+
+
+def audio_files(folder: Path) -> list[Path]:
+    """The audio files in `folder` and in all below it, in order of their names.
+
+    Raises
+    ------
+    SourceInvalid
+        There are none.
+    """
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in AUDIO_SUFFIXES
+        and not path.name.startswith(APPLE_DOUBLE)
+        and path.is_file()
+    )
+    if not found:
+        raise SourceInvalid(f"{folder} holds no audio files.")
+    return found
 
 
 def is_url(source: str) -> bool:

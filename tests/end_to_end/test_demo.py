@@ -107,7 +107,9 @@ def test_an_interrupt_ends_the_demo_and_all_it_started(
     assert alive == []
 
 
-def test_a_folder_without_music_is_an_error(tmp_path: Path) -> None:
+def test_a_folder_with_nothing_but_names_of_music_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "Live.mp3").mkdir()
+    (tmp_path / "._song.mp3").write_bytes(b"")
     done = subprocess.run(
         [TIMBRE, "demo", "--music", str(tmp_path)], capture_output=True, text=True, check=False
     )

@@ -27,7 +27,7 @@ from worker.errors import DemoFailed, SourceInvalid
 from worker.jars import kafka_jars
 from worker.services import HOST, Addresses, Service, free_ports, new_folder
 from worker.settings import KafkaSettings, Settings
-from worker.sources import AUDIO_SUFFIXES, track_id
+from worker.sources import audio_files, track_id
 from worker.submit import submit
 from worker.watch import Watch
 
@@ -148,10 +148,7 @@ def _music(settings: Settings, out: Console, folder: Path | None) -> Music:
         return _samples(settings, out)
     if not folder.is_dir():
         raise SourceInvalid(f"{folder} is not a folder: give one with music in it.")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
-    if not found:
-        raise SourceInvalid(f"{folder} holds no audio files.")
-    names = [file.relative_to(folder).as_posix() for file in found]
+    names = [file.relative_to(folder).as_posix() for file in audio_files(folder)]
     return Music(folder.resolve(), {track_id(name): name for name in names}, {})
 
 

@@ -20,6 +20,15 @@ def test_a_folder_is_walked_for_audio_in_order_of_names(folder: Path) -> None:
     ]
 
 
+def test_a_folder_named_like_audio_is_walked_and_what_macos_adds_is_left_out(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "Live.mp3").mkdir()
+    for name in ("Live.mp3/song.mp3", "Live.mp3/._song.mp3", "._cover.wav"):
+        (tmp_path / name).write_bytes(b"")
+    assert [shown for shown, _ in audio(str(tmp_path))] == [str(tmp_path / "Live.mp3/song.mp3")]
+
+
 def test_a_file_becomes_an_address_that_any_character_survives(folder: Path) -> None:
     [(_, uri)] = audio(str(folder / "disc 2/ä #1.ogg"))
     assert uri.startswith("file:///")
