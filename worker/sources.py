@@ -27,6 +27,7 @@ URI_COLUMNS = ("uri", "url", "path")
 SCHEMES = ("http", "https", "s3", "gs", "az", "file")
 FOREIGN_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 MAX_NAME_CHARS = 80
+MAX_SHOWN_CHARS = 200
 
 Priority = Literal["upload", "backfill"]
 
@@ -41,15 +42,16 @@ def tracks(sources: Sequence[str], priority: Priority = "upload") -> Iterator[Ne
     Raises
     ------
     SourceInvalid
-        A source is not there, or a table can't be read; the message names it.
+        A source is not there, a table can't be read, or an event can't hold what is named; the
+        message names it.
     """
     for source in sources:
         path = Path(source)
         if not is_url(source) and path.suffix.lower() == ".csv":
             yield from _rows(path, priority)
         else:
-            for _, uri in audio(source):
-                yield _track(uri, priority)
+            for shown, uri in audio(source):
+                yield _track(_short(shown), uri, priority)
 
 
 def audio(source: str) -> Iterator[tuple[str, str]]:
@@ -106,7 +108,8 @@ def is_url(source: str) -> bool:
 def track_id(uri: str) -> str:
     """A name for the track at `uri`, the same each time: a readable part and a hash of it all."""
     name = re.sub(r"[^a-z0-9]+", "-", _name(uri).lower()).strip("-")[:MAX_NAME_CHARS]
-    digest = hashlib.sha256(uri.encode()).hexdigest()[:8]
+    # A byte of the command line that is no UTF-8 comes as a surrogate.
+    digest = hashlib.sha256(uri.encode(errors="surrogateescape")).hexdigest()[:8]
     return f"{name}-{digest}" if name else digest
 
 
@@ -114,20 +117,32 @@ def _name(uri: str) -> str:
     return Path(uri.partition("?")[0].rstrip("/")).stem
 
 
+def _short(shown: str) -> str:
+    """A source as a sentence can name it."""
+    return shown if len(shown) <= MAX_SHOWN_CHARS else f"{shown[: MAX_SHOWN_CHARS - 1]}…"
+
+
 def _track(
+    place: str,
     uri: str,
     priority: Priority,
+    *,
     name: str | None = None,
     sha256: str | None = None,
     metadata: dict[str, JsonValue] | None = None,
 ) -> NewTrack:
-    return NewTrack(
-        track_id=name or track_id(uri),
-        audio=AudioRef(uri=uri, sha256=sha256),
-        uploaded_at=_changed_at(uri),
-        priority=priority,
-        metadata=metadata or {},
-    )
+    """The event; what it can't hold is an error that names `place`, where it was given."""
+    try:
+        return NewTrack(
+            track_id=name or track_id(uri),
+            audio=AudioRef(uri=uri, sha256=sha256),
+            uploaded_at=_changed_at(uri),
+            priority=priority,
+            metadata=metadata or {},
+        )
+    except ValidationError as error:
+        fault = "; ".join(f"{e['loc'][-1]}: {e['msg']}" for e in error.errors())
+        raise SourceInvalid(f"{place}: {fault}.") from error
 
 
 def _changed_at(uri: str) -> datetime | None:
@@ -152,18 +167,15 @@ def _rows(table: Path, priority: Priority) -> Iterator[NewTrack]:
 
 
 def _row(table: Path, line: int, row: dict[str, str], column: str, priority: Priority) -> NewTrack:
+    place = f"{table}, line {line}"
     named = row.pop(column).strip()
     extra = row.pop(None, None)  # type: ignore[call-overload]  # csv's key for too many cells
     if not named or extra:
         fault = "more cells than the header" if extra else f"no {column}"
-        raise SourceInvalid(f"{table}, line {line}: {fault}.")
+        raise SourceInvalid(f"{place}: {fault}.")
     if FOREIGN_URL.match(named) and not is_url(named):
-        raise SourceInvalid(f"{table}, line {line}: {named} can't be fetched.")
+        raise SourceInvalid(f"{place}: {named} can't be fetched.")
     uri = named if is_url(named) else (table.parent / named).resolve().as_uri()
-    name, sha256 = row.pop("track_id", ""), row.pop("sha256", "")
+    name, sha256 = row.pop("track_id", "") or None, row.pop("sha256", "") or None
     metadata: dict[str, JsonValue] = {key: value for key, value in row.items() if value}
-    try:
-        return _track(uri, priority, name or None, sha256 or None, metadata)
-    except ValidationError as error:
-        fault = "; ".join(f"{e['loc'][-1]}: {e['msg']}" for e in error.errors())
-        raise SourceInvalid(f"{table}, line {line}: {fault}.") from error
+    return _track(place, uri, priority, name=name, sha256=sha256, metadata=metadata)

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,21 @@ def test_what_is_not_there_is_named(source: str) -> None:
 def test_an_address_of_another_scheme_is_not_taken_for_a_file() -> None:
     with pytest.raises(SourceInvalid, match=r"ftp://a/b.mp3 can't be fetched"):
         list(tracks(["ftp://a/b.mp3"]))
+
+
+@pytest.mark.parametrize(
+    ("rest", "fault"),
+    [
+        ("x" * 8192, "x…: uri: .* at most 8192 characters"),
+        ("a\tb.mp3", "a\tb.mp3: uri: "),
+        (os.fsdecode(b"\xe4.mp3"), "\udce4.mp3: uri: "),
+    ],
+    ids=["too long", "a tab", "not UTF-8"],
+)
+def test_an_address_that_no_event_can_hold_is_named_with_the_fault(rest: str, fault: str) -> None:
+    with pytest.raises(SourceInvalid, match=f"^https://cdn.example/.*{fault}") as raised:
+        list(tracks([f"https://cdn.example/{rest}"]))
+    assert len(raised.value.message) < 400
 
 
 def test_a_folder_without_audio_is_an_error(tmp_path: Path) -> None:
