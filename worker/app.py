@@ -190,7 +190,10 @@ class Worker:
         except WorkerStopping:
             raise  # not the track's fault: it stays unacknowledged
         except Exception as error:
+            if isinstance(error, FetchFailed):
+                attempts += error.attempts - 1
             await self._dead_letter(record, _typed(error), attempts=attempts, track=track)
+            self._observe(timings)
             return
         async with timings.measure("store"):
             await self._cache.store(tags, analysis)
@@ -291,6 +294,11 @@ class Worker:
         if isinstance(error, PublishFailed) and state.attempt_number == ATTEMPTS_BEFORE_A_WARNING:
             log.warning("%s Trying again until it does.", error.message)
 
+    def _observe(self, timings: Timings) -> None:
+        """Durations of the stages that a track went through, whatever its end."""
+        for stage, seconds in timings.seconds.items():
+            self.metrics.stage_seconds.labels(stage).observe(seconds)
+
     def _count(
         self,
         record: Record,
@@ -301,8 +309,7 @@ class Worker:
     ) -> None:
         metrics = self.metrics
         metrics.tracks.labels("cached" if cached else "tagged", priority).inc()
-        for stage, seconds in timings.seconds.items():
-            metrics.stage_seconds.labels(stage).observe(seconds)
+        self._observe(timings)
         metrics.end_to_end_seconds.labels(priority).observe(
             max(0.0, time.time() - record.timestamp_s)
         )

@@ -62,9 +62,10 @@ class EventVersionUnknown(TimbreError):
 
 
 class FetchFailed(TimbreError):
-    """The audio could not be fetched."""
+    """The audio could not be fetched, in so many `attempts`."""
 
     code = "fetch_failed"
+    attempts: int = 1
 
 
 class FetchUnavailable(FetchFailed):

@@ -148,7 +148,13 @@ class Fetcher:
             reraise=True,
         )
         deadline_s = asyncio.get_running_loop().time() + limit_s
-        fetched: _Fetched = await retrying(self._attempt, copy, uri, expected_sha256, deadline_s)
+        try:
+            fetched: _Fetched = await retrying(
+                self._attempt, copy, uri, expected_sha256, deadline_s
+            )
+        except FetchFailed as error:
+            error.attempts = retrying.statistics["attempt_number"]
+            raise
         try:
             yield fetched.audio
         finally:

@@ -3,6 +3,8 @@
 Units follow Prometheus's conventions: seconds and bytes, counters end in `_total`.
 """
 
+from itertools import product
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -17,9 +19,14 @@ from prometheus_client import (
 
 from worker.errors import failure_codes
 
+OUTCOMES = ("tagged", "cached", "dead_letter")
+PRIORITIES = ("upload", "backfill")
+LOOKUPS = ("hit", "miss", "error")
 STAGE_BUCKETS_S = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
 )  # fmt: skip
+# Behind an outage, or among backfill, an event may wait for hours.
+END_TO_END_BUCKETS_S = (*STAGE_BUCKETS_S, 1_800.0, 3_600.0, 7_200.0, 21_600.0, 86_400.0)
 WAIT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 30.0)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512)
 FILL_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -38,22 +45,28 @@ class Metrics:
         self.events = Counter("timbre_events", "Events consumed", ["topic"], registry=registry)
         self.tracks = Counter(
             "timbre_tracks",
-            "Tracks finished, by outcome: tagged, cached, dead_letter",
+            f"Tracks finished, by outcome: {', '.join(OUTCOMES)}",
             ["outcome", "priority"],
             registry=registry,
         )
+        # Prometheus can't see the first increment of a series that wasn't there before.
+        for outcome, priority in product(OUTCOMES, PRIORITIES):
+            self.tracks.labels(outcome, priority)
         self.dead_letters = Counter(
             "timbre_dead_letters", "Dead letters by reason code", ["code"], registry=registry
         )
-        for code in failure_codes():  # Prometheus can't see the first increment of a new series
+        for code in failure_codes():
             self.dead_letters.labels(code)
         self.retries = Counter(
             "timbre_retries", "Attempts repeated, by stage and reason code", ["stage", "code"],
             registry=registry,
         )  # fmt: skip
         self.cache = Counter(
-            "timbre_cache_lookups", "Cache lookups: hit, miss, error", ["result"], registry=registry
-        )
+            "timbre_cache_lookups", f"Cache lookups: {', '.join(LOOKUPS)}", ["result"],
+            registry=registry,
+        )  # fmt: skip
+        for result in LOOKUPS:
+            self.cache.labels(result)
         self.redis_backlog = Gauge(
             "timbre_redis_backlog", "Results waiting to be stored in Redis", registry=registry
         )
@@ -72,7 +85,7 @@ class Metrics:
             "timbre_end_to_end_seconds",
             "Seconds from the event's time in Kafka to its tags",
             ["priority"],
-            buckets=STAGE_BUCKETS_S,
+            buckets=END_TO_END_BUCKETS_S,
             registry=registry,
         )
         self.fetched_bytes = Counter(

@@ -49,6 +49,7 @@ UNREADABLE = {
     "Azure shows it, and name the account in TIMBRE_FETCH__AZ_ACCOUNT_NAME.",
 }
 MAX_KEY_BYTES = 1024
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 MAX_STORES = 64  # events name buckets; clients for them are kept, but not without end
 PASSING = {408, 425, 429}
 STATUS = re.compile(r"status code: (\d{3})")
@@ -206,10 +207,10 @@ def location(uri: str) -> Location:
     except UnicodeDecodeError:
         raise UriUnsupported(f"The key of {shown(uri)} is not UTF-8.") from None
     if len(key.encode()) > MAX_KEY_BYTES or not all(
-        segment not in {"", ".", ".."} and segment.isprintable() for segment in key.split("/")
+        segment not in {"", ".", ".."} and not CONTROL.search(segment) for segment in key.split("/")
     ):
         raise UriUnsupported(
-            f"The key of {shown(uri)} has an empty or dotted part, an unprintable character, or "
+            f"The key of {shown(uri)} has an empty or dotted part, a control character, or "
             f"more than {MAX_KEY_BYTES} bytes; copy the object to a plainer key."
         )
     return Location(scheme, bucket, key, version)

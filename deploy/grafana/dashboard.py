@@ -66,7 +66,16 @@ def quantile(share: float, histogram: str, by: str = "", matching: str = "") -> 
 
 def mean(histogram: str) -> str:
     """Mean of what was observed lately, over the workers chosen."""
-    return f"{rate(f'{histogram}_sum')} / {rate(f'{histogram}_count')}"
+    return ratio(rate(f"{histogram}_sum"), rate(f"{histogram}_count"))
+
+
+def ratio(part: str, whole: str, *, each: str = "") -> str:
+    """One rate over another; empty rather than NaN while nothing happens.
+
+    `each` names a label that `part` has beside those of `whole`.
+    """
+    matched = f" ignoring({each}) group_left" if each else ""
+    return f"{part} /{matched} ({whole} > 0)"
 
 
 def _of(metric: str, matching: str) -> str:
@@ -80,8 +89,8 @@ def _by(labels: str) -> str:
 
 HIT = 'result="hit"'
 GENRE = 'head="genre"'
-CACHE_HIT_RATIO = (
-    f"{rate('timbre_cache_lookups_total', matching=HIT)} / {rate('timbre_cache_lookups_total')}"
+CACHE_HIT_RATIO = ratio(
+    rate("timbre_cache_lookups_total", matching=HIT), rate("timbre_cache_lookups_total")
 )
 
 ROWS = (
@@ -347,8 +356,11 @@ ROWS = (
                 [
                     (
                         "{{label}}",
-                        f"{rate('timbre_labels_total', 'label', GENRE)} / ignoring(label) "
-                        f"group_left {rate('timbre_labels_total', matching=GENRE)}",
+                        ratio(
+                            rate("timbre_labels_total", "label", GENRE),
+                            rate("timbre_labels_total", matching=GENRE),
+                            each="label",
+                        ),
                     )
                 ],
                 stacked=True,
@@ -361,8 +373,10 @@ ROWS = (
                 [
                     (
                         "uncertain",
-                        f"{rate('timbre_uncertain_tracks_total')} / "
-                        + rate("timbre_tracks_total", matching='outcome=~"tagged|cached"'),
+                        ratio(
+                            rate("timbre_uncertain_tracks_total"),
+                            rate("timbre_tracks_total", matching='outcome=~"tagged|cached"'),
+                        ),
                     )
                 ],
                 thresholds=(0.3, 0.6),

@@ -232,9 +232,9 @@ async def test_a_server_that_stalls_holds_a_place_only_twice_and_one_that_fails_
     assert requests == {"/stalls": 2, "/fails": 3}
     said = {letter.key: {k: v.decode() for k, v in letter.headers} for letter in letters}
     stalls, fails = said[b"stalls"], said[b"fails"]
-    assert (stalls["timbre-reason-code"], stalls["timbre-attempts"]) == ("fetch_timeout", "1")
+    assert (stalls["timbre-reason-code"], stalls["timbre-attempts"]) == ("fetch_timeout", "2")
     assert stalls["timbre-retryable"] == "true", "an operator may have it tried again"
-    assert (fails["timbre-reason-code"], fails["timbre-attempts"]) == ("fetch_unavailable", "1")
+    assert (fails["timbre-reason-code"], fails["timbre-attempts"]) == ("fetch_unavailable", "3")
 
 
 async def test_timbre_tag_and_the_worker_give_the_same_result(

@@ -287,6 +287,7 @@ class TestWhatPasses:
     async def test_attempts_are_limited(self, server: Server, fetcher: Fetcher) -> None:
         error = await failure(fetcher, server.answer("/a", status("503 Busy")))
         assert isinstance(error, FetchUnavailable)
+        assert error.attempts == 3
         assert error.retryable
         assert len(server.requests) == 3
 

@@ -38,7 +38,10 @@ from worker.settings import FetchSettings
 AUDIO = os.urandom(700_000)
 STALL_S = 0.5
 DRIPPED_BYTES = 2500  # at 1000 a second, longer than any wait here
-KEYS = ["a.mp3", "deep/er/b.flac", "two words+ü%20#?.ogg", "a=b&c~(1)*'!.mp3"]
+KEYS = [
+    "a.mp3", "deep/er/b.flac", "two words+ü%20#?.ogg", "a=b&c~(1)*'!.mp3",
+    "a\u3000b.mp3", "a\u00a0b.mp3", "fam\u200dily.mp3", "a\u00adb.mp3",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

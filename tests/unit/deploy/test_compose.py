@@ -11,12 +11,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from model.bundle import Bundle
 from tests.unit.deploy.compose import BASE, DEFAULTS, OVERRIDES, ROOT, read, services
 from worker.settings import Settings, load
 
 ONE_SHOT = {"topics"}
-MANY_CORES = 64
 UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 SERVICES = services()
 FILES = (BASE, *OVERRIDES)
@@ -156,14 +154,6 @@ def test_the_docs_name_every_image(name: str) -> None:
 
 def test_the_worker_may_take_its_time_to_stop(worker_settings: Settings) -> None:
     assert seconds(SERVICES["worker"]["stop_grace_period"]) > worker_settings.worker.stop_deadline_s
-
-
-def test_shared_memory_is_enough_for_a_decoder_on_each_of_many_cores(
-    worker_settings: Settings,
-) -> None:
-    decode = worker_settings.decode
-    slot_bytes = decode.slot_windows * Bundle.load().window_samples * 4
-    assert bytes_of(SERVICES["worker"]["shm_size"]) > MANY_CORES * decode.slots * slot_bytes
 
 
 def test_the_spool_fits_in_its_file_system(worker_settings: Settings) -> None:
