@@ -1,7 +1,8 @@
 """Whether a change of a schema breaks somebody.
 
 An event type has two sides: those who write it and those who read it. A change is safe when every
-event that one side writes by one version can be read by the other side in the other version.
+event that one side writes by one version can be read by the other side in the other version. What
+can't be judged, such as a keyword that isn't known here, is told as a fault where it differs.
 """
 
 from collections.abc import Iterator
@@ -9,9 +10,16 @@ from typing import Any, Literal
 
 Schema = dict[str, Any]
 
-NO_MORE_THAN = ("maximum", "exclusiveMaximum", "maxLength", "maxItems")
-NO_LESS_THAN = ("minimum", "exclusiveMinimum", "minLength", "minItems")
+NO_MORE_THAN = ("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties")
+NO_LESS_THAN = ("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties")
 SAME = ("pattern", "format")
+OF_VALUES = ("type", "const", "enum", *NO_MORE_THAN, *NO_LESS_THAN, *SAME)
+OF_PARTS = ("required", "properties", "additionalProperties", "items", "prefixItems", "anyOf")
+REMARKS = ("$id", "$comment", "title", "description", "default", "examples", "deprecated")
+KNOWN = {*OF_VALUES, *OF_PARTS, *REMARKS}
+
+NOTHING: Schema = {"not": {}}
+"""The schema that no value fits, which may also be spelled false"""
 
 
 def breaks(old: Schema, new: Schema, direction: Literal["in", "out"]) -> list[str]:
@@ -22,79 +30,121 @@ def breaks(old: Schema, new: Schema, direction: Literal["in", "out"]) -> list[st
     direction
         "in" for events that others write and we read, "out" for those that we write.
     """
+    old, new = _spelled_out(old, old), _spelled_out(new, new)
     writer, reader = (old, new) if direction == "in" else (new, old)
-    return [*_lost(_Side(old, old), _Side(new, new), ""), *_unreadable(writer, reader)]
+    return [*_lost(old, new, ""), *_faults(writer, reader, "")]
 
 
-def _unreadable(writer: Schema, reader: Schema) -> Iterator[str]:
-    return _faults(_Side(writer, writer), _Side(reader, reader), "")
+def _spelled_out(part: Any, whole: Schema) -> Any:
+    """The same without references: in place of each stands what it refers to."""
+    if isinstance(part, list):
+        return [_spelled_out(inner, whole) for inner in part]
+    if not isinstance(part, dict):
+        return part
+    own = {
+        name: _spelled_out(inner, whole)
+        for name, inner in part.items()
+        if name not in ("$ref", "$defs")
+    }
+    if "$ref" not in part:
+        return own
+    return {**_spelled_out(whole["$defs"][part["$ref"].rpartition("/")[2]], whole), **own}
 
 
-class _Side:
-    """A part of a schema, with the whole schema to look references up in."""
-
-    def __init__(self, part: Any, whole: Schema) -> None:
-        while isinstance(part, dict) and "$ref" in part:
-            part = whole["$defs"][part["$ref"].rpartition("/")[2]]
-        self.part: Schema = part if isinstance(part, dict) else {}
-        self._whole = whole
-
-    def at(self, part: Any) -> "_Side":
-        return _Side(part, self._whole)
-
-    def alternatives(self) -> list["_Side"]:
-        return [self.at(part) for part in self.part.get("anyOf", [self.part])]
-
-    def properties(self) -> dict[str, "_Side"]:
-        return {name: self.at(part) for name, part in self.part.get("properties", {}).items()}
-
-    def values(self) -> set[Any] | None:
-        """All values there can be, where they are listed."""
-        if "const" in self.part:
-            return {self.part["const"]}
-        return set(self.part["enum"]) if "enum" in self.part else None
+def _schema(part: Any) -> Schema:
+    """A schema as an object, where it may be false, true or not there, which is like true."""
+    if part is False:
+        return NOTHING
+    return part if isinstance(part, dict) else {}
 
 
-def _lost(old: _Side, new: _Side, path: str) -> Iterator[str]:
+def _alternatives(schema: Schema) -> list[Schema]:
+    if "anyOf" not in schema:
+        return [schema]
+    beside = {name: part for name, part in schema.items() if name != "anyOf"}
+    return [
+        alternative
+        for option in schema["anyOf"]
+        for alternative in _alternatives({**beside, **_schema(option)})
+    ]
+
+
+def _field(schema: Schema, name: str) -> Schema:
+    others = schema.get("additionalProperties")
+    return _schema(schema.get("properties", {}).get(name, others))
+
+
+def _item(schema: Schema, index: int) -> Schema:
+    first = schema.get("prefixItems", [])
+    return _schema(first[index] if index < len(first) else schema.get("items"))
+
+
+def _values(schema: Schema) -> set[Any] | None:
+    """All values there can be, where they are listed."""
+    if "const" in schema:
+        return {schema["const"]}
+    return set(schema["enum"]) if "enum" in schema else None
+
+
+def _parts(one: Schema, other: Schema, path: str) -> Iterator[tuple[Schema, Schema, str]]:
+    """What two schemas say of the same part of a value: its items and fields without a name."""
+    first = max(len(schema.get("prefixItems", [])) for schema in (one, other))
+    for index in range(first):
+        yield _item(one, index), _item(other, index), f"{path}[{index}]"
+    for name in ("items", "additionalProperties"):
+        yield _schema(one.get(name)), _schema(other.get(name)), f"{path}[]"
+
+
+def _lost(old: Schema, new: Schema, path: str) -> Iterator[str]:
     """Fields that are gone: nobody writes them or heeds them any more."""
-    for before, after in zip(old.alternatives(), new.alternatives(), strict=False):
-        for name, field in before.properties().items():
-            if name not in after.properties():
+    for before, after in zip(_alternatives(old), _alternatives(new), strict=False):
+        if not before:
+            continue
+        for name in before.get("properties", {}):
+            if name not in after.get("properties", {}):
                 yield f"{path}.{name} is gone"
             else:
-                yield from _lost(field, after.properties()[name], f"{path}.{name}")
-        if "items" in before.part and "items" in after.part:
-            yield from _lost(before.at(before.part["items"]), after.at(after.part["items"]), path)
+                yield from _lost(_field(before, name), _field(after, name), f"{path}.{name}")
+        for part, part_after, part_path in _parts(before, after, path):
+            yield from _lost(part, part_after, part_path)
 
 
-def _faults(writer: _Side, reader: _Side, path: str) -> Iterator[str]:
+def _faults(writer: Schema, reader: Schema, path: str) -> Iterator[str]:
     """Why what `writer` describes may not be what `reader` accepts."""
-    for written in writer.alternatives():
-        trials = [list(_mismatches(written, read, path)) for read in reader.alternatives()]
+    for written in _alternatives(writer):
+        if written == NOTHING:
+            continue
+        trials = [list(_mismatches(written, read, path)) for read in _alternatives(reader)]
         if all(trials):
             yield from min(trials, key=len)
 
 
-def _mismatches(written: _Side, read: _Side, path: str) -> Iterator[str]:
-    if "type" in read.part and read.part["type"] != written.part.get("type"):
-        if (written.part.get("type"), read.part["type"]) != ("integer", "number"):
-            yield f"{path} is {written.part.get('type')}, read as {read.part['type']}"
+def _mismatches(written: Schema, read: Schema, path: str) -> Iterator[str]:
+    if not read:
         return
-    allowed, possible = read.values(), written.values()
+    if read == NOTHING:
+        yield f"{path} may be there, but is refused"
+        return
+    if "type" in read and read["type"] != written.get("type"):
+        if (written.get("type"), read["type"]) != ("integer", "number"):
+            yield f"{path} is {written.get('type')}, read as {read['type']}"
+        return
+    allowed, possible = _values(read), _values(written)
     if allowed is not None and (possible is None or not possible <= allowed):
         yield f"{path} may have values other than {sorted(map(str, allowed))}"
-    yield from _looser_bounds(written.part, read.part, path)
-    for name in read.part.get("required", []):
-        if name not in written.part.get("required", []):
+    yield from _looser_bounds(written, read, path)
+    for name in sorted((written.keys() | read.keys()) - KNOWN):
+        if written.get(name) != read.get(name):
+            yield f"{path} differs in {name}, which can't be judged"
+    for name in read.get("required", []):
+        if name not in written.get("required", []):
             yield f"{path}.{name} may be missing, but is required"
-    theirs = written.properties()
-    for name, field in read.properties().items():
-        if name in theirs:
-            yield from _faults(theirs[name], field, f"{path}.{name}")
-    for name in ("items", "additionalProperties"):
-        if isinstance(read.part.get(name), dict):
-            inner = written.at(written.part.get(name)), read.at(read.part[name])
-            yield from _faults(*inner, f"{path}[]")
+    for name in {**written.get("properties", {}), **read.get("properties", {})}:
+        # A writer that says nothing of a field and of others doesn't write it.
+        if name in written.get("properties", {}) or "additionalProperties" in written:
+            yield from _faults(_field(written, name), _field(read, name), f"{path}.{name}")
+    for part, part_read, part_path in _parts(written, read, path):
+        yield from _faults(part, part_read, part_path)
 
 
 def _looser_bounds(written: Schema, read: Schema, path: str) -> Iterator[str]:

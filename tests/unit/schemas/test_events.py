@@ -261,6 +261,7 @@ def changed(schema: dict[str, Any], path: str, **fields: Any) -> dict[str, Any]:
 class TestCompatibility:
     TAGS = generate.json_schema("track-tags")
     NEW = generate.json_schema("new-track")
+    DEAD_LETTER = generate.json_schema("dead-letter")
 
     def test_no_change_breaks_nobody(self) -> None:
         for name, (_, direction) in generate.EVENT_TYPES.items():
@@ -271,7 +272,10 @@ class TestCompatibility:
         more = changed(self.TAGS, "properties", mood={"type": "string"})
         more = changed(more, "", required=[*more["required"], "mood"])
         narrower = changed(self.TAGS, "properties/vote", maxLength=10)
-        for new in (more, narrower):
+        smaller = changed(self.TAGS, "properties/audio", maxProperties=20)
+        closed = changed(self.TAGS, "", additionalProperties=False)
+        reworded = changed(self.TAGS, "properties/vote", description="The vote", title="V")
+        for new in (more, narrower, smaller, closed, reworded):
             assert breaks(self.TAGS, new, "out") == []
 
     def test_what_may_change_in_what_comes_in(self) -> None:
@@ -295,6 +299,8 @@ class TestCompatibility:
             ("$defs/Processing/properties/timings_s", {"additionalProperties": {"type": "string"}}),
             ("$defs/AudioFacts/properties/sample_rate_hz", {"type": "number"}),
             ("$defs/AudioFacts/properties/sha256", {"pattern": ".*"}),
+            ("$defs/Tag", {"unevaluatedProperties": {"type": "string"}}),
+            ("properties/track_id", {"contentEncoding": "base64"}),
         ],
     )
     def test_what_breaks_readers_of_results(self, path: str, fields: dict[str, Any]) -> None:
@@ -310,10 +316,57 @@ class TestCompatibility:
             ("$defs/AudioRef/properties/uri", {"pattern": "^https:"}),
             ("$defs/AudioRef/properties", {"sha256": {"type": "string"}}),
             ("$defs/AudioRef/properties/uri", {"type": "object"}),
+            ("", {"additionalProperties": False}),
+            ("", {"additionalProperties": {"type": "string"}}),
+            ("$defs/AudioRef", {"additionalProperties": False}),
+            ("properties/audio", {"additionalProperties": False}),
+            ("properties/metadata", {"additionalProperties": False}),
+            ("properties/metadata", {"maxProperties": 3}),
+            ("properties/metadata", {"properties": {"title": {"type": "string"}}}),
+            ("properties/metadata", {"propertyNames": {"maxLength": 3}}),
+            ("properties/track_id", {"allOf": [{"maxLength": 3}]}),
+            ("properties/track_id", {"not": {"const": "t"}}),
+            ("properties/uploaded_at", {"not": {"type": "null"}}),
+            ("properties", {"track_id": False}),
         ],
     )
     def test_what_breaks_producers(self, path: str, fields: dict[str, Any]) -> None:
         assert breaks(self.NEW, changed(self.NEW, path, **fields), "in")
+
+    @pytest.mark.parametrize(
+        ("fields", "fault"),
+        [
+            (
+                {"prefixItems": [{"type": "string"}, {"type": "integer"}]},
+                ".original.headers[][1] is integer, read as string",
+            ),
+            (
+                {"prefixItems": [{"type": "string"}]},
+                ".original.headers[][1] is None, read as string",
+            ),
+            ({"maxItems": 3}, ".original.headers[] has maxItems 3, read with 2"),
+        ],
+    )
+    def test_each_place_of_a_list_with_places_counts(
+        self, fields: dict[str, Any], fault: str
+    ) -> None:
+        path = "$defs/OriginalMessage/properties/headers/items"
+        new = changed(self.DEAD_LETTER, path, **fields)
+        assert breaks(self.DEAD_LETTER, new, "out") == [fault]
+
+    @pytest.mark.parametrize("direction", ["in", "out"])
+    def test_an_unknown_keyword_is_a_fault_where_what_it_refers_to_differs(
+        self, direction: Any
+    ) -> None:
+        old = changed(self.NEW, "properties/audio", allOf=[{"$ref": "#/$defs/AudioRef"}])
+        assert breaks(old, old, direction) == []
+        new = changed(old, "$defs/AudioRef/properties/uri", maxLength=10)
+        assert ".audio differs in allOf, which can't be judged" in breaks(old, new, direction)
+
+    def test_fields_that_the_reader_refuses_are_named(self) -> None:
+        closed = changed(self.TAGS, "", additionalProperties=False)
+        more = changed(closed, "properties", mood={"type": "string"})
+        assert breaks(closed, more, "out") == [".mood may be there, but is refused"]
 
     @pytest.mark.parametrize("direction", ["in", "out"])
     def test_a_field_that_is_gone_breaks_both(self, direction: Any) -> None:
