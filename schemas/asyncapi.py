@@ -225,7 +225,13 @@ def _bucket_notification() -> Json:
         "type": "object",
         "required": ["eventName"],
         "properties": {
-            "eventName": {"type": "string", "description": "Only ObjectCreated:* is a track"},
+            "eventName": {
+                "type": "string",
+                "description": (
+                    "ObjectCreated:Put, Post, Copy and CompleteMultipartUpload are tracks, "
+                    "with or without s3: before it"
+                ),
+            },
             "eventSource": {"type": "string"},
             "eventTime": {"type": "string"},
             "s3": {

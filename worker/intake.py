@@ -26,6 +26,12 @@ MAX_FAULTS_TOLD = 3
 MAX_QUOTED_CHARS = 80
 MAX_KEY_BYTES = 1024  # of an S3 object
 
+# What writes an object's bytes. MinIO calls changes of tags, retention and legal hold ObjectCreated
+# as well.
+CREATIONS = frozenset(
+    f"ObjectCreated:{name}" for name in ("Put", "Post", "Copy", "CompleteMultipartUpload")
+)
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -200,7 +206,7 @@ def _is_creation(entry: dict[str, Any]) -> bool:
     name = entry.get("eventName")
     if not isinstance(name, str):
         raise EventMalformed("A record of the bucket notification lacks its eventName.")
-    return name.removeprefix("s3:").startswith("ObjectCreated:")
+    return name.removeprefix("s3:") in CREATIONS
 
 
 def _from_notification(event: _Notification) -> NewTrack | None:

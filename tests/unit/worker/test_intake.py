@@ -320,10 +320,29 @@ class TestBucketNotifications:
             {"Records": [{"eventName": "ObjectRemoved:Delete"}]},
             {"Records": [notification("a.mp3", name="s3:ObjectAccessed:Get")]},
             {"Records": [notification("folder/")]},
+            {"Records": [{"eventName": "s3:ObjectCreated:PutTagging"}]},
         ],
     )
     def test_what_creates_no_object_announces_no_track(self, message: dict[str, Any]) -> None:
         assert read(record(message)) == []
+
+    @pytest.mark.parametrize("prefix", ["", "s3:"])
+    @pytest.mark.parametrize("kind", ["Put", "Post", "Copy", "CompleteMultipartUpload"])
+    def test_every_way_to_write_an_object_announces_a_track(self, prefix: str, kind: str) -> None:
+        entry = notification("a.mp3", name=f"{prefix}ObjectCreated:{kind}")
+        assert only(read(record({"Records": [entry]}))).track_id == "music/a.mp3"
+
+    @pytest.mark.parametrize("prefix", ["", "s3:"])
+    @pytest.mark.parametrize(
+        "kind", ["PutTagging", "DeleteTagging", "PutRetention", "PutLegalHold"]
+    )
+    def test_a_change_of_what_stands_beside_the_audio_announces_none(
+        self, prefix: str, kind: str
+    ) -> None:
+        beside = notification("a.mp3", name=f"{prefix}ObjectCreated:{kind}")
+        assert read(record({"Records": [beside]})) == []
+        both = {"Records": [beside, notification("b.mp3")]}
+        assert only(read(record(both))).track_id == "music/b.mp3"
 
     def test_inside_a_cloud_event(self) -> None:
         event = {**CLOUD, "data": {"Records": [notification("a.mp3")]}}
