@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,7 +82,8 @@ def tag_tracks(
     ----------
     files
         Audio files, folders or URLs. With `plot`, a name ending in .png, .svg or .pdf is where the
-        picture goes; without one each file's picture goes to the current folder.
+        picture goes; without one each file's picture goes to the current folder, under the file's
+        name, and a number where several files have it.
     form
         `table`, `csv` or `json`.
     bundle
@@ -230,12 +232,23 @@ _REPORTS: dict[str, type[_TableReport] | type[_CsvReport] | type[_JsonReport]] =
 def _draw(outcomes: Sequence[Outcome], bundle: Bundle, hop_s: float, picture: Path | None) -> None:
     """The taggrams as pictures: all in the one named, or each in one of its own."""
     drawn = [(o.source, o.analysis) for o in outcomes if o.analysis is not None]
-    pictures = (
-        {picture: drawn}
-        if picture is not None
-        else {Path(f"{Path(source).stem}.taggram.png"): [(source, a)] for source, a in drawn}
-    )
-    for path, shown in pictures.items():
-        if shown:
-            draw_taggrams(path, shown, bundle, hop_s=hop_s)
-            console.err().print(f"Drew {path}", markup=False)
+    if picture is not None:
+        pictures = [(picture, drawn)] if drawn else []
+    else:
+        paths = _pictures([source for source, _ in drawn])
+        pictures = [(path, [track]) for path, track in zip(paths, drawn, strict=True)]
+    for path, shown in pictures:
+        draw_taggrams(path, shown, bundle, hop_s=hop_s)
+        console.err().print(f"Drew {path}", markup=False)
+
+
+def _pictures(sources: Sequence[str]) -> list[Path]:
+    """Where the picture of each source goes: its stem, numbered where an earlier one has that."""
+    stems = [Path(source).stem for source in sources]
+    names: dict[str, None] = {}
+    plain = set(stems)
+    for stem in stems:
+        numbered = (f"{stem}-{number}" for number in count(2))
+        free = (name for name in numbered if name not in names and name not in plain)
+        names[next(free) if stem in names else stem] = None
+    return [Path(f"{name}.taggram.png") for name in names]

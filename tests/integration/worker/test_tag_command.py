@@ -110,6 +110,26 @@ def test_plots_are_drawn_beside_one_another_or_into_the_one_named(
     assert "both.svg" in {path.name for path in tmp_path.iterdir()}
 
 
+def test_files_of_one_name_have_a_picture_each_numbered_in_the_order_given(
+    given_settings: Settings,
+    files: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["a/01.mp3", "b/01.mp3", "b/01.flac", "01-2.mp3"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(Path(files[3]).read_bytes())
+    assert tag_tracks(given_settings, names, form="json", plot=True) == 0
+    drawn = [f"{name}.taggram.png" for name in ("01", "01-3", "01-4", "01-2")]
+    assert [line.split()[-1] for line in capsys.readouterr().err.splitlines()] == drawn, (
+        "01-2.mp3 is alone with its name and keeps it"
+    )
+    assert {path.name for path in tmp_path.glob("*.png")} == set(drawn)
+
+
 def test_a_model_that_is_not_there_is_an_error_before_anything_is_tagged(files: list[str]) -> None:
     done = subprocess.run(
         [TIMBRE, "tag", "--model", "no-such-model", *files],
