@@ -73,6 +73,7 @@ async def stored(settings: RedisSettings, track_id: str) -> Stored:
     if value is None:
         raise TrackUnknown(
             f"Redis holds no result of {track_id}. It may be on its way (timbre watch), may have "
-            "failed (timbre dead-letters list), or the id is another (timbre submit prints ids)."
+            "failed (timbre dead-letters list), or the id is another (timbre submit prints ids, "
+            "into a pipe or a file those of any number of tracks)."
         )
     return Stored(TrackTags.from_bytes(value), ttl_s if ttl_s >= 0 else None)

@@ -16,7 +16,10 @@ IDS_SHOWN = 20
 
 
 def submit_tracks(settings: Settings, sources: Sequence[str], *, backfill: bool) -> int:
-    """Publish every track that `sources` name; 0 when Kafka has them all, 1 when some failed."""
+    """Publish every track that `sources` name; 0 when Kafka has them all, 1 when some failed.
+
+    Their ids are printed, in a terminal only where they are few.
+    """
     found = list(tracks(sources, "backfill" if backfill else "upload"))
     if not found:
         raise SourceInvalid("There is nothing to submit: the tables are empty.")
@@ -27,7 +30,7 @@ def submit_tracks(settings: Settings, sources: Sequence[str], *, backfill: bool)
             submit(settings.kafka, found, lambda track: progress.advance(task))
         )
     out = console.out()
-    if len(found) <= IDS_SHOWN:
+    if len(found) <= IDS_SHOWN or not out.is_terminal:
         for track in found:
             out.print(Text.assemble(track.track_id, "  ", (track.audio.uri, "dim")))
     for topic, count in submission.delivered.items():

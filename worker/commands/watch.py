@@ -54,11 +54,11 @@ def print_line(out: Console, result: TrackTags | DeadLetter) -> None:
     """One result in one line: track, genres, other tags; or track and what went wrong."""
     if isinstance(result, DeadLetter):
         name = result.track_id or "(no track id)"
-        line = Text.assemble(_cell(name), ("✗ ", "red"), (result.reason.code, "red"), " ")
+        line = Text.assemble(_cell(out, name), ("✗ ", "red"), (result.reason.code, "red"), " ")
         line.append(result.reason.message, style="dim")
     else:
         heads = dict.fromkeys(tag.head for tag in result.tags)
-        line = Text.assemble(_cell(result.track_id), ("✓ ", "green"))
+        line = Text.assemble(_cell(out, result.track_id), ("✓ ", "green"))
         if result.uncertain:
             line.append("uncertain ", style="yellow")
         parts = [
@@ -71,6 +71,7 @@ def print_line(out: Console, result: TrackTags | DeadLetter) -> None:
     console.line(out, line)
 
 
-def _cell(name: str) -> Text:
-    cut = name if len(name) <= ID_WIDTH else name[: ID_WIDTH - 1] + "…"
+def _cell(out: Console, name: str) -> Text:
+    """A track's id as a column: cut in a terminal, whole where something else may read it."""
+    cut = name[: ID_WIDTH - 1] + "…" if out.is_terminal and len(name) > ID_WIDTH else name
     return Text(f"{cut:<{ID_WIDTH}} ", style="bold")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
+from rich.console import Console
 
 from schemas.events import (
     AudioFacts,
@@ -21,7 +22,7 @@ from worker.cache import Keys
 from worker.commands import dead_letters
 from worker.commands.show import show_track
 from worker.commands.submit import submit_tracks
-from worker.commands.watch import watch_results
+from worker.commands.watch import print_line, watch_results
 from worker.errors import ServicesUnavailable, TrackUnknown
 from worker.settings import KafkaSettings, RedisSettings, Settings, load
 from worker.sources import tracks
@@ -92,9 +93,24 @@ async def test_submitted_files_are_events_on_the_topic(
     settings: Settings, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert await asyncio.to_thread(submit_tracks, settings, [str(folder)], backfill=False) == 0
-    assert f"Submitted 30 tracks to {settings.kafka.topic_new}" in capsys.readouterr().out
+    *ids, count = capsys.readouterr().out.splitlines()
+    assert count == f"Submitted 30 tracks to {settings.kafka.topic_new}"
     found = await events(settings.kafka, settings.kafka.topic_new, 30)
     assert {track.track_id for track in found} == {t.track_id for t in tracks([str(folder)])}
+    assert {line.split()[0] for line in ids} == {track.track_id for track in found}
+
+
+async def test_ids_of_many_tracks_are_not_shown_in_a_terminal(
+    settings: Settings,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert await asyncio.to_thread(submit_tracks, settings, [str(folder)], backfill=False) == 0
+    [count] = capsys.readouterr().out.splitlines()
+    assert "Submitted 30 tracks" in count
 
 
 async def test_backfill_goes_to_its_own_topic(
@@ -165,6 +181,14 @@ async def test_a_watch_prints_tags_and_failures_in_lines(
     said = capsys.readouterr().out
     assert "jazz 0.81" in said
     assert "Not written by Timbre" in said
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, "a" * 27 + "… "), (False, "a" * 40 + " ")])
+def test_a_long_id_is_cut_in_a_terminal_only(terminal: bool, shown: str) -> None:
+    out = Console(force_terminal=terminal, color_system=None, width=160)
+    with out.capture() as captured:
+        print_line(out, result("a" * 40))
+    assert captured.get().startswith(shown)
 
 
 async def test_a_watch_of_a_topic_that_is_not_there_says_so(settings: Settings) -> None:
