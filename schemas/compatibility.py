@@ -48,7 +48,18 @@ def _spelled_out(part: Any, whole: Schema) -> Any:
     }
     if "$ref" not in part:
         return own
-    return {**_spelled_out(whole["$defs"][part["$ref"].rpartition("/")[2]], whole), **own}
+    return _both(own, _spelled_out(whole["$defs"][part["$ref"].rpartition("/")[2]], whole))
+
+
+def _both(one: Schema, other: Schema) -> Schema:
+    """What fits both; a keyword of which each has its own goes where it can't be judged."""
+    twice = {
+        name: one[name]
+        for name in one.keys() & other.keys() - {*REMARKS}
+        if one[name] != other[name]
+    }
+    both = {**one, **other}
+    return {**both, "allOf": [twice, *both.get("allOf", [])]} if twice else both
 
 
 def _schema(part: Any) -> Schema:
@@ -65,7 +76,7 @@ def _alternatives(schema: Schema) -> list[Schema]:
     return [
         alternative
         for option in schema["anyOf"]
-        for alternative in _alternatives({**beside, **_schema(option)})
+        for alternative in _alternatives(_both(beside, _schema(option)))
     ]
 
 

@@ -363,6 +363,21 @@ class TestCompatibility:
         new = changed(old, "$defs/AudioRef/properties/uri", maxLength=10)
         assert ".audio differs in allOf, which can't be judged" in breaks(old, new, direction)
 
+    @pytest.mark.parametrize("direction", ["in", "out"])
+    @pytest.mark.parametrize(
+        ("path", "fields"),
+        [
+            ("properties/audio", {"required": ["uri", "etag"]}),
+            ("$defs/AudioRef/properties/etag", {"maxLength": 5}),
+        ],
+    )
+    def test_what_stands_beside_a_reference_or_alternatives_counts_with_what_stands_in_them(
+        self, path: str, fields: dict[str, Any], direction: Any
+    ) -> None:
+        new = changed(self.NEW, path, **fields)
+        assert breaks(self.NEW, new, direction)
+        assert breaks(new, new, direction) == []
+
     def test_fields_that_the_reader_refuses_are_named(self) -> None:
         closed = changed(self.TAGS, "", additionalProperties=False)
         more = changed(closed, "properties", mood={"type": "string"})
