@@ -50,12 +50,14 @@ def tracks(sources: Sequence[str], priority: Priority = "upload") -> Iterator[Ne
         if not is_url(source) and path.suffix.lower() == ".csv":
             yield from _rows(path, priority)
         else:
-            for shown, uri in audio(source):
+            for shown, uri in audio(source, takes="a file, a folder, a URL or a CSV table"):
                 yield _track(_short(shown), uri, priority)
 
 
-def audio(source: str) -> Iterator[tuple[str, str]]:
+def audio(source: str, *, takes: str = "a file, a folder or a URL") -> Iterator[tuple[str, str]]:
     """The audio that a file, a folder or a URL stands for: how it is shown, and its address.
+
+    `takes` is what the asker may give, for the error to say.
 
     Raises
     ------
@@ -76,7 +78,7 @@ def audio(source: str) -> Iterator[tuple[str, str]]:
     elif path.exists():
         yield source, path.resolve().as_uri()
     else:
-        raise SourceInvalid(f"{source} is not there: give a file, a folder, a URL or a CSV table.")
+        raise SourceInvalid(f"{source} is not there: give {takes}.")
 
 
 def audio_files(folder: Path) -> list[Path]:

@@ -46,6 +46,13 @@ def test_what_is_not_there_is_named(source: str) -> None:
         list(tracks([source]))
 
 
+def test_a_table_is_offered_only_where_one_is_taken() -> None:
+    with pytest.raises(SourceInvalid, match="give a file, a folder, a URL or a CSV table"):
+        list(tracks(["absent.mp3"]))
+    with pytest.raises(SourceInvalid, match="give a file, a folder or a URL"):
+        list(audio("absent.mp3"))
+
+
 def test_an_address_of_another_scheme_is_not_taken_for_a_file() -> None:
     with pytest.raises(SourceInvalid, match=r"ftp://a/b.mp3 can't be fetched"):
         list(tracks(["ftp://a/b.mp3"]))
