@@ -22,7 +22,7 @@ from pydantic import (
     JsonValue,
     WithJsonSchema,
 )
-from pydantic_core import to_json
+from pydantic_core import PydanticUseDefault, to_json
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -73,6 +73,13 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
+def _default_for_null(value: object) -> object:
+    """Some producers write null for what they don't set."""
+    if value is None:
+        raise PydanticUseDefault
+    return value
+
+
 def _six_decimals(value: object) -> object:
     """Round away what float32 can't carry anyway, such as the excess of 1.0000001."""
     return round(value, 6) if isinstance(value, float) else value
@@ -92,8 +99,9 @@ Timestamp = Annotated[
     AfterValidator(_in_utc),
     WithJsonSchema({"type": "string", "format": "date-time"}),
 ]
+JsonObject = dict[str, JsonValue]
 Metadata = Annotated[
-    dict[str, JsonValue],
+    JsonObject,
     AfterValidator(_bounded),
     Field(
         description=(
@@ -102,6 +110,7 @@ Metadata = Annotated[
         )
     ),
 ]
+Priority = Literal["upload", "backfill"]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_six_decimals)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
@@ -152,9 +161,13 @@ class NewTrack(Part):
     """Where the audio lies"""
     uploaded_at: Timestamp | None = None
     """When the track was uploaded; without a time zone it is taken as UTC"""
-    priority: Literal["upload", "backfill"] = "upload"
+    priority: Annotated[
+        Priority, BeforeValidator(_default_for_null, json_schema_input_type=Priority | None)
+    ] = "upload"
     """Uploads go before backfill"""
-    metadata: Metadata = Field(default_factory=dict)
+    metadata: Annotated[
+        Metadata, BeforeValidator(_default_for_null, json_schema_input_type=JsonObject | None)
+    ] = Field(default_factory=dict)
     source_event_id: (
         Annotated[str, Field(min_length=1, max_length=MAX_SOURCE_EVENT_ID_CHARS)] | None
     ) = Field(None, exclude_if=_is_none)

@@ -178,7 +178,8 @@ class TestNewTrackSchema:
             },
             {"track_id": "t", "audio": {"uri": "http://h/t"}, "uploaded_at": "then"},
             {"track_id": "t", "audio": {"uri": "http://h/t"}, "uploaded_at": 5},
-            {"track_id": "t", "audio": {"uri": "http://h/t"}, "metadata": None},
+            {"track_id": "t", "audio": {"uri": "http://h/t"}, "metadata": None, "priority": None},
+            {"track_id": "t", "audio": {"uri": "http://h/t"}, "metadata": []},
             {"track_id": 5, "audio": {"uri": "http://h/t"}},
             {"audio": {"uri": "http://h/t"}},
         ],
@@ -251,9 +252,9 @@ class TestGeneratedFiles:
 
 def changed(schema: dict[str, Any], path: str, **fields: Any) -> dict[str, Any]:
     copy: dict[str, Any] = json.loads(json.dumps(schema))
-    part = copy
+    part: Any = copy
     for name in path.split("/"):
-        part = part[name] if name else part
+        part = part[int(name) if isinstance(part, list) else name] if name else part
     part.update(fields)
     return copy
 
@@ -281,7 +282,9 @@ class TestCompatibility:
     def test_what_may_change_in_what_comes_in(self) -> None:
         more = changed(self.NEW, "properties", mood={"type": "string"})
         wider = changed(self.NEW, "properties/track_id", maxLength=1000)
-        option = changed(self.NEW, "properties/priority", enum=["upload", "backfill", "now"])
+        option = changed(
+            self.NEW, "properties/priority/anyOf/0", enum=["upload", "backfill", "now"]
+        )
         for new in (more, wider, option):
             assert breaks(self.NEW, new, "in") == []
 
@@ -311,8 +314,8 @@ class TestCompatibility:
         [
             ("", {"required": ["track_id", "audio", "uploaded_at"]}),
             ("properties/track_id", {"maxLength": 10}),
-            ("properties/priority", {"enum": ["upload"]}),
-            ("properties/metadata", {"additionalProperties": {"type": "string"}}),
+            ("properties/priority/anyOf/0", {"enum": ["upload"]}),
+            ("properties/metadata/anyOf/0", {"additionalProperties": {"type": "string"}}),
             ("$defs/AudioRef/properties/uri", {"pattern": "^https:"}),
             ("$defs/AudioRef/properties", {"sha256": {"type": "string"}}),
             ("$defs/AudioRef/properties/uri", {"type": "object"}),
@@ -320,10 +323,10 @@ class TestCompatibility:
             ("", {"additionalProperties": {"type": "string"}}),
             ("$defs/AudioRef", {"additionalProperties": False}),
             ("properties/audio", {"additionalProperties": False}),
-            ("properties/metadata", {"additionalProperties": False}),
-            ("properties/metadata", {"maxProperties": 3}),
-            ("properties/metadata", {"properties": {"title": {"type": "string"}}}),
-            ("properties/metadata", {"propertyNames": {"maxLength": 3}}),
+            ("properties/metadata/anyOf/0", {"additionalProperties": False}),
+            ("properties/metadata/anyOf/0", {"maxProperties": 3}),
+            ("properties/metadata/anyOf/0", {"properties": {"title": {"type": "string"}}}),
+            ("properties/metadata/anyOf/0", {"propertyNames": {"maxLength": 3}}),
             ("properties/track_id", {"allOf": [{"maxLength": 3}]}),
             ("properties/track_id", {"not": {"const": "t"}}),
             ("properties/uploaded_at", {"not": {"type": "null"}}),

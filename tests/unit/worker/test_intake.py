@@ -57,6 +57,14 @@ class TestPlainEvents:
         track = only(read(record({"track_id": "t", "audio": {"uri": "file:///t.mp3"}})))
         assert (track.priority, track.metadata, track.uploaded_at) == ("upload", {}, None)
 
+    def test_null_is_the_default_of_what_may_be_absent(self) -> None:
+        nothing = {"uploaded_at": None, "priority": None, "metadata": None, "source_event_id": None}
+        audio = {"uri": "file:///t.mp3"}
+        absent = {"sha256": None, "etag": None, "size_bytes": None}
+        (track,) = read(record({"track_id": "t", "audio": {**audio, **absent}, **nothing}))
+        assert [track] == read(record({"track_id": "t", "audio": audio}))
+        assert (track.priority, track.metadata) == ("upload", {})
+
     def test_unknown_fields_of_a_newer_producer_are_ignored(self) -> None:
         track = only(read(record(changed(audio={"uri": "http://h/t", "loudness": 1}, mood="blue"))))
         assert track.audio.uri == "http://h/t"
