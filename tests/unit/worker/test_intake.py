@@ -352,6 +352,23 @@ class TestBucketNotifications:
         both = {"Records": [beside, notification("b.mp3")]}
         assert only(read(record(both))).track_id == "music/b.mp3"
 
+    @pytest.mark.parametrize(
+        "message",
+        [
+            {"Type": "Notification", "Message": json.dumps({"Records": [notification("a.mp3")]})},
+            {
+                "version": "0",
+                "detail-type": "Object Created",
+                "source": "aws.s3",
+                "detail": {"bucket": {"name": "music"}, "object": {"key": "a.mp3", "size": 5}},
+            },
+        ],
+        ids=["SNS", "EventBridge"],
+    )
+    def test_what_other_services_make_of_one_is_malformed(self, message: dict[str, Any]) -> None:
+        with pytest.raises(EventMalformed, match="track_id"):
+            read(record(message))
+
     def test_inside_a_cloud_event(self) -> None:
         event = {**CLOUD, "data": {"Records": [notification("a.mp3")]}}
         assert only(read(record(event))).track_id == "music/a.mp3"
