@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.faults.stand import Message
 
 KEY = "track"
+PRIORITIES = ("upload", "backfill", None)
 EXAMPLES_A_RUN = 500
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=40)
@@ -37,8 +38,8 @@ wrong_types = st.one_of(
     st.builds(lambda v: _event(track_id=v), not_text),
     st.builds(lambda v: _event(audio=v), not_object),
     st.builds(lambda v: _event(audio={"uri": v}), not_text),
-    st.builds(lambda v: _event(metadata=v), not_object),
-    st.builds(lambda v: _event(priority=v), documents.filter(lambda v: v != "upload")),
+    st.builds(lambda v: _event(metadata=v), not_object.filter(lambda v: v is not None)),
+    st.builds(lambda v: _event(priority=v), documents.filter(lambda v: v not in PRIORITIES)),
     st.builds(lambda v: _event(uploaded_at=v), st.lists(scalars, min_size=1, max_size=3)),
 ).map(_text)
 incomplete: list[dict[str, Any]] = [
