@@ -12,7 +12,7 @@ from aiokafka.structs import ConsumerRecord
 
 from schemas.events import DeadLetter, FailureReason, ModelRef, Origin, OriginalMessage
 from worker import kafka
-from worker.errors import DeadLetterNotFound
+from worker.errors import DeadLetterNotFound, SourceInvalid
 from worker.publish import HEADER
 from worker.settings import KafkaSettings, Settings
 
@@ -56,13 +56,16 @@ async def retry(
 
     `places` picks single ones; without it all are sent again, or all of one reason `code`. A
     letter stays in its topic: it is a log, and the event's id stays the same. A message of which
-    several tracks failed is sent once. Left out is what can't be sent: a value that was too large
-    for the topic and is only at its origin, and a message that Timbre did not write.
+    several tracks failed is sent once. What can't be sent is left out, or, where its place is
+    given, an error: a value that was too large for the topic and is only at its origin, and a
+    message that Timbre did not write.
 
     Raises
     ------
     DeadLetterNotFound
         Nothing stands at one of the places; then none is sent.
+    SourceInvalid
+        What stands at one of the places can't be sent; then none is sent.
     ServicesUnavailable
         Kafka can't be reached.
     """
@@ -75,7 +78,7 @@ async def retry(
             letter = parse(message)
             if code is not None and letter.reason.code != code:
                 continue
-            if _header(message, "value-omitted-bytes") or not _header(message, "origin-topic"):
+            if _obstacle(message) is not None:
                 continue
             origin = (letter.origin.topic, letter.origin.partition, letter.origin.offset)
             if origin in origins:
@@ -147,12 +150,28 @@ async def _chosen(
     settings: KafkaSettings, places: Sequence[Place]
 ) -> AsyncGenerator["ConsumerRecord[bytes, bytes]", None]:
     if places:
-        for message in [await _at(settings, place) for place in places]:
+        named = [await _at(settings, place) for place in places]
+        for message in named:
+            if (obstacle := _obstacle(message)) is not None:
+                place = f"{message.partition}:{message.offset}"
+                raise SourceInvalid(f"The letter at {place} can't be sent again: {obstacle}.")
+        for message in named:
             yield message
         return
     async with aclosing(_read(settings)) as messages:
         async for message in messages:
             yield message
+
+
+def _obstacle(message: "ConsumerRecord[bytes, bytes]") -> str | None:
+    """Why a message can't be sent again; None where it can."""
+    if not _header(message, "origin-topic"):
+        return "Timbre did not write it, and where it belongs is not known"
+    if _header(message, "value-omitted-bytes"):
+        origin = parse(message).origin
+        at = f"{origin.topic} {origin.partition}:{origin.offset}"
+        return f"its value was too large to be kept here; send it anew as it stands at {at}"
+    return None
 
 
 async def _at(settings: KafkaSettings, place: Place) -> "ConsumerRecord[bytes, bytes]":

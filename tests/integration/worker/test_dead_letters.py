@@ -7,7 +7,7 @@ from schemas.events import ModelRef
 from tests.conftest import MakeTopics
 from tests.worker_process import receive, send
 from worker import dead_letters
-from worker.errors import AudioNotFound, DeadLetterNotFound, EventMalformed
+from worker.errors import AudioNotFound, DeadLetterNotFound, EventMalformed, SourceInvalid
 from worker.publish import Publisher
 from worker.record import Record
 from worker.settings import KafkaSettings, Settings
@@ -105,6 +105,8 @@ async def test_a_message_that_timbre_did_not_write_is_listed_all_the_same(
     [(_, letter)] = [item async for item in dead_letters.list_dead_letters(Settings(kafka=own))]
     assert letter.reason.code == "unknown"
     assert await dead_letters.retry(Settings(kafka=own)) == [], "it has nowhere to go back to"
+    with pytest.raises(SourceInvalid, match="0:0 can't be sent again: Timbre did not write it"):
+        await dead_letters.retry(Settings(kafka=own), [(0, 0)])
 
 
 async def test_a_message_of_which_two_tracks_failed_is_sent_again_once(topics: MakeTopics) -> None:
@@ -122,7 +124,7 @@ async def test_a_message_of_which_two_tracks_failed_is_sent_again_once(topics: M
     assert len(await dead_letters.retry(Settings(kafka=own))) == 1
 
 
-async def test_a_value_too_large_for_the_topic_is_left_out_and_identified(
+async def test_a_value_too_large_for_the_topic_is_left_out_and_naming_its_letter_an_error(
     topics: MakeTopics,
 ) -> None:
     own = (await topics()).model_copy(update={"max_event_bytes": 4 * MIB})
@@ -142,3 +144,9 @@ async def test_a_value_too_large_for_the_topic_is_left_out_and_identified(
     assert message.value is None
     assert headers["timbre-value-omitted-bytes"] == str(len(value)).encode()
     assert await dead_letters.retry(Settings(kafka=own)) == []
+    await fill(own)
+    with pytest.raises(SourceInvalid, match=f"0:0 can't be sent again.* {own.topic_new} 0:0"):
+        await dead_letters.retry(Settings(kafka=own), [(0, 2), (0, 0)])
+    assert await dead_letters.retry(Settings(kafka=own), [(0, 1)]) == [(0, 1)]
+    [first] = await receive(own, own.topic_new, 1)
+    assert first.value == b"\xff\x00", "the error came before any was sent"
