@@ -46,7 +46,8 @@ STALL_ATTEMPTS = 2
 """At a server that stalls: once more, should a connection have been lost. Each attempt holds a
 place in flight for all the time that a stall takes to tell, while other tracks wait for it."""
 LONG_SILENCE = 1 / 2
-"""Of the time that a stall takes to tell: who is silent for so long and then fails has stalled."""
+"""Of the time that a stall takes to tell: who is silent for so long and then fails has stalled,
+but for an answer that says when to ask again."""
 
 
 class Fetcher:
@@ -176,7 +177,8 @@ class Fetcher:
         except FetchUnavailable as error:
             file.remove()
             silent_s = loop.time() - max(began_s, file.written_s)
-            if silent_s >= LONG_SILENCE * self._settings.stall_timeout_s:
+            stalled = silent_s >= LONG_SILENCE * self._settings.stall_timeout_s
+            if stalled and error.retry_after_s is None:  # else it is at work, and says when to come
                 raise FetchTimeout(f"After {silent_s:.0f} s of silence: {error.message}") from error
             raise
         except BaseException:

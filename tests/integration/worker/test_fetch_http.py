@@ -377,6 +377,15 @@ class TestRetryAfter:
         await fetched(fetcher, server.answer("/a", status("503 Busy", retry_after=value), whole()))
         assert server.at_s[1] - server.at_s[0] < 0.5
 
+    async def test_seconds_of_an_answer_after_a_long_silence_are_honoured(
+        self, server: Server, fetcher: Fetcher
+    ) -> None:
+        late = raw(0.6 * STALL_S, head("503 Busy", content_length=0, retry_after=1))
+        await fetched(fetcher, server.answer("/a", late, late, whole()))
+        waits = [b - a for a, b in zip(server.at_s, server.at_s[1:], strict=False)]
+        assert len(waits) == 2, "not a stall, which is tried once more only"
+        assert min(waits) >= 0.6 * STALL_S + 1
+
     async def test_a_wait_beyond_the_deadline_ends_the_fetch_at_once(
         self, server: Server, fetcher: Fetcher
     ) -> None:
