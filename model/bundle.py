@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from model.calibration import Calibration
+from model.frontend import LogMel
 from model.heads import Head
-from model.network import Output, build
+from model.network import Output, Tagger, build
 from worker.errors import BundleInvalid
 
 __all__ = ["Bundle", "Calibration", "Head", "Output"]
@@ -57,6 +58,17 @@ class Manifest(BaseModel):
     network: NetworkSection
     training: dict[str, JsonValue] = Field(default_factory=dict)
     figures: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _heads_can_be_told_apart(self) -> "Manifest":
+        names = [head.name for head in self.heads]
+        if len(set(names)) != len(names):
+            raise ValueError("two heads have one name")
+        # A network keeps its heads by name, where some names already mean something else.
+        taken = [name for name in names if hasattr(nn.ModuleDict(), name)]
+        if taken:
+            raise ValueError(f"a head can't be called {taken[0]!r}: choose another name")
+        return self
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,7 @@ class Bundle:
             tensors = load_tensors(raw)
         except (SafetensorError, ValueError, KeyError) as error:
             raise BundleInvalid(f"{folder / WEIGHTS} is not a safetensors file: {error}") from error
+        _check_values(folder, tensors)
         if _version(manifest, tensors) != manifest.version:
             raise BundleInvalid(
                 f"{folder} is damaged or was edited: its content is not version "
@@ -185,6 +198,17 @@ def _read_manifest(folder: Path) -> Manifest:
         raise BundleInvalid(f"{folder / MANIFEST}: {where}: {first['msg']}") from error
 
 
+def _check_values(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Before anything is done with them: not every type that a file may hold can be worked with."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise BundleInvalid(
+                f"{folder / WEIGHTS}: {name} is {tensor.dtype}, expected torch.float32"
+            )
+        if not bool(tensor.isfinite().all()):
+            raise BundleInvalid(f"{folder / WEIGHTS}: {name} has values that are not finite")
+
+
 def _network(folder: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> nn.Module:
     try:
         # On `meta` a shape costs nothing, so that no config can ask for more than the file holds.
@@ -197,16 +221,27 @@ def _network(folder: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> nn
         odd = sorted(expected.keys() ^ tensors.keys())
         raise BundleInvalid(f"{folder / WEIGHTS}: missing or unknown tensors: {', '.join(odd[:5])}")
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape or tensor.dtype != torch.float32:
+        if tensor.shape != expected[name].shape:
             raise BundleInvalid(
                 f"{folder / WEIGHTS}: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
                 f"expected torch.float32 {tuple(expected[name].shape)}"
             )
-        if not bool(tensor.isfinite().all()):
-            raise BundleInvalid(f"{folder / WEIGHTS}: {name} has values that are not finite")
+    _check_rate(folder, manifest, network)
     network.load_state_dict(tensors, assign=True)
     _probe(folder, manifest, network)
     return network.eval().requires_grad_(False)
+
+
+def _check_rate(folder: Path, manifest: Manifest, network: nn.Module) -> None:
+    assert isinstance(network, Tagger)
+    front_end = network.front_end
+    assert isinstance(front_end, LogMel)
+    rate_hz = front_end.config.sample_rate_hz
+    if rate_hz != manifest.sample_rate_hz:
+        raise BundleInvalid(
+            f"{folder / MANIFEST}: sample_rate_hz is {manifest.sample_rate_hz}, "
+            f"and the network's front end is for {rate_hz}"
+        )
 
 
 def _probe(folder: Path, manifest: Manifest, network: nn.Module) -> None:

@@ -1,12 +1,15 @@
 """Scores that mean what they say: calibration of voted probabilities, and how to measure it."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 Kind = Literal["single", "multi"]
 FLOOR = 1e-3  # a vote of zero windows is no proof of impossibility
+# A power of 20 keeps every score's within what a float holds, and `fit_temperature` looks no
+# further than 5 times either way.
+Temperature = Annotated[float, Field(ge=1 / 20, le=20, allow_inf_nan=False)]
 
 
 class Calibration(BaseModel):
@@ -14,7 +17,9 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    temperature: dict[Literal["mean", "majority", "weighted"], float] = Field(default_factory=dict)
+    temperature: dict[Literal["mean", "majority", "weighted"], Temperature] = Field(
+        default_factory=dict
+    )
 
     def apply(self, voted: np.ndarray, *, kind: Kind, method: str) -> np.ndarray:
         """Calibrated scores of `voted` `(..., labels)`; a method without a fit is left as it is."""

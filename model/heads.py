@@ -1,13 +1,23 @@
 """What a model answers: named heads, each with its labels and its kind."""
 
+import unicodedata
 from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from model.calibration import Calibration, Kind
 
-Label = Annotated[str, Field(min_length=1, max_length=200)]
+CONTROL = frozenset({"Cc", "Zl", "Zp"})  # categories of characters that steer a terminal or a log
+
+
+def _plain(label: str) -> str:
+    if any(unicodedata.category(character) in CONTROL for character in label):
+        raise ValueError("a label has a control character")
+    return label
+
+
+Label = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_plain)]
 
 
 class Head(BaseModel):

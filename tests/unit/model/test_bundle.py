@@ -37,6 +37,14 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
     save_file(tensors, folder / "model.safetensors")
 
 
+def relabel(manifest: dict[str, Any], label: str) -> None:
+    manifest["heads"][0]["labels"][0] = label
+
+
+def heat(manifest: dict[str, Any], temperature: float) -> None:
+    manifest["heads"][0]["calibration"]["temperature"]["mean"] = temperature
+
+
 def resign(folder: Path) -> None:
     """Give the folder the version of its content: an attacker can compute a hash too."""
     from model import bundle
@@ -92,6 +100,19 @@ def test_changed_weights_are_noticed(folder: Path) -> None:
         (lambda told: told["heads"][0].update(name="../../etc"), "name"),
         (lambda told: told["heads"][0]["labels"].append("blues"), "a label stands twice"),
         (lambda told: told["heads"][0]["categories"].pop(), "every label needs its category"),
+        (lambda told: told["heads"][1].update(name="genre"), "two heads have one name"),
+        (lambda told: told["heads"][0].update(name="type"), "a head can't be called 'type'"),
+        (lambda told: told["heads"][0].update(name="keys"), "a head can't be called 'keys'"),
+        (lambda told: told["heads"][0].update(name="training"), "can't be called 'training'"),
+        (lambda told: relabel(told, "jazz\x1b[2J"), "a label has a control character"),
+        (lambda told: relabel(told, "jazz\n"), "a label has a control character"),
+        (lambda told: relabel(told, "ja\u2028zz"), "a label has a control character"),
+        (lambda told: heat(told, 0), "temperature.*greater than or equal to"),
+        (lambda told: heat(told, -1.5), "temperature.*greater than or equal to"),
+        (lambda told: heat(told, 1e-9), "temperature.*greater than or equal to"),
+        (lambda told: heat(told, 1e9), "temperature.*less than or equal to"),
+        (lambda told: heat(told, float("nan")), "temperature.*finite number"),
+        (lambda told: heat(told, float("inf")), "temperature.*finite number"),
     ],
 )
 def test_a_manifest_that_says_wrong_things_is_refused(
@@ -151,6 +172,23 @@ def test_weights_that_are_not_the_networks_are_refused(
     resign(folder)
 
     with pytest.raises(BundleInvalid, match=complaint):
+        Bundle.load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_weights_of_less_precision_are_refused(folder: Path, dtype: torch.dtype) -> None:
+    name = "heads.genre.bias"
+    edit_weights(folder, lambda told: told.update({name: told[name].to(dtype)}))
+
+    with pytest.raises(BundleInvalid, match=rf"{name} is {dtype}, expected torch.float32"):
+        Bundle.load(folder)
+
+
+def test_a_front_end_for_another_sample_rate_is_refused(folder: Path) -> None:
+    edit(folder, lambda told: told.update(sample_rate_hz=22_050))
+    resign(folder)
+
+    with pytest.raises(BundleInvalid, match="is 22050, and the network's front end is for 16000"):
         Bundle.load(folder)
 
 

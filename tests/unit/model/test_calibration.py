@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from model.calibration import (
     Calibration,
+    Kind,
     expected_calibration_error,
     fit_temperature,
     threshold_for_coverage,
@@ -65,6 +67,22 @@ def test_multi_label_scores_move_towards_a_half() -> None:
     assert 0.1 < scores[0] < 0.5
     assert scores[1] == pytest.approx(0.5)
     assert scores[0] + scores[2] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("temperature", [1 / 20, 20.0])
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_the_utmost_temperatures_still_give_scores(temperature: float, kind: Kind) -> None:
+    scores = Calibration(temperature={"mean": temperature}).apply(
+        np.full(4_096, 1 / 4_096), kind=kind, method="mean"
+    )
+
+    assert ((scores >= 0) & (scores <= 1)).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, 0.01, 100.0, np.nan, np.inf])
+def test_a_temperature_that_breaks_scores_is_refused(temperature: float) -> None:
+    with pytest.raises(ValidationError, match="temperature"):
+        Calibration(temperature={"mean": temperature})
 
 
 def test_a_threshold_for_coverage_keeps_that_share() -> None:
