@@ -25,6 +25,7 @@ CLOUDEVENTS_VERSION = "1.0"
 MAX_FAULTS_TOLD = 3
 MAX_QUOTED_CHARS = 80
 MAX_KEY_BYTES = 1024  # of an S3 object
+MAX_RECORDS = 100  # of one message, which is a dead letter for each of them that fails
 
 # What writes an object's bytes. MinIO calls changes of tags, retention and legal hold ObjectCreated
 # as well.
@@ -197,6 +198,11 @@ def _notified(records: Any) -> list[NewTrack]:
     """The tracks of a bucket notification: what was created; removals and the like are none."""
     if not isinstance(records, list) or not all(isinstance(entry, dict) for entry in records):
         raise EventMalformed("The Records of a bucket notification are a list of JSON objects.")
+    if len(records) > MAX_RECORDS:
+        raise EventMalformed(
+            f"A bucket notification has {len(records)} Records; send at most {MAX_RECORDS} in one "
+            "message."
+        )
     created = [entry for entry in records if _is_creation(entry)]
     tracks = [_from_notification(_validated(_Notification, entry)) for entry in created]
     return [track for track in tracks if track is not None]

@@ -192,7 +192,10 @@ class BatchSettings(Section):
         60.0, gt=0, description="Seconds of a batch on the device until it counts as hung"
     )
     max_stuck: int = Field(
-        4, ge=1, description="Hung device threads at which the worker is no longer live"
+        7,
+        ge=1,
+        description="Hung device threads at which the worker is no longer live; a track that hangs "
+        "the device leaves up to two at every attempt",
     )
 
 

@@ -389,6 +389,7 @@ class TestBucketNotifications:
             [notification("a.mp3", versionId="x" * 9000)],
             [{**notification("a.mp3"), "eventTime": "noon"}],
             [{**notification("a.mp3"), "s3": {"bucket": {"name": "a/b"}, "object": {"key": "k"}}}],
+            [notification(f"{number}.mp3") for number in range(101)],
         ],
     )
     def test_wrong_records_are_malformed(self, records: object) -> None:
