@@ -45,6 +45,7 @@ REDIRECTS = {301, 302, 303, 307, 308}
 NOT_FOUND = {404, 410}
 MAX_LOOKUPS = 256  # of names at once; most wait, should a name server not answer
 PASSING = {408, 425, 429}
+UNPACK_BYTES = 16 * 1024  # at once: zlib copies what is left of them at the end of each member
 HEADERS = {
     "Accept": "*/*",
     "Accept-Encoding": "identity",  # audio is compressed already
@@ -227,19 +228,50 @@ async def _receive_compressed(
     response: ClientResponse, pieces: AsyncIterator[bytes], file: SpoolFile
 ) -> None:
     """Unpack in pieces of bounded size, so that a bomb meets the limit on bytes and not memory."""
-    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # gzip or zlib, whichever it is
+    unpacker, packed_bytes = _Unpacker(), 0
     try:
         async for data in pieces:
-            packed = data
-            while packed and not unpacker.eof:
-                await file.write(await asyncio.to_thread(unpacker.decompress, packed, WRITE_BYTES))
-                packed = unpacker.unconsumed_tail
+            packed_bytes += len(data)
+            file.check_size(packed_bytes)  # much may be sent that nothing is unpacked from
+            unpacker.packed = memoryview(data)
+            while unpacker.packed:
+                await file.write(await asyncio.to_thread(unpacker.read))
     except zlib.error as error:
         raise FetchFailed(
             f"{shown(str(response.url))} is not compressed as its Content-Encoding says."
         ) from error
     if not unpacker.eof:
         raise FetchUnavailable(f"The compressed body of {shown(str(response.url))} ends early.")
+
+
+class _Unpacker:
+    """Unpacks gzip or zlib, whichever it is; of a body in several members, all of them."""
+
+    def __init__(self) -> None:
+        self.packed = memoryview(b"")
+        """What has come and is not unpacked yet."""
+        self._member = _new_member()
+
+    @property
+    def eof(self) -> bool:
+        return self._member.eof and not self.packed
+
+    def read(self) -> bytes:
+        """At most `WRITE_BYTES` of what is unpacked; nothing where it takes more to go on."""
+        while self.packed:
+            if self._member.eof:
+                self._member = _new_member()
+            part = self.packed[:UNPACK_BYTES]
+            unpacked = self._member.decompress(part, WRITE_BYTES)
+            left_bytes = len(self._member.unused_data) or len(self._member.unconsumed_tail)
+            self.packed = self.packed[len(part) - left_bytes :]
+            if unpacked:
+                return unpacked
+        return b""
+
+
+def _new_member() -> "zlib._Decompress":
+    return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # by its header
 
 
 def retry_after_s(value: str) -> float | None:

@@ -181,6 +181,18 @@ def whole(body: bytes = AUDIO, /, **headers: object) -> Answer:
     return raw(head(content_length=len(body), **headers) + body)
 
 
+def endless(again: bytes, start: bytes = b"", /, **headers: object) -> Answer:
+    """A body that begins with `start` and goes on with `again`, again and again."""
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        writer.write(head(**headers) + start)
+        while True:
+            writer.write(again)
+            await writer.drain()
+
+    return answer
+
+
 def status(line: str, /, **headers: object) -> Answer:
     return raw(head(line, content_length=0, **headers))
 
@@ -211,6 +223,12 @@ class TestWhatArrives:
             ("x-gzip", gzip.compress(AUDIO)),
             ("deflate", zlib.compress(AUDIO)),
             ("identity", AUDIO),
+            ("gzip", gzip.compress(AUDIO[:1000]) + gzip.compress(AUDIO[1000:])),
+            (
+                "gzip",
+                b"".join(gzip.compress(AUDIO[at : at + 99]) for at in range(0, len(AUDIO), 99)),
+            ),
+            ("gzip", gzip.compress(b"") * 1000 + gzip.compress(AUDIO) + gzip.compress(b"")),
         ],
     )
     async def test_a_body_compressed_though_nobody_asked(
@@ -273,6 +291,7 @@ class TestWhatPasses:
             raw(head(transfer_encoding="chunked"), b"zzz\r\n"),
             raw(head(content_length="many"), AUDIO),
             raw(head(content_encoding="gzip"), gzip.compress(AUDIO)[:-9]),
+            raw(head(content_encoding="gzip"), gzip.compress(AUDIO) + gzip.compress(AUDIO)[:9]),
             raw(2 * STALL_S),
             raw(b"HTTP/1.1 2", 2 * STALL_S),
             raw(head(content_length=10), 2 * STALL_S),
@@ -414,6 +433,8 @@ class TestWhatDoesNotPass:
             (whole(content_encoding="br"), FetchFailed),
             (whole(content_encoding="gzip, gzip"), FetchFailed),
             (whole(content_encoding="gzip"), FetchFailed),
+            (whole(gzip.compress(AUDIO) + AUDIO, content_encoding="gzip"), FetchFailed),
+            (whole(gzip.compress(AUDIO) + bytes(512), content_encoding="gzip"), FetchFailed),
             (raw(b"HTTP/1.1 200 OK\r\nContent-Encoding: \xff\r\n\r\n"), FetchFailed),
             (raw(head(content_length=10**15), AUDIO), AudioTooLarge),
         ],
@@ -450,14 +471,24 @@ class TestWhatDoesNotPass:
 
 
 class TestLimits:
-    async def endless(self, writer: asyncio.StreamWriter) -> None:
-        writer.write(head())
-        while True:
-            writer.write(AUDIO)
-            await writer.drain()
-
     async def test_an_endless_body(self, server: Server, fetcher: Fetcher) -> None:
-        assert isinstance(await failure(fetcher, server.answer("/a", self.endless)), AudioTooLarge)
+        url = server.answer("/a", endless(AUDIO))
+        assert isinstance(await failure(fetcher, url), AudioTooLarge)
+        assert len(server.requests) == 1
+
+    @pytest.mark.parametrize(
+        ("start", "again"),
+        [
+            (b"", gzip.compress(b"") * 100),  # empty members
+            (b"\x1f\x8b\x08\x08" + bytes(6), b"name" * 1000),  # a header with a name
+            (b"\x1f\x8b\x08" + bytes(7), b"\0\0\0\xff\xff" * 1000),  # empty blocks
+        ],
+    )
+    async def test_an_endless_body_that_unpacks_to_nothing(
+        self, server: Server, fetcher: Fetcher, start: bytes, again: bytes
+    ) -> None:
+        url = server.answer("/a", endless(again, start, content_encoding="gzip"))
+        assert isinstance(await failure(fetcher, url), AudioTooLarge)
         assert len(server.requests) == 1
 
     async def test_a_gzip_bomb_costs_no_more_than_the_limit(
