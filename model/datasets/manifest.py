@@ -19,10 +19,7 @@ ARTIST, RECORDING = ("artist", "artist_id"), ("recording", "song")
 
 def load(path: Path) -> Dataset:
     """Clips of the manifest at `path`; rows whose file is missing are skipped and named."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-        columns = {name.strip().lower(): name for name in reader.fieldnames or ()}
+    rows, columns = _table(path)
     paths, one, several = (_find(columns, names) for names in (PATH, ONE_LABEL, LABELS))
     if paths is None or (one or several) is None:
         raise DatasetInvalid(
@@ -34,6 +31,7 @@ def load(path: Path) -> Dataset:
     present = {name: path.parent / name for row in rows if (name := row[paths])}
     found = {name: file for name, file in present.items() if file.is_file()}
     same = recordings(found.values())
+    name_of: dict[Path, str] = {}
     clips, skipped = [], []
     for row in rows:
         name = row[paths]
@@ -41,17 +39,17 @@ def load(path: Path) -> Dataset:
             why = "is in the manifest but not on disk" if name else "has no path in its line"
             skipped.append(Skipped(name or "a clip", why))
             continue
-        told = re.split(r"[;|]", row[several] or "") if several else [row[str(one)] or ""]
+        told = re.split(r"[;|]", row[several]) if several else [row[str(one)]]
         labels = tuple(dict.fromkeys(label.strip() for label in told if label.strip()))
         if not labels:
             skipped.append(Skipped(name, "has no label"))
             continue
-        group = (row[artist] if artist else row[recording] if recording else "") or same[
-            found[name]
-        ]
-        clips.append(
-            Clip(name, labels, group, split_name(row[split] or "") if split else None, found[name])
-        )
+        file = found[name]
+        first = name_of.setdefault(file.parent.resolve() / file.name, name)
+        if first != name:
+            raise DatasetInvalid(f"{path}: one file is named twice, as {first} and as {name}")
+        group = (row[artist] if artist else row[recording] if recording else "") or same[file]
+        clips.append(Clip(name, labels, group, split_name(row[split]) if split else None, file))
     return Dataset(
         name=path.stem,
         layout="manifest",
@@ -62,6 +60,22 @@ def load(path: Path) -> Dataset:
         licence="that of your own files",
         skipped=tuple(skipped),
     )
+
+
+def _table(path: Path) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """Rows by column, their cells without the space around them, and columns by lower-case name."""
+    rows = []
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, restval="")
+        for row in reader:
+            if None in row:  # csv's key for what no column is left for
+                raise DatasetInvalid(
+                    f"{path}, line {reader.line_num}: more cells than the header; one with a comma "
+                    "in it needs quotes around it"
+                )
+            rows.append({column: cell.strip() for column, cell in row.items()})
+        columns = {name.strip().lower(): name for name in reader.fieldnames or ()}
+    return rows, columns
 
 
 def _find(columns: dict[str, str], names: tuple[str, ...]) -> str | None:

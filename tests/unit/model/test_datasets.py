@@ -132,6 +132,46 @@ def test_manifest_with_several_labels_is_a_multi_label_task(tmp_path: Path) -> N
     assert dataset.targets().sum() == 14
 
 
+def listing(folder: Path, *lines: str) -> Path:
+    """A manifest of such lines beside three files."""
+    for number in range(3):
+        (folder / f"x{number}.wav").write_bytes(bytes([number]))
+    (folder / "list.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "list.csv"
+
+
+@pytest.mark.parametrize("column", ["artist", "recording"])
+def test_space_around_cells_of_a_manifest_makes_no_difference(tmp_path: Path, column: str) -> None:
+    told = f"path,label,{column}", "x0.wav,a,same", "x1.wav, a ,same ", "x2.wav\t,b,  other "
+    dataset = load(listing(tmp_path, *told))
+    assert [clip.group for clip in dataset.clips] == ["same", "same", "other"]
+    assert dataset.labels == ("a", "b")
+    split = f"{told[0]},split", "x0.wav,a,same,train", "x1.wav,a,same , test ", "x2.wav,b,other,"
+    with pytest.raises(SplitLeaks, match=r"same: train: x0\.wav \| test: x1\.wav"):
+        load(listing(tmp_path, *split))
+
+
+def test_a_line_of_a_manifest_with_a_comma_too_many_is_named(tmp_path: Path) -> None:
+    path = listing(tmp_path, "path,label", 'x0.wav,"a, b"', "x1.wav,a, b")
+    with pytest.raises(DatasetInvalid, match=r"list\.csv, line 3: more cells than the header"):
+        load(path)
+
+
+def test_short_lines_of_a_manifest_lack_what_they_lack(tmp_path: Path) -> None:
+    dataset = load(listing(tmp_path, "path,label,artist,split", "x0.wav,a", "x1.wav"))
+    assert [(clip.name, clip.split) for clip in dataset.clips] == [("x0.wav", None)]
+    assert [skipped.reason for skipped in dataset.skipped] == ["has no label"]
+
+
+@pytest.mark.parametrize("again", ["x0.wav", "./x0.wav", "sub/../x0.wav", "{folder}//x0.wav"])
+def test_one_file_twice_in_a_manifest_is_refused(tmp_path: Path, again: str) -> None:
+    (tmp_path / "sub").mkdir()
+    again = again.format(folder=tmp_path)
+    path = listing(tmp_path, "path,label,split", "x0.wav,a,train", f"{again},b,test")
+    with pytest.raises(DatasetInvalid, match=r"named twice.*x0\.wav"):
+        load(path)
+
+
 @pytest.mark.parametrize("layout", ["manifest", "fma"])
 def test_an_artist_on_both_sides_is_refused_and_named(tmp_path: Path, layout: str) -> None:
     root = (
