@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 LAG_INTERVAL_S = 5.0
 PROBE_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 1.0
 
 
 class LagProbe:
@@ -71,6 +72,7 @@ class LagProbe:
             **kafka.client_options(self._settings.kafka),
             group_id=self._settings.kafka.group,
             enable_auto_commit=False,
+            auto_offset_reset="earliest",  # as the worker's own consumer
         )
         try:
             await group.start()
@@ -88,15 +90,25 @@ class LagProbe:
             return {}
         group.assign(partitions)
         ends = await group.end_offsets(partitions)
-        lags = {}
-        for tp in partitions:
-            at = positions[tp]
-            if at is None:  # nothing read since the assignment: the group's offset tells
-                at = await group.committed(tp)
-            if at is None:
-                at = (await group.beginning_offsets([tp]))[tp]
-            lags[tp.topic, tp.partition] = max(0, ends[tp] - at)
-        return lags
+        lags = await asyncio.gather(
+            *(self._behind(group, tp, positions[tp], ends[tp]) for tp in partitions)
+        )
+        return dict(zip(positions, lags, strict=True))
+
+    @staticmethod
+    async def _behind(group: AIOKafkaConsumer, tp: TopicPartition, at: int | None, end: int) -> int:
+        """Offsets from the first event at or behind `at` to the end."""
+        if at is None:  # nothing read since the assignment: the group's offset tells
+            at = await group.committed(tp)
+        if at is None:
+            at = (await group.beginning_offsets([tp]))[tp]
+        if at >= end:
+            return 0
+        # What lies there may be no event: a transaction ends with a marker, and events expire.
+        group.seek(tp, at)
+        found = await group.getmany(tp, timeout_ms=round(READ_TIMEOUT_S * 1000), max_records=1)
+        first: int = found[tp][0].offset if found else await group.position(tp)
+        return max(0, end - first)
 
     def _note(self, lags: dict[tuple[str, int], int]) -> None:
         for topic, number in self._shown - lags.keys():

@@ -2,11 +2,18 @@ import asyncio
 
 import aiohttp
 import pytest
+from aiokafka import AIOKafkaProducer
 
 from model.bundle import Bundle
 from tests.conftest import MakeTopics
-from tests.integration.worker.test_consumer import consuming, send, settings_of, until
-from worker import health
+from tests.integration.worker.test_consumer import (
+    committed,
+    consuming,
+    send,
+    settings_of,
+    until,
+)
+from worker import health, kafka
 from worker.batch import Batcher
 from worker.consumer import Consumer, Rest
 from worker.errors import SettingsInvalid
@@ -68,6 +75,42 @@ async def test_a_worker_is_live_while_it_progresses_and_not_when_it_hangs_with_l
 
         state.stopping = True
         assert state.why_not_ready() == "stopping"
+
+
+async def test_an_event_sent_in_a_transaction_leaves_no_lag_behind(topics: MakeTopics) -> None:
+    own = await topics(partitions=2)
+    seen = asyncio.Event()
+    handled = list[int]()
+
+    async def handle(record: Record, rest: Rest) -> None:
+        await seen.wait()
+        handled.append(record.offset)
+
+    async with (
+        consuming(settings_of(own), handle) as consumer,
+        LagProbe(settings_of(own), consumer, Metrics()) as probe,
+    ):
+        await until(lambda: consumer.assigned)
+        async with (
+            AIOKafkaProducer(**kafka.client_options(own), transactional_id=own.group) as producer,
+            producer.transaction(),
+        ):
+            await producer.send_and_wait(own.topic_new, b"an event", partition=0)
+        await until(lambda: probe.lag > 0)
+        seen.set()
+        await until(lambda: probe.lag == 0)
+        assert handled == [0]
+    assert await committed(own, 2) == 1, "the marker lies behind"
+
+    async with (
+        consuming(settings_of(own), handle) as consumer,
+        LagProbe(settings_of(own), consumer, Metrics()) as probe,
+    ):
+        await until(lambda: consumer.assigned)
+        for _ in range(20):
+            await asyncio.sleep(0.1)
+            assert probe.lag == 0, "nor after a restart"
+        assert handled == [0]
 
 
 async def test_the_port_serves_metrics_and_health_and_nothing_else(topics: MakeTopics) -> None:
