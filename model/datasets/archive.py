@@ -4,7 +4,9 @@
 ones for several labels a clip, `names`, `genres`, and perhaps `split`, under any names.
 """
 
+import zlib
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -28,19 +30,27 @@ def load(path: Path) -> Dataset:
                 raise DatasetInvalid(
                     f"{path} has no {', '.join(missing)}; it holds {archive.files}"
                 )
-            values, y = archive["X"], archive["y"]
-            names, genres = archive["names"].tolist(), tuple(archive["genres"].tolist())
-            splits = archive["split"].tolist() if "split" in archive else [""] * len(names)
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+            values, y, names, titles = (archive[key] for key in KEYS)
+            splits = archive["split"] if "split" in archive else np.full(names.shape, "")
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile, zlib.error) as error:
         raise DatasetInvalid(f"{path} is no .npz archive of plain arrays") from error
-    if values.ndim != 3 or not len(values) == len(y) == len(names) == len(splits):
+    dimensions = (values.ndim, names.ndim, splits.ndim, titles.ndim)
+    if (
+        dimensions != (3, 1, 1, 1)
+        or y.ndim not in (1, 2)
+        or not len(values) == len(y) == len(names) == len(splits)
+    ):
         raise DatasetInvalid(
-            f"{path}: X {values.shape}, y {y.shape}, {len(names)} names and {len(splits)} splits "
-            "don't belong together"
+            f"{path}: X {values.shape}, y {y.shape}, names {names.shape}, splits {splits.shape} "
+            f"and genres {titles.shape} don't belong together"
         )
-    multi = y.ndim == 2
-    table = y.astype(bool) if multi else np.eye(len(genres), dtype=bool)[y.astype(int)]
-    known = set(names) <= fault_filtered_split().keys()
+    if values.dtype.kind not in "uif" or not values.size or not np.isfinite(values).all():
+        raise DatasetInvalid(f"{path}: X must be finite numbers, not {values.shape} {values.dtype}")
+    if titles.dtype.kind != "U" or len(np.unique(titles)) != len(titles):
+        raise DatasetInvalid(f"{path}: genres must be text, each of them once")
+    multi, genres = y.ndim == 2, tuple(titles.tolist())
+    table = _several(path, y, genres) if multi else _one(path, y, genres)
+    known = set(names.tolist()) <= fault_filtered_split().keys()
     return Dataset(
         name=f"{path.stem} (GTZAN log-mels)" if known else path.stem,
         layout="archive",
@@ -59,6 +69,24 @@ def load(path: Path) -> Dataset:
         licence=LICENCE if known else "that of the archive's audio",
         logmels=LogMels(values),
     )
+
+
+def _one(path: Path, y: NDArray[Any], genres: tuple[str, ...]) -> NDArray[np.bool_]:
+    """Zeros and ones `(clips, labels)` of positions in `genres`."""
+    if y.dtype.kind not in "iuf" or not np.isin(y, np.arange(len(genres))).all():
+        raise DatasetInvalid(
+            f"{path}: y must be positions in genres, whole numbers from 0 to {len(genres) - 1}"
+        )
+    return np.asarray(np.eye(len(genres), dtype=bool)[y.astype(int)])
+
+
+def _several(path: Path, y: NDArray[Any], genres: tuple[str, ...]) -> NDArray[np.bool_]:
+    if y.dtype.kind not in "biuf" or not np.isin(y, (0, 1)).all() or y.shape[1] != len(genres):
+        raise DatasetInvalid(
+            f"{path}: y must be zeros and ones, a column for each of the {len(genres)} genres; "
+            f"it has {y.shape[1]} columns of {y.dtype}"
+        )
+    return y.astype(bool)
 
 
 def decibels(clip: NDArray[np.uint8]) -> NDArray[np.float32]:

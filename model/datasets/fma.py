@@ -108,7 +108,10 @@ def _genre_names(genres: Path) -> dict[int, str]:
     if not genres.is_file():
         raise DatasetInvalid(f"{genres} is missing; it names the 161 genres")
     with genres.open(newline="", encoding="utf-8") as file:
-        titles = {int(row["genre_id"]): row["title"] for row in csv.DictReader(file)}
+        reader = csv.DictReader(file, restval="")
+        if missing := sorted({"genre_id", "title"} - set(reader.fieldnames or ())):
+            raise DatasetInvalid(f"{genres} has no column {', '.join(missing)}")
+        titles = {int(row["genre_id"]): row["title"] for row in reader}
     seen = list(titles.values())
     return {
         genre: title if seen.count(title) == 1 else f"{title} ({genre})"

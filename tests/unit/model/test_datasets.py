@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -202,6 +203,61 @@ def test_archive_without_splits_has_all_clips(tmp_path: Path) -> None:
     assert dataset.logmels.values.shape == (12, 128, 241)
 
 
+def edited(path: Path, **changes: Any) -> Path:
+    """An archive of 12 clips of two genres with some arrays exchanged."""
+    with np.load(music.archive(path)) as stored:
+        np.savez(path, **(dict(stored) | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"y": np.full(12, 2)}, "whole numbers from 0 to 1"),
+        ({"y": np.full(12, -1)}, "whole numbers from 0 to 1"),
+        ({"y": np.full(12, 0.5)}, "whole numbers from 0 to 1"),
+        ({"y": np.full(12, np.nan)}, "whole numbers from 0 to 1"),
+        ({"y": np.full(12, "metal")}, "whole numbers from 0 to 1"),
+        ({"y": np.ones((12, 3), int)}, "zeros and ones, a column for each of the 2 genres"),
+        ({"y": np.ones((12, 1), int)}, "it has 1 columns of int64"),
+        ({"y": np.full((12, 2), 2)}, "zeros and ones"),
+        ({"y": np.full((12, 2), np.nan)}, "zeros and ones"),
+        ({"y": np.ones((12, 2, 1), int)}, "don't belong together"),
+        ({"y": np.array(1)}, "don't belong together"),
+        ({"names": np.array("blues.00000")}, "don't belong together"),
+        ({"X": np.zeros((0, 128, 241), np.uint8)}, "don't belong together"),
+        ({"split": np.array("train")}, "don't belong together"),
+        ({"genres": np.array("blues")}, "don't belong together"),
+        ({"X": np.zeros((12, 128, 0), np.uint8)}, "X must be finite numbers"),
+        ({"X": np.full((12, 128, 80), np.nan)}, "X must be finite numbers"),
+        ({"X": np.full((12, 128, 80), "loud")}, "X must be finite numbers"),
+        ({"genres": np.array([1, 2])}, "genres must be text"),
+        ({"genres": np.array(["blues", "blues"])}, "each of them once"),
+    ],
+)
+def test_arrays_that_say_nothing_of_their_clips_are_refused(
+    tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(DatasetInvalid) as refused:
+        load(edited(tmp_path / "a.npz", **changes))
+    assert told in refused.value.message
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.float32])
+def test_positions_and_columns_of_an_archive_are_its_genres(tmp_path: Path, dtype: type) -> None:
+    one = load(edited(tmp_path / "a.npz", y=np.array([1, 0] * 6, dtype)))
+    assert [clip.labels for clip in one.clips[:2]] == [("metal",), ("blues",)]
+    several = load(edited(tmp_path / "b.npz", y=np.array([[1, 1], [0, 1]] * 6, dtype)))
+    assert [clip.labels for clip in several.clips[:2]] == [("blues", "metal"), ("metal",)]
+
+
+@pytest.mark.parametrize("label", ["", "blues\x1b[2J", "x" * 201])
+def test_a_label_that_no_model_can_answer_is_refused(label: str) -> None:
+    clips = (Clip("one", (label,), "one"),)
+    with pytest.raises(DatasetInvalid, match=r"mine: label '.*'"):
+        Dataset("mine", "folders", "single", (label,), clips, "recording", "none")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
@@ -249,10 +305,32 @@ def test_a_broken_line_of_fmas_tracks_is_named(tmp_path: Path) -> None:
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("id,title\n12,Rock\n", r"genres\.csv has no column genre_id"),
+        ("genre_id,name\n12,Rock\n", r"genres\.csv has no column title"),
+        ("", r"genres\.csv has no column genre_id, title"),
+        ("title,genre_id\nRock\n", "can't be read in layout 'fma-all'"),
+    ],
+)
+def test_fmas_genres_without_their_columns_are_refused(
+    tmp_path: Path, content: str, told: str
+) -> None:
+    folder = music.fma(tmp_path)
+    (tmp_path / "fma_metadata" / "genres.csv").write_text(content)
+    with pytest.raises(DatasetInvalid, match=told):
+        load(folder, "fma-all")
+
+
 def test_damaged_archives_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.npz").write_bytes(b"PK no archive")
     with pytest.raises(DatasetInvalid):
         load(tmp_path / "bad.npz")
+    with (tmp_path / "array.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(DatasetInvalid, match=r"no \.npz archive"):
+        load(tmp_path / "array.npz")
     np.savez(tmp_path / "short.npz", X=np.zeros((2, 128, 72), np.uint8))
     with pytest.raises(DatasetInvalid, match="y, names, genres"):
         load(tmp_path / "short.npz")
