@@ -180,7 +180,7 @@ def _redirected(response: ClientResponse) -> URL:
     if not location:
         raise RedirectLimit(f"{shown(str(response.url))} redirects without saying where to.")
     try:
-        target = response.url.join(_parsed(location))
+        target = _joined(response.url, _parsed(location))
     except (UriUnsupported, ValueError) as error:
         raise RedirectLimit(f"{shown(str(response.url))} redirects to what is no URL.") from error
     if target.scheme not in {"http", "https"}:
@@ -188,6 +188,13 @@ def _redirected(response: ClientResponse) -> URL:
     if response.url.scheme == "https" and target.scheme != "https":
         raise AddressRefused("A redirect leads from https to http, where anybody may listen.")
     return target
+
+
+def _joined(base: URL, reference: URL) -> URL:
+    """Where a reference leads from `base`."""
+    if reference.raw_path:  # less its last part; yarl would decode what it cuts, and not encode it
+        base = base.with_path(base.raw_path.rpartition("/")[0] + "/", encoded=True)
+    return base.join(reference)
 
 
 def _check_status(response: ClientResponse) -> None:

@@ -697,6 +697,21 @@ class TestRedirects:
         server.answer("/b", whole())
         assert await fetched(fetcher, server.answer("/a", redirect("/b", line))) == AUDIO
 
+    @pytest.mark.parametrize(
+        ("path", "location", "target"),
+        [
+            ("/my%20songs/a", "b", "/my%20songs/b"),
+            ("/AC%2FDC%3F/a", "./b?%20", "/AC%2FDC%3F/b?%20"),
+            ("/%00//x", "%00//x", "/%00//%00//x"),
+            ("/%0D%0AHost:%20h/a", "b", "/%0D%0AHost:%20h/b"),
+        ],
+    )
+    async def test_are_relative_to_a_path_as_it_was_written(
+        self, server: Server, fetcher: Fetcher, path: str, location: str, target: str
+    ) -> None:
+        server.answer(target, whole())
+        assert await fetched(fetcher, server.answer(path, redirect(location))) == AUDIO
+
     async def test_a_loop_ends(self, server: Server, fetcher: Fetcher) -> None:
         error = await failure(fetcher, server.answer("/a", redirect("/a")))
         assert isinstance(error, RedirectLimit)
