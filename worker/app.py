@@ -172,7 +172,8 @@ class Worker:
         def count(state: RetryCallState) -> None:
             nonlocal attempts
             attempts = state.attempt_number
-            self.consumer.progressed()
+            if attempts > 1:
+                self.consumer.progressed()
 
         try:
             analysis, cached = await self._analyse(track, priority, timings, count, rest)

@@ -172,6 +172,7 @@ class Consumer:
             kafka.topic_backfill: _Places(worker.max_backfill_in_flight),
         }
         self._partitions: dict[TP, _Partition] = {}
+        self._assignment: list[TP] = []
         self._app: _App | None = None
         self._stop = asyncio.Event()
         self._grace_s = min(worker.rebalance_grace_s, worker.stop_deadline_s)
@@ -179,15 +180,20 @@ class Consumer:
         self.assigned = False
 
     def progressed(self) -> None:
-        """Note that an event came to its end, or that work on one moved on."""
+        """Note that an event came to its end, or that work on one moved on.
+
+        Neither an assignment nor the first attempt at an event is progress: a consumer that dies
+        again and again comes as far each time.
+        """
         self.last_progress_s = time.monotonic()
 
     def positions(self) -> Iterator[tuple[str, int, int | None]]:
-        """Topic, partition and first unfinished offset (None: nothing read yet) of what is ours."""
-        app = self._app
-        if app is None or not self.assigned:
-            return
-        for tp in sorted(app.consumer.assignment()):
+        """Topic, partition and first unfinished offset (None: nothing read yet) of what is ours.
+
+        Between two assignments that is what was ours last: while the consumer dies again and again
+        its lag must be seen.
+        """
+        for tp in self._assignment:
             partition = self._partitions.get(tp)
             yield (
                 tp.topic,
@@ -343,8 +349,8 @@ class Consumer:
 
     async def _on_assigned(self, _app: Any, /, *args: Any, **_: Any) -> None:
         (assigned,) = args
+        self._assignment = sorted(assigned)
         self.assigned = True
-        self.progressed()
         log.info("Assigned %d partitions", len(assigned))
 
     async def _give_back(self) -> None:

@@ -1,4 +1,5 @@
 import asyncio
+from typing import Any
 
 import aiohttp
 import pytest
@@ -13,6 +14,7 @@ from tests.integration.worker.test_consumer import (
     settings_of,
     until,
 )
+from worker import consumer as consumer_module
 from worker import health, kafka
 from worker.batch import Batcher
 from worker.consumer import Consumer, Rest
@@ -111,6 +113,90 @@ async def test_an_event_sent_in_a_transaction_leaves_no_lag_behind(topics: MakeT
             await asyncio.sleep(0.1)
             assert probe.lag == 0, "nor after a restart"
         assert handled == [0]
+
+
+class Dying(Consumer):
+    """A consumer whose life ends soon after it has partitions."""
+
+    def _make_app(self) -> Any:
+        app = super()._make_app()
+        stopping = list[asyncio.Task[None]]()
+
+        async def die() -> None:
+            await asyncio.sleep(0.5)
+            await app.stop()
+
+        async def on_assigned(*_: object, **__: object) -> None:
+            stopping.append(asyncio.create_task(die()))
+
+        app.on_partitions_assigned.connect(on_assigned, weak=False)
+        return app
+
+
+async def test_a_worker_whose_consumer_dies_again_and_again_is_not_live(
+    topics: MakeTopics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumer_module, "RESTART_BACKOFF_S", (0.2, 0.4))
+    own = await topics(partitions=2)
+    metrics = Metrics()
+
+    def restarts() -> float:
+        return metrics.registry.get_sample_value("timbre_consumer_restarts_total") or 0
+
+    async def handle(record: Record, rest: Rest) -> None:
+        await asyncio.Event().wait()
+
+    settings = settings_of(own, rebalance_grace_s=0.1, stop_deadline_s=5.0)
+    async with Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher:
+        consumer = Dying(settings, handle, metrics)
+        running = asyncio.create_task(consumer.run())
+        async with LagProbe(settings, consumer, metrics) as probe:
+            state = Health(STALLED_AFTER_S, probe, consumer, batcher)
+            assert state.why_not_live() is None, "it waits for its first assignment"
+            await until(lambda: restarts() >= 2)
+            assert state.why_not_live() is None, "there is nothing to be done"
+
+            await send(own, 5)
+            await until(lambda: state.why_not_live() is not None)
+            after = restarts() + 2
+            while restarts() < after:
+                assert "5 events of lag" in (state.why_not_live() or ""), "not by a new start"
+                await asyncio.sleep(0.05)
+        consumer.stop()
+        await running
+
+
+async def test_a_worker_without_partitions_is_live_while_the_others_lag(
+    topics: MakeTopics,
+) -> None:
+    own = await topics(partitions=1)
+    settings = settings_of(own, rebalance_grace_s=0.1, stop_deadline_s=2.0)
+
+    async def handle(record: Record, rest: Rest) -> None:
+        await asyncio.Event().wait()
+
+    await send(own, 5)
+    async with (
+        Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher,
+        consuming(settings, handle) as first,
+        consuming(settings, handle) as second,
+        consuming(settings, handle) as third,
+        LagProbe(settings, first, Metrics()) as one,
+        LagProbe(settings, second, Metrics()) as two,
+        LagProbe(settings, third, Metrics()) as three,
+    ):
+        states = [
+            Health(STALLED_AFTER_S, probe, consumer, batcher)
+            for probe, consumer in ((one, first), (two, second), (three, third))
+        ]
+
+        def lags() -> list[int]:
+            return sorted(probe.lag for probe in (one, two, three))
+
+        await until(lambda: first.assigned and second.assigned and third.assigned)
+        await until(lambda: lags() == [0, 0, 5])
+        await asyncio.sleep(3 * STALLED_AFTER_S)
+        assert [state.why_not_live() is None for state in states].count(True) == 2
 
 
 async def test_the_port_serves_metrics_and_health_and_nothing_else(topics: MakeTopics) -> None:
