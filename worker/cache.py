@@ -47,7 +47,7 @@ def connect(settings: RedisSettings) -> Redis:
     Raises
     ------
     SettingsInvalid
-        The URL is not one of Redis's.
+        The URL is not one of Redis's, or its options or the settings beside it don't go with it.
     """
     options: dict[str, Any] = {}
     if settings.password is not None:
@@ -55,7 +55,7 @@ def connect(settings: RedisSettings) -> Redis:
     if settings.ssl_ca_file is not None:
         options["ssl_ca_certs"] = str(settings.ssl_ca_file)
     try:
-        return Redis.from_url(
+        redis = Redis.from_url(
             settings.url.get_secret_value(),
             **options,
             socket_timeout=settings.timeout_s,
@@ -67,6 +67,15 @@ def connect(settings: RedisSettings) -> Redis:
             "TIMBRE_REDIS__URL is not an address of Redis; give redis://host:6379/0, rediss://... "
             "for TLS or unix://path."
         ) from None
+    try:
+        pool = redis.connection_pool
+        pool.connection_class(**pool.connection_kwargs)  # as the first command would make it
+    except (TypeError, ValueError, AttributeError, RedisError):
+        raise SettingsInvalid(
+            "TIMBRE_REDIS__URL can't be used as it is set up; leave out the options after its '?', "
+            "and give TIMBRE_REDIS__SSL_CA_FILE only with rediss://."
+        ) from None
+    return redis
 
 
 class Keys:

@@ -5,13 +5,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import trustme
 from pydantic import SecretStr
 from redis.asyncio import Redis
 
 from schemas.events import AudioFacts, AudioRef, ModelRef, NewTrack, Processing, Tag, WindowCounts
 from worker import publish, services
 from worker.analysis import Analysis
-from worker.cache import Cache
+from worker.cache import Cache, connect
+from worker.errors import SettingsInvalid
 from worker.metrics import Metrics
 from worker.settings import RedisSettings
 
@@ -57,6 +59,33 @@ async def store(cache: Cache, track_id: str, found: Analysis) -> str:
     tags, _ = publish.results(track, found, MODEL, processing)
     await cache.store(tags, found)
     return tags.event_id
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://:secret@redis/0",
+        "redis://:secret@redis:port/0",
+        "redis://:secret@redis/0?foo=bar",
+        "redis://:secret@redis/0?protocol=7",
+        "redis://:secret@redis/0?retry=3",
+        "rediss://:secret@redis/0?ssl_cert_reqs=perhaps",
+        "unix:///redis.sock?foo=bar",
+    ],
+)
+def test_an_address_that_cannot_work_is_told_at_the_start(url: str) -> None:
+    with pytest.raises(SettingsInvalid, match="TIMBRE_REDIS__URL") as raised:
+        connect(RedisSettings(url=SecretStr(url)))
+    assert "secret" not in raised.value.message
+
+
+@pytest.mark.parametrize("url", ["redis://redis/0", "unix:///redis.sock"])
+def test_certificates_without_tls_are_told_at_the_start(url: str, tmp_path: Path) -> None:
+    authority = tmp_path / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(str(authority))
+    connect(RedisSettings(url=SecretStr("rediss://redis/0"), ssl_ca_file=authority))
+    with pytest.raises(SettingsInvalid, match="TIMBRE_REDIS__SSL_CA_FILE"):
+        connect(RedisSettings(url=SecretStr(url), ssl_ca_file=authority))
 
 
 async def test_a_stored_analysis_is_found_by_audio_and_by_event(
