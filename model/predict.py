@@ -184,9 +184,9 @@ def _in_batches(network: Callable[[Tensor], Output], batches: Iterator[Tensor]) 
 
 
 def _head(bundle: Bundle, dataset: Dataset) -> Head:
-    """The head of the data set's kind that knows all its labels."""
+    """The head of the data set's kind that knows all its labels, in whatever case."""
     for head in bundle.heads:
-        if head.kind == dataset.kind and set(dataset.labels) <= set(head.labels):
+        if head.kind == dataset.kind and dataset.columns(head.labels).keys() >= set(dataset.labels):
             return head
     known = "; ".join(
         f"{head.name} ({head.kind}): {', '.join(head.labels)}" for head in bundle.heads

@@ -122,13 +122,29 @@ class Dataset:
         ]
         return np.asarray(chosen, dtype=np.intp)
 
+    def columns(self, asked: Sequence[str]) -> dict[str, int]:
+        """Where in `asked` the data set's labels stand; those that don't are left out.
+
+        Case makes no difference, but where `asked` has labels that differ in nothing else.
+        """
+        exact = {label: column for column, label in enumerate(asked)}
+        spelt = Counter(label.casefold() for label in asked)
+        any_case = {
+            folded: column
+            for label, column in exact.items()
+            if spelt[folded := label.casefold()] == 1
+        }
+        found = {label: exact.get(label, any_case.get(label.casefold())) for label in self.labels}
+        return {label: column for label, column in found.items() if column is not None}
+
     def targets(self, labels: Sequence[str] | None = None) -> NDArray[np.float32]:
         """Zeros and ones `(clips, labels)` over `labels`, which must cover the data set's own."""
-        order = {label: column for column, label in enumerate(labels or self.labels)}
+        asked = self.labels if labels is None else labels
+        order = self.columns(asked)
         unknown = sorted(set(self.labels) - order.keys())
         if unknown:
             raise DatasetInvalid(f"{self.name} has labels that are not asked for: {unknown}")
-        table = np.zeros((len(self.clips), len(order)), dtype=np.float32)
+        table = np.zeros((len(self.clips), len(asked)), dtype=np.float32)
         for row, clip in enumerate(self.clips):
             table[row, [order[label] for label in clip.labels]] = 1.0
         return table

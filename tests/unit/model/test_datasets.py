@@ -58,6 +58,20 @@ def test_fma_keeps_its_own_split_and_its_subset(tmp_path: Path) -> None:
     }
 
 
+def test_labels_are_found_in_any_case_but_where_only_case_tells_them_apart() -> None:
+    clips = tuple(Clip(label, (label,), label) for label in ("Jazz", "POP", "straße"))
+    labels = ("Jazz", "POP", "straße")
+    dataset = Dataset("mine", "folders", "single", labels, clips, "recording", "none")
+    assert dataset.targets(["pop", "rock", "STRASSE", "jazz"]).tolist() == [
+        [0, 0, 0, 1],
+        [1, 0, 0, 0],
+        [0, 0, 1, 0],
+    ]
+    assert dataset.columns(["pop", "Pop", "jazz", "Jazz"]) == {"Jazz": 3}
+    with pytest.raises(DatasetInvalid, match=r"not asked for: \['POP'\]"):
+        dataset.targets(["pop", "Pop", "jazz", "strasse"])
+
+
 def test_fma_hierarchy_is_a_multi_label_task(tmp_path: Path) -> None:
     dataset = load(music.fma(tmp_path), "fma-all")
     assert dataset.kind == "multi"

@@ -1,0 +1,33 @@
+"""Prediction: which head of a bundle a data set is held against."""
+
+from pathlib import Path
+
+import pytest
+
+from model.bundle import Bundle
+from model.datasets import load
+from model.predict import predict
+from tests import collections_of_music as music
+from worker.errors import DatasetInvalid
+
+
+def annotated(folder: Path, *, jazz: str = "Jazz") -> Path:
+    """Previews with one genre each, Rock or Jazz, spelt as tagtraum spells them."""
+    file = music.msd(folder) / "msd_tagtraum.cls"
+    told = file.read_text(encoding="utf-8").replace("\tBlues", "").replace("Jazz", jazz)
+    file.write_text(told, encoding="utf-8")
+    return folder
+
+
+def test_labels_that_differ_in_case_alone_are_the_heads(tmp_path: Path) -> None:
+    predictions = predict(Bundle.load(), load(annotated(tmp_path)))
+    labels = predictions.head.labels
+    assert predictions.head.name == "genre"
+    for clip, target in zip(predictions.clips, predictions.targets, strict=True):
+        assert [labels[column] for column in target.nonzero()[0]] == [clip.labels[0].lower()]
+
+
+def test_labels_that_no_head_has_are_refused_in_any_case(tmp_path: Path) -> None:
+    dataset = load(annotated(tmp_path, jazz="Polka"))
+    with pytest.raises(DatasetInvalid, match=r"knows all labels of MSD.*Polka, Rock"):
+        predict(Bundle.load(), dataset)
