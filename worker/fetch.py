@@ -143,7 +143,11 @@ class Fetcher:
         retrying = AsyncRetrying(
             sleep=sleep,
             retry=_tried_again,
-            stop=stop_any(stop_after_attempt(self._settings.attempts), stop_before_delay(limit_s)),
+            stop=stop_any(
+                stop_after_attempt(self._settings.attempts),
+                stop_before_delay(limit_s),
+                self._waited_enough,
+            ),
             wait=self._wait_s,
             before_sleep=self._tell_retry,
             reraise=True,
@@ -192,6 +196,10 @@ class Fetcher:
         backoff = wait_exponential(multiplier=initial_s, max=max_s) + wait_random(0, initial_s)
         asked = error.retry_after_s if isinstance(error := _failure(state), FetchUnavailable) else 0
         return max(backoff(state), asked or 0)
+
+    def _waited_enough(self, state: RetryCallState) -> bool:
+        """Whether another wait would be too much: others of its partition wait behind it."""
+        return state.idle_for + state.upcoming_sleep > self._settings.max_wait_s
 
     def _tell_retry(self, state: RetryCallState) -> None:
         error = _failure(state)

@@ -99,6 +99,12 @@ class FetchSettings(Section):
     )
     backoff_initial_s: float = Field(0.25, gt=0, description="First wait between attempts")
     backoff_max_s: float = Field(20.0, gt=0, description="Longest wait between attempts")
+    max_wait_s: float = Field(
+        60.0,
+        gt=0,
+        description="Waits between attempts, all together; who asks for more, by "
+        "Retry-After, is not asked again",
+    )
     ambient_credentials: bool = Field(
         False, description="Without keys, use the machine's (an IAM role, a workload identity)"
     )

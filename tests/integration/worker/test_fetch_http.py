@@ -415,6 +415,15 @@ class TestRetryAfter:
         assert error.retry_after_s == 86400
         assert time.monotonic() - started < 1
 
+    async def test_waits_that_add_up_to_too_much_end_the_fetch(
+        self, server: Server, configured: Callable[..., FetchSettings]
+    ) -> None:
+        url = server.answer("/a", status("503 Busy", retry_after=1))
+        async with Fetcher(configured(max_wait_s=1.5)) as fetcher:
+            error = await failure(fetcher, url)
+        assert isinstance(error, FetchUnavailable)
+        assert len(server.requests) == 2
+
 
 class TestWhatDoesNotPass:
     @pytest.mark.parametrize(
