@@ -68,14 +68,21 @@ def connect(settings: RedisSettings) -> Redis:
             "for TLS or unix://path."
         ) from None
     try:
-        pool = redis.connection_pool
-        pool.connection_class(**pool.connection_kwargs)  # as the first command would make it
+        _check_options(redis)
     except (TypeError, ValueError, AttributeError, RedisError):
         raise SettingsInvalid(
             "TIMBRE_REDIS__URL can't be used as it is set up; leave out the options after its '?', "
             "and give TIMBRE_REDIS__SSL_CA_FILE only with rediss://."
         ) from None
     return redis
+
+
+def _check_options(redis: Redis) -> None:
+    """Raise now what the first command would: nothing but a connection looks at them."""
+    pool = redis.connection_pool
+    connection = pool.connection_class(**pool.connection_kwargs)
+    if connection.encoder.decode_responses:
+        raise ValueError("what is kept in Redis is bytes")
 
 
 class Keys:

@@ -69,6 +69,7 @@ async def store(cache: Cache, track_id: str, found: Analysis) -> str:
         "redis://:secret@redis/0?foo=bar",
         "redis://:secret@redis/0?protocol=7",
         "redis://:secret@redis/0?retry=3",
+        "redis://:secret@redis/0?decode_responses=true",
         "rediss://:secret@redis/0?ssl_cert_reqs=perhaps",
         "unix:///redis.sock?foo=bar",
     ],
