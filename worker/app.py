@@ -62,6 +62,7 @@ STAGES = (
 )
 PUBLISH_BACKOFF_S = (0.2, 10.0)
 ATTEMPTS_BEFORE_A_WARNING = 3
+LOST_DEADLINE_S = 5.0
 
 
 def run_worker(settings: Settings) -> int:
@@ -70,7 +71,9 @@ def run_worker(settings: Settings) -> int:
     try:
         bundle = Bundle.load(settings.worker.bundle)
         asyncio.run(_main(settings, bundle))
-    except (BundleInvalid, ConsumerLost, SettingsInvalid, PublishFailed) as error:
+    except ConsumerLost:
+        return 1  # the log has it
+    except (BundleInvalid, SettingsInvalid, PublishFailed) as error:
         log.error("%s", error.message)  # noqa: TRY400  # the sentence says it; a traceback hides it
         return 1
     return 0
@@ -81,7 +84,20 @@ async def _main(settings: Settings, bundle: Bundle) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, worker.stop)
-        await worker.run()
+        try:
+            await worker.run()
+        except ConsumerLost as error:
+            log.error("%s", error.message)  # noqa: TRY400  # the sentence says it
+            # What could not be taken down may hold up the rest as well.
+            _end_process_after(LOST_DEADLINE_S, status=1)
+            raise
+
+
+def _end_process_after(delay_s: float, *, status: int) -> None:
+    """End the process by then, whatever still hangs in it."""
+    watchdog = threading.Timer(delay_s, os._exit, args=(status,))
+    watchdog.daemon = True
+    watchdog.start()
 
 
 class Worker:
@@ -146,9 +162,7 @@ class Worker:
         self._health.stopping = True
         self.consumer.stop()
         # What is left by then hangs for good (a device, a socket) and is delivered again.
-        watchdog = threading.Timer(self._settings.worker.stop_deadline_s, os._exit, args=(0,))
-        watchdog.daemon = True
-        watchdog.start()
+        _end_process_after(self._settings.worker.stop_deadline_s, status=0)
 
     def _progressed(self) -> None:
         self.consumer.progressed()

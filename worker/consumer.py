@@ -36,6 +36,7 @@ POLL_RECORDS = 512
 COMMIT_INTERVAL_S = 0.5
 RESTART_BACKOFF_S = (0.5, 30.0)
 HEARTBEATS_PER_SESSION = 6
+CANCEL_TIMEOUT_S = 2.0
 MAX_RESTING = 512  # their messages are in memory
 
 Rest = Callable[[float], Awaitable[None]]
@@ -269,9 +270,10 @@ class Consumer:
             stopping.cancel()
             clean = await self._end(app)
             running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
+            # Not for ever: what runs in there may not heed it.
+            _, left = await asyncio.wait({running}, timeout=CANCEL_TIMEOUT_S)
             self._app = None
-        return clean
+        return clean and not left
 
     @staticmethod
     async def _run_app(app: _App) -> None:
@@ -283,18 +285,24 @@ class Consumer:
 
     async def _end(self, app: _App) -> bool:
         self._grace_s = self.settings.worker.stop_deadline_s * 0.6
-        try:
-            async with asyncio.timeout(self.settings.worker.stop_deadline_s * 0.9):
-                await self._give_back()
-                await app.stop()
-                return True
-        except TimeoutError:
+        ending = asyncio.create_task(self._take_down(app))
+        # A task of its own: faust may swallow a cancellation, and must not hold up its caller.
+        _, late = await asyncio.wait({ending}, timeout=self.settings.worker.stop_deadline_s * 0.9)
+        self._grace_s = self.settings.worker.rebalance_grace_s
+        if late:
+            ending.cancel()
             log.warning("The Kafka consumer did not stop in time; what it held is delivered again")
+            return False
+        return ending.result()
+
+    async def _take_down(self, app: _App) -> bool:
+        try:
+            await self._give_back()
+            await app.stop()
         except Exception:
             log.exception("The Kafka consumer did not stop cleanly; its events are delivered again")
-        finally:
-            self._grace_s = self.settings.worker.rebalance_grace_s
-        return False
+            return False
+        return True
 
     def stop(self) -> None:
         """Take no new events; `run` returns once those in flight ended or were given back."""
