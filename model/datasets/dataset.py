@@ -10,9 +10,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 
-from model.heads import Label
 from worker.errors import DatasetInvalid, SplitLeaks
 
 Kind = Literal["single", "multi"]
@@ -20,7 +18,6 @@ AUDIO = re.compile(
     r"[^.].*\.(aac|aiff?|au|flac|m4a|mka|mp3|mp4|og[ag]|opus|wav|webm|wma)", re.IGNORECASE
 )
 SPLIT_NAMES = {"training": "train", "validation": "valid", "val": "valid", "dev": "valid"}
-LABELS = TypeAdapter(tuple[Label, ...])
 MAX_NAMED = 10  # tracks named in one error
 
 
@@ -89,13 +86,6 @@ class Dataset:
         unlabelled = [clip.name for clip in self.clips if not clip.labels]
         if unlabelled:
             raise DatasetInvalid(f"{self.name}: without a label: {_listed(unlabelled)}")
-        try:
-            LABELS.validate_python(self.labels)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            raise DatasetInvalid(
-                f"{self.name}: label {first['input']!r}: {first['msg']}"
-            ) from error
         if self.kind == "single" and any(len(clip.labels) > 1 for clip in self.clips):
             raise DatasetInvalid(f"{self.name}: several labels on a clip of a single-label set")
 

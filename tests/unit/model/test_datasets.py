@@ -265,13 +265,6 @@ def test_positions_and_columns_of_an_archive_are_its_genres(tmp_path: Path, dtyp
     assert [clip.labels for clip in several.clips[:2]] == [("blues", "metal"), ("metal",)]
 
 
-@pytest.mark.parametrize("label", ["", "blues\x1b[2J", "x" * 201])
-def test_a_label_that_no_model_can_answer_is_refused(label: str) -> None:
-    clips = (Clip("one", (label,), "one"),)
-    with pytest.raises(DatasetInvalid, match=r"mine: label '.*'"):
-        Dataset("mine", "folders", "single", (label,), clips, "recording", "none")
-
-
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
