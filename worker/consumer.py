@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +71,20 @@ class _Place:
     def __init__(self, places: _Places) -> None:
         self._places = places
         self._held = True
+        self.resting = False
 
     async def rest(self, duration_s: float) -> None:
         """Sleep, and let others have the place for that long, unless too many rest already."""
+        self.resting = True
         if self._places.couches.locked():
             await asyncio.sleep(duration_s)
-            return
-        async with self._places.couches:
-            self.leave()
-            await asyncio.sleep(duration_s)
-            await self._places.free.acquire()
-            self._held = True
+        else:
+            async with self._places.couches:
+                self.leave()
+                await asyncio.sleep(duration_s)
+                await self._places.free.acquire()
+                self._held = True
+        self.resting = False
 
     def leave(self) -> None:
         """Give the place back, if it is held."""
@@ -96,7 +100,7 @@ class _Partition:
         self.tp = tp
         self.ledger = Ledger(consumer.settings.worker.max_ahead)
         self.waiting: deque[EventT[Any]] = deque()
-        self.running: set[asyncio.Task[None]] = set()
+        self.running: dict[asyncio.Task[None], _Place] = {}
         self.paused = False
         self.last_offset = -1
         self._consumer = consumer
@@ -120,9 +124,10 @@ class _Partition:
                 await self._places.free.acquire()
                 event = self.waiting.popleft()
                 self.ledger.open(event.message.offset, event.ack)
-                task = asyncio.create_task(self._work(event, _Place(self._places)))
-                self.running.add(task)
-                task.add_done_callback(self.running.discard)
+                place = _Place(self._places)
+                task = asyncio.create_task(self._work(event, place))
+                self.running[task] = place
+                task.add_done_callback(self.running.pop)
                 if self.paused and len(self.waiting) < RESUME_BELOW:
                     self.paused = False
                     self._consumer.resume(self.tp)
@@ -137,16 +142,22 @@ class _Partition:
         self._consumer.progressed()
 
     async def give_back(self, grace_s: float) -> None:
-        """Take nothing more, wait for what is in flight, then leave the rest unacknowledged."""
+        """Take nothing more, wait for what is in flight, then leave the rest unacknowledged.
+
+        An event that rests is left at once: it may do so for minutes.
+        """
         self._pump.cancel()
         self.waiting.clear()
-        if self.running:
-            _, late = await asyncio.wait(self.running, timeout=grace_s)
-            for task in late:
-                task.cancel()
-            if late:
-                log.warning("Gave back %d unfinished events of %s", len(late), self.tp)
-                await asyncio.wait(late)
+        left = {task for task, place in self.running.items() if place.resting}
+        working = self.running.keys() - left
+        _cancel(left)
+        if working:
+            _, late = await asyncio.wait(working, timeout=grace_s)
+            _cancel(late)
+            left |= late
+        if left:
+            log.warning("Gave back %d unfinished events of %s", len(left), self.tp)
+            await asyncio.wait(left)
         self.ledger.close()
 
 
@@ -257,7 +268,8 @@ class Consumer:
                 pause_s = RESTART_BACKOFF_S[0]
             self._metrics.consumer_restarts.inc()
             log.warning("The Kafka consumer ended; a new one starts in about %.1f s", pause_s)
-            await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), pause_s * random.uniform(0.5, 1.5))
             pause_s = min(2 * pause_s, longest_s)
 
     async def _run_once(self) -> bool:
@@ -366,6 +378,11 @@ class Consumer:
         self._partitions.clear()
         self.assigned = False
         await asyncio.gather(*(partition.give_back(self._grace_s) for partition in partitions))
+
+
+def _cancel(tasks: set[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
 
 
 def _record(event: EventT[Any]) -> Record:

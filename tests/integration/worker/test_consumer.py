@@ -1,15 +1,18 @@
 import asyncio
 import random
 import sys
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from tests.conftest import MakeTopics
 from tests.worker_process import environment
+from worker import consumer as consumer_module
 from worker import kafka
 from worker.consumer import MAX_RESTING, Consumer, Handle, Rest
 from worker.metrics import Metrics
@@ -163,7 +166,7 @@ async def test_events_that_rest_leave_their_places_to_others(topics: MakeTopics)
     assert await committed(own, 1) == 60
 
 
-async def test_events_that_rest_are_given_back_at_a_stop(topics: MakeTopics) -> None:
+async def test_events_that_rest_are_given_back_at_once_at_a_stop(topics: MakeTopics) -> None:
     own = await topics(partitions=1)
     resting = list[int]()
 
@@ -173,9 +176,46 @@ async def test_events_that_rest_are_given_back_at_a_stop(topics: MakeTopics) -> 
             await rest(600.0)
 
     await send(own, 10)
-    async with consuming(settings_of(own, stop_deadline_s=2.0), handle):
+    async with consuming(settings_of(own, stop_deadline_s=50.0), handle):
         await until(lambda: len(resting) == 5)
+        stopped_s = time.monotonic()
+    assert time.monotonic() - stopped_s < 10, "and not after the grace, which is 30 s"
     assert await committed(own, 1) == 5
+
+
+async def test_events_that_rest_do_not_hold_up_a_rebalance(topics: MakeTopics) -> None:
+    own = await topics(partitions=2)
+    resting = list[int]()
+
+    async def handle(record: Record, rest: Rest) -> None:
+        resting.append(record.offset)
+        await rest(600.0)
+
+    await send(own, 5)
+    settings = settings_of(own, rebalance_grace_s=50.0)
+    async with consuming(settings, handle):
+        await until(lambda: len(resting) == 5)
+        async with consuming(settings, handle) as second:
+            await until(lambda: second.assigned and len(resting) == 10, timeout_s=25)
+
+
+async def test_a_stop_does_not_wait_for_a_new_consumer(
+    topics: MakeTopics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumer_module, "RESTART_BACKOFF_S", (600.0, 600.0))
+    own = await topics(partitions=1)
+    metrics = Metrics()
+
+    async def handle(record: Record, _: Rest) -> None: ...
+
+    async def die(_: object) -> None: ...
+
+    consumer = Consumer(settings_of(own), handle, metrics)
+    monkeypatch.setattr(consumer, "_run_app", die)
+    running = asyncio.create_task(consumer.run())
+    await until(lambda: metrics.registry.get_sample_value("timbre_consumer_restarts_total") == 1)
+    consumer.stop()
+    await asyncio.wait_for(running, timeout=5)
 
 
 async def test_only_so_many_events_rest_at_once(topics: MakeTopics) -> None:
