@@ -126,7 +126,7 @@ class Worker:
         self.consumer = Consumer(settings, self.handle, self.metrics)
         self._probe = LagProbe(settings, self.consumer, self.metrics)
         self._health = Health(
-            settings.worker.stalled_after_s,
+            settings.worker,
             self._probe,
             self.consumer,
             self._tagger.batcher,

@@ -223,10 +223,15 @@ class Consumer:
         self._metrics.events.labels(record.topic).inc()
         gauge = self._metrics.in_flight.labels(record.topic)
         pause_s, longest_s = RESTART_BACKOFF_S
+
+        async def rest_after_an_attempt(duration_s: float) -> None:
+            self.progressed()
+            await rest(duration_s)
+
         with gauge.track_inprogress():
             while True:
                 try:
-                    return await self._handle(record, rest)
+                    return await self._handle(record, rest_after_an_attempt)
                 except Exception:
                     self._metrics.retries.labels("handle", "internal_error").inc()
                     log.exception(

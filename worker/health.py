@@ -2,6 +2,8 @@
 
 Live means progress while there is lag: a worker whose consumer died silently answers HTTP, has
 events to work on, and finishes none. Lag is therefore asked of the broker, by a client of its own.
+An event that is worked on has until its own deadline, so that a slow one ends as a dead letter and
+not with the worker.
 """
 
 import asyncio
@@ -20,7 +22,7 @@ from worker.batch import Batcher
 from worker.consumer import Consumer
 from worker.errors import SettingsInvalid
 from worker.metrics import Metrics
-from worker.settings import HttpSettings, Settings
+from worker.settings import HttpSettings, Settings, WorkerSettings
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +129,7 @@ class LagProbe:
 class Health:
     """What makes the worker live and ready; each reason is a sentence, None means all is well."""
 
-    stalled_after_s: float
+    settings: WorkerSettings
     probe: LagProbe
     consumer: Consumer
     batcher: Batcher
@@ -137,9 +139,20 @@ class Health:
         if not self.batcher.live:
             return "the device is lost: batches hang on it or fail"
         stalled_s = self.probe.stalled_s()
-        if stalled_s > self.stalled_after_s:
+        if stalled_s > self._patience_s():
             return f"no progress for {stalled_s:.0f} s with {self.probe.lag} events of lag"
         return None
+
+    def _patience_s(self) -> float:
+        """Seconds without progress that are in order.
+
+        Every attempt at an event begins with some progress (an event before it ended or rests), so
+        where one is worked on, progress may be as far off as the end of that attempt.
+        """
+        worker = self.settings
+        if self.consumer.in_flight == 0:
+            return worker.stalled_after_s
+        return max(worker.stalled_after_s, worker.track_deadline_s + worker.backoff_max_s)
 
     def why_not_ready(self) -> str | None:
         if self.stopping:

@@ -1,4 +1,5 @@
 import asyncio
+import time
 from typing import Any
 
 import aiohttp
@@ -22,7 +23,7 @@ from worker.errors import SettingsInvalid
 from worker.health import Health, HttpServer, LagProbe
 from worker.metrics import Metrics
 from worker.record import Record
-from worker.settings import BatchSettings, HttpSettings
+from worker.settings import BatchSettings, HttpSettings, KafkaSettings, Settings
 
 STALLED_AFTER_S = 1.0
 
@@ -32,11 +33,17 @@ def _measure_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "LAG_INTERVAL_S", 0.2)
 
 
+def impatient(own: KafkaSettings, **worker: object) -> Settings:
+    """A worker that is soon stalled, whether events are worked on or not."""
+    deadlines = {"track_deadline_s": 0.8 * STALLED_AFTER_S, "backoff_max_s": 0.2 * STALLED_AFTER_S}
+    return settings_of(own, stalled_after_s=STALLED_AFTER_S, **deadlines | worker)
+
+
 async def test_a_worker_is_live_while_it_progresses_and_not_when_it_hangs_with_lag(
     topics: MakeTopics,
 ) -> None:
     own = await topics(partitions=2)
-    settings = settings_of(own, stop_deadline_s=2.0)
+    settings = impatient(own, stop_deadline_s=2.0)
     metrics = Metrics()
     hang = asyncio.Event()
     handled = 0
@@ -52,7 +59,7 @@ async def test_a_worker_is_live_while_it_progresses_and_not_when_it_hangs_with_l
         consuming(settings, handle) as consumer,
         LagProbe(settings, consumer, metrics) as probe,
     ):
-        state = Health(STALLED_AFTER_S, probe, consumer, batcher)
+        state = Health(settings.worker, probe, consumer, batcher)
         await until(lambda: state.why_not_ready() is None)
 
         await send(own, 20)
@@ -133,6 +140,55 @@ class Dying(Consumer):
         return app
 
 
+async def test_an_event_that_is_slow_may_take_until_its_deadline(topics: MakeTopics) -> None:
+    own = await topics(partitions=1)
+    settings = impatient(own, track_deadline_s=6.0, stop_deadline_s=2.0)
+    started_s = list[float]()
+
+    async def handle(record: Record, rest: Rest) -> None:
+        started_s.append(time.monotonic())
+        await asyncio.Event().wait()
+
+    async with (
+        Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher,
+        consuming(settings, handle) as consumer,
+        LagProbe(settings, consumer, Metrics()) as probe,
+    ):
+        state = Health(settings.worker, probe, consumer, batcher)
+        await until(lambda: consumer.assigned)
+        await send(own, 1)
+        await until(lambda: probe.lag == 1 and consumer.in_flight == 1)
+        while time.monotonic() - started_s[0] < 5:
+            assert state.why_not_live() is None, "it is within its deadline"
+            await asyncio.sleep(0.1)
+        await until(lambda: state.why_not_live() is not None, timeout_s=5)
+
+
+async def test_an_event_may_begin_after_others_have_rested_for_long(topics: MakeTopics) -> None:
+    own = await topics(partitions=1)
+    settings = impatient(own, max_in_flight=1, track_deadline_s=3.0, stop_deadline_s=2.0)
+    done = list[int]()
+
+    async def handle(record: Record, rest: Rest) -> None:
+        await asyncio.sleep(2.5)
+        if record.offset < 2:
+            await rest(60.0)
+        done.append(record.offset)
+
+    async with (
+        Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher,
+        consuming(settings, handle) as consumer,
+        LagProbe(settings, consumer, Metrics()) as probe,
+    ):
+        state = Health(settings.worker, probe, consumer, batcher)
+        await until(lambda: consumer.assigned)
+        await send(own, 3)
+        async with asyncio.timeout(30):
+            while not done:
+                assert state.why_not_live() is None, "a rest is the end of an attempt"
+                await asyncio.sleep(0.1)
+
+
 async def test_a_worker_whose_consumer_dies_again_and_again_is_not_live(
     topics: MakeTopics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,12 +202,12 @@ async def test_a_worker_whose_consumer_dies_again_and_again_is_not_live(
     async def handle(record: Record, rest: Rest) -> None:
         await asyncio.Event().wait()
 
-    settings = settings_of(own, rebalance_grace_s=0.1, stop_deadline_s=5.0)
+    settings = impatient(own, rebalance_grace_s=0.1, stop_deadline_s=5.0)
     async with Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher:
         consumer = Dying(settings, handle, metrics)
         running = asyncio.create_task(consumer.run())
         async with LagProbe(settings, consumer, metrics) as probe:
-            state = Health(STALLED_AFTER_S, probe, consumer, batcher)
+            state = Health(settings.worker, probe, consumer, batcher)
             assert state.why_not_live() is None, "it waits for its first assignment"
             await until(lambda: restarts() >= 2)
             assert state.why_not_live() is None, "there is nothing to be done"
@@ -170,7 +226,7 @@ async def test_a_worker_without_partitions_is_live_while_the_others_lag(
     topics: MakeTopics,
 ) -> None:
     own = await topics(partitions=1)
-    settings = settings_of(own, rebalance_grace_s=0.1, stop_deadline_s=2.0)
+    settings = impatient(own, rebalance_grace_s=0.1, stop_deadline_s=2.0)
 
     async def handle(record: Record, rest: Rest) -> None:
         await asyncio.Event().wait()
@@ -186,7 +242,7 @@ async def test_a_worker_without_partitions_is_live_while_the_others_lag(
         LagProbe(settings, third, Metrics()) as three,
     ):
         states = [
-            Health(STALLED_AFTER_S, probe, consumer, batcher)
+            Health(settings.worker, probe, consumer, batcher)
             for probe, consumer in ((one, first), (two, second), (three, third))
         ]
 
@@ -211,7 +267,7 @@ async def test_the_port_serves_metrics_and_health_and_nothing_else(topics: MakeT
         consuming(settings, handle) as consumer,
         LagProbe(settings, consumer, metrics) as probe,
         HttpServer(
-            HttpSettings(port=0), metrics, Health(STALLED_AFTER_S, probe, consumer, batcher)
+            HttpSettings(port=0), metrics, Health(settings.worker, probe, consumer, batcher)
         ) as server,
         aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as http,
     ):
@@ -243,7 +299,7 @@ async def test_a_port_that_cannot_be_had_is_a_fault_of_the_settings(
     async with Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher:
         consumer = Consumer(settings, handle, metrics)
         probe = LagProbe(settings, consumer, metrics)
-        state = Health(STALLED_AFTER_S, probe, consumer, batcher)
+        state = Health(settings.worker, probe, consumer, batcher)
         async with HttpServer(HttpSettings(port=0), metrics, state) as first:
             second = HttpServer(HttpSettings(host=host, port=first.port), metrics, state)
             with pytest.raises(SettingsInvalid, match=f"on {host}:{first.port} .*TIMBRE_HTTP__"):
