@@ -269,7 +269,9 @@ def export(
 
 @app.command()
 def recipe(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the bundle to write.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Where to write the bundles, default and fast.")
+    ],
     data: Annotated[
         Path, typer.Option("--data", help="The shared data: gtzan/ and audio/ in it.")
     ] = Path("../shared"),
@@ -278,10 +280,10 @@ def recipe(
     ] = Path("build/recipe"),
     seed: Seed = 0,
 ) -> None:
-    """Make the default bundle anew from published weights, game music and GTZAN."""
+    """Make the shipped bundles anew from published weights, game music and GTZAN."""
     import logging
 
-    from model.recipe import build_default
+    from model.recipe import build_shipped
     from worker.errors import DatasetInvalid
 
     needed = ("gtzan/logmel30s.npz", "gtzan/manifest.csv")
@@ -290,8 +292,8 @@ def recipe(
             f"{data} has no {' and no '.join(missing)}: --data names the folder with gtzan/ in it"
         )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    bundle = build_default(out, data=data, work=work, seed=seed)
-    _console().print(f"{out}: {bundle.name}, version {bundle.version}")
+    for bundle in build_shipped(out, data=data, work=work, seed=seed):
+        _console().print(f"{out}: {bundle.name}, version {bundle.version}")
 
 
 # What people see -----------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def choose_autocast(precision: str, device: torch.device) -> torch.dtype | None:
     """The number type to autocast the network to; None is float32, always so on a CPU."""
     if device.type == "cpu" or precision == "float32":
         return None
-    # float16 is the default: its finer steps keep the default model's scores within 0.005 of
+    # float16 is the default: its finer steps keep the scores of `fast` within 0.005 of
     # float32's, where bfloat16 moved them by up to 0.065.
     return torch.bfloat16 if precision == "bfloat16" else torch.float16
 

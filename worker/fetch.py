@@ -20,6 +20,7 @@ from tenacity import (
     wait_exponential,
     wait_random,
 )
+from tenacity.stop import stop_base
 
 from worker.addresses import shown
 from worker.downloads import Downloads
@@ -146,7 +147,7 @@ class Fetcher:
             stop=stop_any(
                 stop_after_attempt(self._settings.attempts),
                 stop_before_delay(limit_s),
-                self._waited_enough,
+                _WaitedEnough(self._settings.max_wait_s),
             ),
             wait=self._wait_s,
             before_sleep=self._tell_retry,
@@ -197,14 +198,20 @@ class Fetcher:
         asked = error.retry_after_s if isinstance(error := _failure(state), FetchUnavailable) else 0
         return max(backoff(state), asked or 0)
 
-    def _waited_enough(self, state: RetryCallState) -> bool:
-        """Whether another wait would be too much: others of its partition wait behind it."""
-        return state.idle_for + state.upcoming_sleep > self._settings.max_wait_s
-
     def _tell_retry(self, state: RetryCallState) -> None:
         error = _failure(state)
         if self._on_retry is not None and isinstance(error, TimbreError):
             self._on_retry(error.code)
+
+
+class _WaitedEnough(stop_base):
+    """Where another wait would be too much: others of the event's partition wait behind it."""
+
+    def __init__(self, max_wait_s: float) -> None:
+        self._max_wait_s = max_wait_s
+
+    def __call__(self, retry_state: RetryCallState) -> bool:
+        return retry_state.idle_for + retry_state.upcoming_sleep > self._max_wait_s
 
 
 class _Fetched(NamedTuple):

@@ -326,7 +326,10 @@ class WorkerSettings(Section):
     backoff_max_s: float = Field(30.0, gt=0, description="Longest wait between attempts")
     stop_deadline_s: float = Field(25.0, gt=0, description="Seconds from SIGTERM to the exit")
     stalled_after_s: float = Field(
-        120.0, gt=0, description="Seconds without progress, while there is lag, until not live"
+        120.0,
+        gt=0,
+        description="Seconds without progress, while there is lag, until not live; "
+        "with events in flight at least TRACK_DEADLINE_S and BACKOFF_MAX_S together",
     )
     log_format: Literal["text", "json"] = Field("text", description="Form of the log's lines")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

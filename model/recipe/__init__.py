@@ -1,9 +1,10 @@
-"""The default bundle, made from nothing by one command: `timbre model recipe --out DIR`.
+"""The shipped bundles, made from nothing by one command: `timbre model recipe --out DIR`.
 
 1. Fetch musicnn's wheel, and Debian's game music to learn from.
 2. Fold the reference, and ask it about windows of all that music.
 3. Teach the student, a cheaper network, those answers.
-4. Fit the genre head on the student's embeddings, calibrate it, and write bundle and card.
+4. Fit a genre head on the embeddings of each, calibrate it, and write bundles and cards: the
+   reference is `default`, the student `fast`.
 """
 
 import json
@@ -20,14 +21,20 @@ import torch
 from model.bundle import Bundle
 from model.heads import Head
 from model.musicnn import REQUIREMENT, fetch_wheel, folded, licence, read_checkpoint
-from model.network import build
+from model.network import MusicnnConfig, Tagger, build
 from model.recipe import coarse, genre, music
 from model.recipe.card import card
 from model.recipe.student import Lessons, Plan, of_archive, start, teach, varied
 
-__all__ = ["Scale", "build_default"]
+__all__ = ["Scale", "build_shipped"]
 
 log = logging.getLogger(__name__)
+
+ORIGIN = {
+    "origin": f"{REQUIREMENT}, MSD_musicnn, ISC licence (LICENSE.musicnn.md)",
+    "labels": "GTZAN, fault-filtered split, training and validation songs",
+    "labels_licence": "recordings without copyright clearance: research use by custom",
+}
 
 
 @dataclass(frozen=True)
@@ -40,10 +47,10 @@ class Scale:
     plan: Plan = field(default=Plan(steps=1_400, learning_rate=3e-4, batch=(34, 20, 10)))
 
 
-def build_default(
+def build_shipped(
     out: Path, *, data: Path, work: Path, seed: int = 0, scale: Scale | None = None
-) -> Bundle:
-    """Make the default bundle in `out` and give it back as loaded from there.
+) -> tuple[Bundle, Bundle]:
+    """Make the shipped bundles in `out/default` and `out/fast`; gives them as loaded from there.
 
     `data` is the folder of shared data (`gtzan/` and `audio/`), `work` keeps downloads and
     log-mels for the next time.
@@ -55,14 +62,14 @@ def build_default(
     work.mkdir(parents=True, exist_ok=True)
     wheel = fetch_wheel(work)
     reference = folded(read_checkpoint(wheel, "MSD_musicnn"))
+    assert isinstance(reference.network, Tagger)
     cache = work / "logmels"
     at_hand = cache.exists()
     log.info("decoding")
     game = list(music.recordings(music.debian_music(work), cache))
     tracks = list(music.recordings(music.shared_tracks(data / "audio"), cache))
     excerpts = music.excerpts(data / "gtzan", cache)
-    with np.load(data / "gtzan" / "logmel30s.npz") as stored:
-        archive = {name: stored[name] for name in ("X", "y", "names", "split", "genres")}
+    archive = _archive(data / "gtzan" / "logmel30s.npz")
     clips = [coarse.archive_decibels(clip) for clip in archive["X"]]
     translation = coarse.Translation.fit([(one.fine, one.coarse) for one in excerpts])
 
@@ -76,55 +83,67 @@ def build_default(
     student, config = start(reference)
     plan = scale.plan if game else replace(scale.plan, batch=scale.plan.batch[::2])
     teach(student, lessons, plan, rng)
+    likeness = (
+        {"tags_against_reference": genre.compare_tags(student, reference, tracks)} if tracks else {}
+    )
 
-    log.info("fitting the genre head, %.0f s in", time.monotonic() - began)
     labels = tuple(str(name) for name in archive["genres"])
     head = Head(name="genre", kind="single", labels=labels, categories=("genre",) * len(labels))
-    genre.standardise(student, genre.heard(student, excerpts, labels).embeddings)
-    sharpen = genre.fit_sharpening(student, [*excerpts, *game], translation)
-    genres = genre.learn(
-        genre.heard(student, excerpts, labels),
-        genre.read(student, archive, clips, translation, sharpen),
-        head,
+
+    def finish(
+        name: str, network: Tagger, config: MusicnnConfig, more: dict[str, Any], **training: object
+    ) -> Bundle:
+        """Fit a network's genre head and write the bundle; `more` are figures."""
+        log.info("fitting the genre head of %s, %.0f s in", name, time.monotonic() - began)
+        genre.standardise(network, genre.heard(network, excerpts, labels).embeddings)
+        sharpen = genre.fit_sharpening(network, [*excerpts, *game], translation)
+        genres = genre.learn(
+            genre.heard(network, excerpts, labels),
+            genre.read(network, archive, clips, translation, sharpen),
+            head,
+        )
+        figures = {
+            **genres.figures,
+            **more,
+            "recipe_s": round(time.monotonic() - began),
+            "log_mels_at_hand": at_hand,
+        }
+        log.info("measured: %s", json.dumps(figures))
+        heads = (head.model_copy(update={"calibration": genres.calibration}), *reference.heads)
+        settings = config.model_dump(mode="json")
+        whole = build("musicnn", settings, heads)
+        weights = {**network.state_dict(), "heads.genre.weight": genres.weight}
+        whole.load_state_dict({**weights, "heads.genre.bias": genres.bias})
+        bundle = Bundle(
+            name=f"timbre-{name}",
+            heads=heads,
+            sample_rate_hz=reference.sample_rate_hz,
+            window_s=reference.window_s,
+            embedding_dim=config.embedding_dim,
+            uncertain_threshold=genres.uncertain_threshold,
+            kind="musicnn",
+            config=settings,
+            network=whole,
+            training={**ORIGIN, "music": _told(game), "seed": seed, **training},
+            figures=figures,
+        )
+        folder = out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "LICENSE.musicnn.md").write_text(licence(wheel), encoding="utf-8")
+        return bundle.save(folder, card=card(bundle))
+
+    fast = finish(
+        "fast", student, config, likeness, windows=sum(len(source.tags) for source in lessons)
     )
-    heads = (head.model_copy(update={"calibration": genres.calibration}), *reference.heads)
-    settings = config.model_dump(mode="json")
-    network = build("musicnn", settings, heads)
-    weights = {**student.state_dict(), "heads.genre.weight": genres.weight}
-    network.load_state_dict({**weights, "heads.genre.bias": genres.bias})
-    figures = dict(genres.figures)
-    if tracks:
-        figures["tags_against_reference"] = genre.compare_tags(student, reference, tracks)
-    figures["recipe_s"] = round(time.monotonic() - began)
-    figures["log_mels_at_hand"] = at_hand
-    log.info("measured: %s", json.dumps(figures))
-    bundle = Bundle(
-        name="timbre-default",
-        heads=heads,
-        sample_rate_hz=reference.sample_rate_hz,
-        window_s=reference.window_s,
-        embedding_dim=config.embedding_dim,
-        uncertain_threshold=genres.uncertain_threshold,
-        kind="musicnn",
-        config=settings,
-        network=network,
-        training=_training(seed, game, lessons),
-        figures=figures,
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "LICENSE.musicnn.md").write_text(licence(wheel), encoding="utf-8")
-    return bundle.save(out, card=card(bundle))
+    whole = MusicnnConfig.model_validate(reference.config)
+    return finish("default", reference.network, whole, {}), fast
 
 
-def _training(
-    seed: int, game: Sequence[music.Recording], lessons: Sequence[Lessons]
-) -> dict[str, Any]:
+def _archive(path: Path) -> dict[str, Any]:
+    with np.load(path) as stored:
+        return {name: stored[name] for name in ("X", "y", "names", "split", "genres")}
+
+
+def _told(game: Sequence[music.Recording]) -> str:
     hours = sum(len(one.fine) for one in game) / coarse.FINE_FPS / 3_600
-    return {
-        "origin": f"{REQUIREMENT}, MSD_musicnn, ISC licence (LICENSE.musicnn.md)",
-        "labels": "GTZAN, fault-filtered split, training and validation songs",
-        "labels_licence": "recordings without copyright clearance: research use by custom",
-        "music": f"{hours:.1f} h of Debian's game music ({', '.join(music.PACKAGES)})",
-        "windows": sum(len(source.tags) for source in lessons),
-        "seed": seed,
-    }
+    return f"{hours:.1f} h of Debian's game music ({', '.join(music.PACKAGES)})"

@@ -1,7 +1,7 @@
-"""The genre head: one linear layer over the student's embedding, chosen and measured by songs.
+"""The genre head: one linear layer over a network's embedding, chosen and measured by songs.
 
 GTZAN's archive has log-mels of 639 labelled songs and audio of few, mostly two seconds. So the
-archive's log-mels go through the student as blurred as they are, and a ridge regression over music
+archive's log-mels go through the network as blurred as they are, and a ridge regression over music
 that exists in both forms says what their embeddings would have been of the audio itself.
 """
 
@@ -26,6 +26,7 @@ from model.calibration import (
     fit_temperature,
     threshold_for_coverage,
 )
+from model.frontend import LogMel
 from model.heads import Head
 from model.network import Musicnn, Tagger
 from model.recipe.coarse import (
@@ -72,10 +73,15 @@ class Windows:
 
 
 @torch.inference_mode()
-def embed(student: Tagger, logmel: Floats) -> Floats:
-    """The student's embeddings of the reference's log-mels `(windows, WINDOW_FRAMES, 96)`."""
-    parts = torch.split(halved(torch.from_numpy(np.asarray(logmel, np.float32))), BATCH)
-    return np.asarray(torch.cat([student.trunk(part) for part in parts]).numpy())
+def embed(network: Tagger, logmel: Floats) -> Floats:
+    """The reference's or its student's embeddings of the reference's log-mels
+    `(windows, WINDOW_FRAMES, 96)`."""
+    assert isinstance(network.front_end, LogMel)
+    given = torch.from_numpy(np.asarray(logmel, np.float32))
+    if network.front_end.config.frames < WINDOW_FRAMES:
+        given = halved(given)
+    parts = torch.split(given, BATCH)
+    return np.asarray(torch.cat([network.trunk(part) for part in parts]).numpy())
 
 
 def cut(recording: Recording, hop: int = WINDOW_FRAMES) -> Floats:
@@ -85,9 +91,9 @@ def cut(recording: Recording, hop: int = WINDOW_FRAMES) -> Floats:
     return np.stack(windows).astype(np.float32)
 
 
-def heard(student: Tagger, excerpts: Sequence[Recording], labels: Sequence[str]) -> Windows:
+def heard(network: Tagger, excerpts: Sequence[Recording], labels: Sequence[str]) -> Windows:
     """Embeddings of the excerpts of audio, in the windows that the worker would cut."""
-    parts = [embed(student, cut(one)) for one in excerpts]
+    parts = [embed(network, cut(one)) for one in excerpts]
     return Windows(
         np.concatenate(parts),
         np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
@@ -98,7 +104,7 @@ def heard(student: Tagger, excerpts: Sequence[Recording], labels: Sequence[str])
 
 
 def read(
-    student: Tagger,
+    network: Tagger,
     archive: Any,
     clips: Sequence[Floats],
     translation: Translation,
@@ -107,7 +113,7 @@ def read(
     """Embeddings of the archive's clips, brought to what audio would have given."""
     starts = np.arange(0.0, len(clips[0]) / ARCHIVE_FPS - 3.1, 3.0)
     parts = [
-        embed(student, np.stack([clip_window(clip, at, translation) for at in starts]))
+        embed(network, np.stack([clip_window(clip, at, translation) for at in starts]))
         for clip in clips
     ]
     return Windows(
@@ -120,7 +126,7 @@ def read(
 
 
 def fit_sharpening(
-    student: Tagger, recordings: Sequence[Recording], translation: Translation
+    network: Tagger, recordings: Sequence[Recording], translation: Translation
 ) -> Pipeline:
     """Ridge regression from embeddings of blurred windows to those of the same windows as heard."""
     sharp, blurred = [], []
@@ -132,7 +138,7 @@ def fit_sharpening(
         for index in range(len(windows)):
             at = (times + index * WINDOW_FRAMES / FINE_FPS) * COARSE_FPS
             blurred.append(translation(sampled(logmel, at)))
-    source, target = embed(student, np.stack(blurred)), embed(student, np.concatenate(sharp))
+    source, target = embed(network, np.stack(blurred)), embed(network, np.concatenate(sharp))
     return make_pipeline(StandardScaler(), Ridge(alpha=RIDGE)).fit(source, target)
 
 
@@ -326,17 +332,17 @@ def _neighbours(audio: Windows, tracks: Ints) -> float:
     return float((genres[likeness.argmax(1)] == genres).mean())
 
 
-def standardise(student: Tagger, sample: Floats) -> None:
+def standardise(network: Tagger, sample: Floats) -> None:
     """Give every number of the embedding mean 0 and deviation 1 over `sample` `(windows, dims)`,
     so that distances weigh them alike; the heads change against it and answer as before."""
-    trunk = student.trunk
+    trunk = network.trunk
     assert isinstance(trunk, Musicnn)
     mean = torch.from_numpy(sample.mean(0))
     deviation = torch.from_numpy(sample.std(0) + 1e-3)
     with torch.no_grad():
         trunk.scale.div_(deviation)
         trunk.shift.sub_(mean).div_(deviation)
-        for layer in student.heads.values():
+        for layer in network.heads.values():
             assert isinstance(layer, nn.Linear)
             layer.bias.add_(layer.weight @ mean)
             layer.weight.mul_(deviation)

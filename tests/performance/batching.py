@@ -1,6 +1,6 @@
 """Figures behind the batcher's defaults on a CPU: `python -m tests.performance.batching`.
 
-Two tables for the default bundle. CPU seconds a window by chunk, on one thread: they hardly depend
+Two tables for the bundle `fast`. CPU seconds a window by chunk, on one thread: they hardly depend
 on what else the machine does. Windows a second by threads, alone and beside one decoder a core
 that never rests, once as the engine does it (chunks side by side) and once with PyTorch's own
 threads inside each operation.
@@ -31,7 +31,7 @@ MEASURE_S = 6.0
 
 
 def main() -> None:
-    bundle = Bundle.load()
+    bundle = Bundle.load("fast")
     print(f"{bundle.name} {bundle.version}, {CORES} cores, batches of {BATCH} windows\n")
     print("| windows in a chunk | CPU ms a window |\n|---|---|")
     for chunk in (1, 2, 4, 8, 16, 32, 64):

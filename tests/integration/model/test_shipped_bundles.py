@@ -1,4 +1,4 @@
-"""The default bundle through the worker's own decoder, windows and vote."""
+"""The shipped bundles through the worker's own decoder, windows and vote."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.bundle import Bundle
+from model.bundle import Bundle, shipped
 from tests.audio import encode
 from worker.decoder import decode_samples
 from worker.vote import Verdict, vote
@@ -27,9 +27,9 @@ FORMS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return Bundle.load()
+@pytest.fixture(scope="module", params=shipped())
+def bundle(request: pytest.FixtureRequest) -> Bundle:
+    return Bundle.load(request.param)
 
 
 def tagged(bundle: Bundle, path: Path) -> Verdict:
@@ -48,7 +48,7 @@ def test_genres_do_not_depend_on_container_rate_or_channels(
 ) -> None:
     tracks = sorted((shared_data / "audio" / "tracks").glob("*.mp3"))[:3]
     for number, track in enumerate(tracks):
-        best, heard = [], []
+        best, heard, leads = [], [], []
         for index, (muxer, codec, rate_hz, channels) in enumerate(FORMS):
             part = decode_samples(track, rate_hz)[40 * rate_hz : 61 * rate_hz]
             signal = np.repeat(part[:, np.newaxis], channels, axis=1)
@@ -57,5 +57,7 @@ def test_genres_do_not_depend_on_container_rate_or_channels(
             best.append(verdict.tags[0].label)
             by_label = {(tag.head, tag.label): tag.score for tag in verdict.tags}
             heard.append([by_label[key] for key in sorted(by_label)])
-        assert len(set(best)) == 1, dict(zip(FORMS, best, strict=True))
-        assert np.ptp(np.array(heard), axis=0).max() < 0.15
+            leads.append(verdict.tags[0].score - verdict.tags[1].score)
+        if min(leads) > 0.1:  # else two genres are as good as each other
+            assert len(set(best)) == 1, dict(zip(FORMS, best, strict=True))
+        assert np.ptp(np.array(heard), axis=0).max() < 0.1
