@@ -9,7 +9,7 @@ class Analysis(Part):
     audio: AudioFacts
     """The audio that was tagged"""
     tags: list[Tag]
-    """Tags, best first"""
+    """Tags, head by head in the model's order, best first within each"""
     uncertain: bool
     """Whether no genre is clear enough to rely on"""
     windows: WindowCounts

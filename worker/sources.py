@@ -145,6 +145,8 @@ def _track(
     except ValidationError as error:
         fault = "; ".join(f"{e['loc'][-1]}: {e['msg']}" for e in error.errors())
         raise SourceInvalid(f"{place}: {fault}.") from error
+    except ValueError as error:  # an address that no library reads
+        raise SourceInvalid(f"{place}: {error}.") from error
 
 
 def _changed_at(uri: str) -> datetime | None:

@@ -46,6 +46,11 @@ def test_what_is_not_there_is_named(source: str) -> None:
         list(tracks([source]))
 
 
+def test_an_address_that_cannot_be_read_is_told() -> None:
+    with pytest.raises(SourceInvalid, match=r"^file://\[x: .*IPv6"):
+        list(tracks(["file://[x"]))
+
+
 def test_a_table_is_offered_only_where_one_is_taken() -> None:
     with pytest.raises(SourceInvalid, match="give a file, a folder, a URL or a CSV table"):
         list(tracks(["absent.mp3"]))
