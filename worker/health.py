@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 LAG_INTERVAL_S = 5.0
 PROBE_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 1.0
+READ_BYTES = 1024  # the broker gives a whole batch of events where the first is larger
 
 
 class LagProbe:
@@ -75,6 +76,7 @@ class LagProbe:
             group_id=self._settings.kafka.group,
             enable_auto_commit=False,
             auto_offset_reset="earliest",  # as the worker's own consumer
+            max_partition_fetch_bytes=READ_BYTES,
         )
         try:
             await group.start()

@@ -74,7 +74,7 @@ def ratio(part: str, whole: str, *, each: str = "") -> str:
 
     `each` names a label that `part` has beside those of `whole`.
     """
-    matched = f" ignoring({each}) group_left" if each else ""
+    matched = f" ignoring({each}) group_left ()" if each else ""
     return f"{part} /{matched} ({whole} > 0)"
 
 
