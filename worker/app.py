@@ -25,7 +25,7 @@ from tenacity import (
 )
 
 from model.bundle import Bundle
-from schemas.events import NewTrack, Processing
+from schemas.events import NewTrack, Priority, Processing
 from worker import intake, logs, publish
 from worker.analysis import Analysis
 from worker.cache import Cache
@@ -49,7 +49,7 @@ from worker.metrics import Metrics
 from worker.publish import Publisher
 from worker.record import Record
 from worker.settings import Settings
-from worker.tagger import Priority, Tagger, Timings
+from worker.tagger import Tagger, Timings
 
 log = logging.getLogger(__name__)
 

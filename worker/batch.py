@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 from model.bundle import Bundle
+from schemas.events import Priority
 from worker.device import Buffer, Engine, WindowOutputs
 from worker.errors import (
     DeadlineExceeded,
@@ -22,10 +23,10 @@ from worker.errors import (
     TrackCancelled,
     WorkerStopping,
 )
-from worker.fair_queue import FairQueue, Piece, Priority, Request, Samples, Ticket
+from worker.fair_queue import FairQueue, Piece, Request, Samples, Ticket
 from worker.settings import BatchSettings
 
-__all__ = ["BatchObserver", "Batcher", "Priority", "Ticket", "WindowOutputs"]
+__all__ = ["BatchObserver", "Batcher", "Ticket", "WindowOutputs"]
 
 logger = logging.getLogger(__name__)
 

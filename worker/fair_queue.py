@@ -12,14 +12,14 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from schemas.events import Priority
 from worker.errors import TimbreError, TrackCancelled
 
-Priority = Literal["upload", "backfill"]
 Samples = NDArray[np.float32]
 
 

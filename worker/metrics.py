@@ -4,6 +4,7 @@ Units follow Prometheus's conventions: seconds and bytes, counters end in `_tota
 """
 
 from itertools import product
+from typing import get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -17,10 +18,10 @@ from prometheus_client import (
     generate_latest,
 )
 
+from schemas.events import Priority
 from worker.errors import failure_codes
 
 OUTCOMES = ("tagged", "cached", "dead_letter")
-PRIORITIES = ("upload", "backfill")
 LOOKUPS = ("hit", "miss", "error")
 STAGE_BUCKETS_S = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
@@ -50,7 +51,7 @@ class Metrics:
             registry=registry,
         )
         # Prometheus can't see the first increment of a series that wasn't there before.
-        for outcome, priority in product(OUTCOMES, PRIORITIES):
+        for outcome, priority in product(OUTCOMES, get_args(Priority)):
             self.tracks.labels(outcome, priority)
         self.dead_letters = Counter(
             "timbre_dead_letters", "Dead letters by reason code", ["code"], registry=registry

@@ -6,13 +6,12 @@ import re
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from pydantic import JsonValue, ValidationError
 
-from schemas.events import AudioRef, NewTrack
+from schemas.events import AudioRef, NewTrack, Priority
 from worker.errors import SourceInvalid
 
 # fmt: off
@@ -28,8 +27,6 @@ SCHEMES = ("http", "https", "s3", "gs", "az", "file")
 FOREIGN_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 MAX_NAME_CHARS = 80
 MAX_SHOWN_CHARS = 200
-
-Priority = Literal["upload", "backfill"]
 
 
 def tracks(sources: Sequence[str], priority: Priority = "upload") -> Iterator[NewTrack]:

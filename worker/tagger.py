@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model.bundle import Bundle
-from schemas.events import AudioFacts, ModelRef, Tag, WindowCounts
+from schemas.events import AudioFacts, ModelRef, Priority, Tag, WindowCounts
 from worker.analysis import Analysis
 from worker.batch import Batcher, BatchObserver, Ticket, WindowOutputs
 from worker.decode import Block, DecodedFacts, DecoderPool
@@ -23,7 +23,6 @@ from worker.fetch import Fetcher, Sleep, SpooledAudio
 from worker.settings import Settings
 from worker.vote import vote
 
-Priority = Literal["upload", "backfill"]
 Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 T = TypeVar("T")

@@ -76,12 +76,15 @@ class Windows:
 def embed(network: Tagger, logmel: Floats) -> Floats:
     """The reference's or its student's embeddings of the reference's log-mels
     `(windows, WINDOW_FRAMES, 96)`."""
+    return np.asarray(torch.cat([network.trunk(part) for part in _given(network, logmel)]).numpy())
+
+
+def _given(network: Tagger, logmel: Floats) -> Sequence[Tensor]:
+    """The reference's log-mels in batches, as the network's own front end makes them."""
     assert isinstance(network.front_end, LogMel)
-    given = torch.from_numpy(np.asarray(logmel, np.float32))
-    if network.front_end.config.frames < WINDOW_FRAMES:
-        given = halved(given)
-    parts = torch.split(given, BATCH)
-    return np.asarray(torch.cat([network.trunk(part) for part in parts]).numpy())
+    whole = torch.from_numpy(np.asarray(logmel, np.float32))
+    as_heard = halved(whole) if network.front_end.config.frames < WINDOW_FRAMES else whole
+    return torch.split(as_heard, BATCH)
 
 
 def cut(recording: Recording, hop: int = WINDOW_FRAMES) -> Floats:
@@ -356,8 +359,8 @@ def compare_tags(
     assert isinstance(reference.network, Tagger)
     both = np.stack(
         [
-            np.stack([_tags(student, halved(logmel)), _tags(reference.network, logmel)])
-            for logmel in (torch.from_numpy(cut(track)) for track in tracks)
+            np.stack([_tags(student, logmel), _tags(reference.network, logmel)])
+            for logmel in map(cut, tracks)
         ]
     )
     best = np.argsort(both, axis=2)[:, :, -5:]
@@ -370,7 +373,6 @@ def compare_tags(
 
 
 @torch.inference_mode()
-def _tags(network: Tagger, logmel: Tensor) -> Floats:
-    parts = torch.split(logmel, BATCH)
-    said = [network.logits(part)[0]["tags"].sigmoid() for part in parts]
+def _tags(network: Tagger, logmel: Floats) -> Floats:
+    said = [network.logits(part)[0]["tags"].sigmoid() for part in _given(network, logmel)]
     return np.asarray(torch.cat(said).mean(0).numpy())

@@ -1,5 +1,7 @@
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -18,7 +20,7 @@ from tests.integration.worker.test_consumer import (
 from worker import consumer as consumer_module
 from worker import health, kafka
 from worker.batch import Batcher
-from worker.consumer import Consumer, Rest
+from worker.consumer import Consumer, Handle, Rest
 from worker.errors import SettingsInvalid
 from worker.health import Health, HttpServer, LagProbe
 from worker.metrics import Metrics
@@ -39,6 +41,19 @@ def impatient(own: KafkaSettings, **worker: object) -> Settings:
     return settings_of(own, stalled_after_s=STALLED_AFTER_S, **deadlines | worker)
 
 
+@asynccontextmanager
+async def watched(
+    settings: Settings, handle: Handle, metrics: Metrics | None = None
+) -> AsyncIterator[Health]:
+    """A consumer with all that its health is told by."""
+    async with (
+        Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher,
+        consuming(settings, handle) as consumer,
+        LagProbe(settings, consumer, metrics or Metrics()) as probe,
+    ):
+        yield Health(settings.worker, probe, consumer, batcher)
+
+
 async def test_a_worker_is_live_while_it_progresses_and_not_when_it_hangs_with_lag(
     topics: MakeTopics,
 ) -> None:
@@ -54,23 +69,18 @@ async def test_a_worker_is_live_while_it_progresses_and_not_when_it_hangs_with_l
         if hang.is_set():
             await asyncio.Event().wait()
 
-    async with (
-        Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher,
-        consuming(settings, handle) as consumer,
-        LagProbe(settings, consumer, metrics) as probe,
-    ):
-        state = Health(settings.worker, probe, consumer, batcher)
+    async with watched(settings, handle, metrics) as state:
         await until(lambda: state.why_not_ready() is None)
 
         await send(own, 20)
         await until(lambda: handled == 20)
-        await until(lambda: probe.lag == 0)
+        await until(lambda: state.probe.lag == 0)
         await asyncio.sleep(2 * STALLED_AFTER_S)
         assert state.why_not_live() is None, "idle without lag is healthy"
 
         hang.set()
         await send(own, 5)
-        await until(lambda: probe.lag == 5)
+        await until(lambda: state.probe.lag == 5)
         await until(lambda: state.why_not_live() is not None)
         assert "5 events of lag" in (state.why_not_live() or "")
         lags = [
@@ -149,15 +159,10 @@ async def test_an_event_that_is_slow_may_take_until_its_deadline(topics: MakeTop
         started_s.append(time.monotonic())
         await asyncio.Event().wait()
 
-    async with (
-        Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher,
-        consuming(settings, handle) as consumer,
-        LagProbe(settings, consumer, Metrics()) as probe,
-    ):
-        state = Health(settings.worker, probe, consumer, batcher)
-        await until(lambda: consumer.assigned)
+    async with watched(settings, handle) as state:
+        await until(lambda: state.consumer.assigned)
         await send(own, 1)
-        await until(lambda: probe.lag == 1 and consumer.in_flight == 1)
+        await until(lambda: state.probe.lag == 1 and state.consumer.in_flight == 1)
         while time.monotonic() - started_s[0] < 5:
             assert state.why_not_live() is None, "it is within its deadline"
             await asyncio.sleep(0.1)
@@ -175,13 +180,8 @@ async def test_an_event_may_begin_after_others_have_rested_for_long(topics: Make
             await rest(60.0)
         done.append(record.offset)
 
-    async with (
-        Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher,
-        consuming(settings, handle) as consumer,
-        LagProbe(settings, consumer, Metrics()) as probe,
-    ):
-        state = Health(settings.worker, probe, consumer, batcher)
-        await until(lambda: consumer.assigned)
+    async with watched(settings, handle) as state:
+        await until(lambda: state.consumer.assigned)
         await send(own, 3)
         async with asyncio.timeout(30):
             while not done:

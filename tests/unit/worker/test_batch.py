@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from model.bundle import Bundle, Head
-from worker.batch import Batcher, Priority, Ticket, WindowOutputs
+from schemas.events import Priority
+from worker.batch import Batcher, Ticket, WindowOutputs
 from worker.errors import (
     DeadlineExceeded,
     DeviceHung,

@@ -6,8 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from schemas.events import Priority
 from worker.errors import TrackCancelled
-from worker.fair_queue import FairQueue, Piece, Priority, Request, Ticket
+from worker.fair_queue import FairQueue, Piece, Request, Ticket
 
 NOW = 1000.0
 
