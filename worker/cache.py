@@ -7,6 +7,8 @@ embedding (float32, little-endian) |
 | `{prefix}cache:{sha256}:{analysis_key}` | string | the analysis of that audio by that model |
 | `{prefix}event:{event_id}` | string | SHA-256 of the audio that the event turned out to name |
 | `{prefix}genre:{label}` | sorted set | track ids whose best genre it is, by score |
+| `{prefix}genre-since:{label}` | sorted set | the same track ids by the time they came there, in \
+Unix seconds; kept where `genre_ttl_s` is set, to take out those that outlived it |
 
 Redis is never waited for: while it is down, tags still flow, and what it missed is kept (up to
 `catch_up_max` results) and stored once it is back.
@@ -15,6 +17,7 @@ Redis is never waited for: while it is down, tags still flow, and what it missed
 import asyncio
 import logging
 import random
+import ssl
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -39,6 +42,7 @@ log = logging.getLogger(__name__)
 DOWN_FOR_S = 1.0
 CATCH_UP_BACKOFF_S = (0.5, 5.0)
 GENRE_HEAD = "genre"
+OUTLIVED_AT_ONCE = 100  # tracks taken out of a genre as one comes in
 
 
 def connect(settings: RedisSettings) -> Redis:
@@ -47,13 +51,20 @@ def connect(settings: RedisSettings) -> Redis:
     Raises
     ------
     SettingsInvalid
-        The URL is not one of Redis's, or its options or the settings beside it don't go with it.
+        The URL is not one of Redis's, or its options or the settings beside it don't go with it, or
+        the CA file holds no certificates.
     """
     options: dict[str, Any] = {}
     if settings.password is not None:
         options["password"] = settings.password.get_secret_value()
     if settings.ssl_ca_file is not None:
         options["ssl_ca_certs"] = str(settings.ssl_ca_file)
+        try:
+            ssl.create_default_context(cafile=settings.ssl_ca_file)
+        except OSError as error:
+            raise SettingsInvalid(
+                f"Redis's CA file can't be read ({error}); check TIMBRE_REDIS__SSL_CA_FILE."
+            ) from None
     try:
         redis = Redis.from_url(
             settings.url.get_secret_value(),
@@ -69,7 +80,7 @@ def connect(settings: RedisSettings) -> Redis:
         ) from None
     try:
         _check_options(redis)
-    except (TypeError, ValueError, AttributeError, RedisError):
+    except (TypeError, ValueError, AttributeError, LookupError, RedisError):
         raise SettingsInvalid(
             "TIMBRE_REDIS__URL can't be used as it is set up; leave out the options after its '?', "
             "and give TIMBRE_REDIS__SSL_CA_FILE only with rediss://."
@@ -83,6 +94,7 @@ def _check_options(redis: Redis) -> None:
     connection = pool.connection_class(**pool.connection_kwargs)
     if connection.encoder.decode_responses:
         raise ValueError("what is kept in Redis is bytes")
+    connection.encoder.encode("")  # type: ignore[no-untyped-call]
 
 
 class Keys:
@@ -102,6 +114,9 @@ class Keys:
 
     def genre(self, label: str) -> str:
         return f"{self._prefix}genre:{label}"
+
+    def genre_since(self, label: str) -> str:
+        return f"{self._prefix}genre-since:{label}"
 
 
 @dataclass(frozen=True)
@@ -209,10 +224,16 @@ class Cache:
         settings = self._settings
         genre = next((tag for tag in event.tags if tag.head == GENRE_HEAD), event.tags[0])
         track_key = keys.track(event.track_id)
+        genre_key, since_key = keys.genre(genre.label), keys.genre_since(genre.label)
         before = cast(bytes | None, await self._redis.hget(track_key, "genre"))
+        outlived = await self._outlived(since_key)
         async with self._redis.pipeline(transaction=True) as commands:
             if before is not None and before.decode() != genre.label:
                 commands.zrem(keys.genre(before.decode()), event.track_id)
+                commands.zrem(keys.genre_since(before.decode()), event.track_id)
+            if outlived:
+                commands.zrem(genre_key, *outlived)
+                commands.zrem(since_key, *outlived)
             commands.hset(
                 track_key,
                 mapping={
@@ -224,14 +245,23 @@ class Cache:
                     "embedding": np.asarray(analysis.embedding, "<f4").tobytes(),
                 },
             )
-            genre_key = keys.genre(genre.label)
             commands.zadd(genre_key, {event.track_id: genre.score})
             self._add_analysis(commands, event.event_id, analysis)
             if settings.track_ttl_s:
                 commands.expire(track_key, settings.track_ttl_s)
             if settings.genre_ttl_s:
+                commands.zadd(since_key, {event.track_id: time.time()})
                 commands.expire(genre_key, settings.genre_ttl_s)
+                commands.expire(since_key, settings.genre_ttl_s)
             await commands.execute()
+
+    async def _outlived(self, since_key: str) -> list[bytes]:
+        """Some of the tracks that have been in a genre for longer than they may."""
+        if not (life_s := self._settings.genre_ttl_s):
+            return []
+        oldest_s = time.time() - life_s
+        found = await self._redis.zrangebyscore(since_key, 0, oldest_s, 0, OUTLIVED_AT_ONCE)
+        return cast(list[bytes], found)
 
     def _add_analysis(self, commands: Pipeline, event_id: str, analysis: Analysis) -> None:
         life_s = self._settings.cache_ttl_s or None

@@ -273,7 +273,9 @@ class RedisSettings(Section):
     prefix: str = Field("timbre:", description="Start of every key")
     track_ttl_s: int = Field(30 * 86400, ge=0, description="Life of a track's hash; 0: for ever")
     cache_ttl_s: int = Field(30 * 86400, ge=0, description="Life of a cached analysis; 0: for ever")
-    genre_ttl_s: int = Field(0, ge=0, description="Life of a genre's sorted set; 0: for ever")
+    genre_ttl_s: int = Field(
+        30 * 86400, ge=0, description="Life of a track in its genre's sorted set; 0: for ever"
+    )
     timeout_s: float = Field(2.0, gt=0, description="Seconds for one command")
     catch_up_max: int = Field(
         10_000, ge=0, description="Results kept to be stored once Redis is back"

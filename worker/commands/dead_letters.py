@@ -80,10 +80,8 @@ def retry_some(
     settings: Settings, places: Sequence[str], *, code: str | None, everything: bool
 ) -> None:
     """Send dead letters again and print how many."""
-    if not (places or code or everything):
-        raise SourceInvalid("Say which: PARTITION:OFFSET as listed, --code CODE, or --all.")
-    if everything and (places or code):
-        raise SourceInvalid("Choose one: --all, or places and --code.")
+    if sum(map(bool, (places, code, everything))) != 1:
+        raise SourceInvalid("Say which: PARTITION:OFFSET as listed, or --code CODE, or --all.")
     sent = asyncio.run(dead_letters.retry(settings, [_place(p) for p in places], code=code))
     console.out().print(f"Sent {console.counted(len(sent), 'event')} again")
 

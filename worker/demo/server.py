@@ -3,6 +3,7 @@
 python -m worker.demo.server PORT FOLDER
 """
 
+import os
 import sys
 from pathlib import Path
 from urllib.parse import quote
@@ -15,7 +16,7 @@ READY = "Serving music"
 
 def url(port: int, name: str) -> str:
     """Where the server has the file `name`, relative to its folder."""
-    return f"http://{HOST}:{port}/{quote(name)}"
+    return f"http://{HOST}:{port}/{quote(os.fsencode(name))}"
 
 
 def serve(port: int, folder: Path) -> None:

@@ -31,8 +31,8 @@ def own_redis(tmp_path: Path) -> Iterator[services.Redis]:
 
 
 @asynccontextmanager
-async def cache_at(url: str, prefix: str, key: str = "key") -> AsyncIterator[Cache]:
-    settings = RedisSettings(url=SecretStr(url), prefix=prefix, timeout_s=1.0)
+async def cache_at(url: str, prefix: str, key: str = "key", **more: int) -> AsyncIterator[Cache]:
+    settings = RedisSettings(url=SecretStr(url), prefix=prefix, timeout_s=1.0, **more)
     async with Cache(settings, key, Metrics()) as cache:
         yield cache
 
@@ -70,6 +70,7 @@ async def store(cache: Cache, track_id: str, found: Analysis) -> str:
         "redis://:secret@redis/0?protocol=7",
         "redis://:secret@redis/0?retry=3",
         "redis://:secret@redis/0?decode_responses=true",
+        "redis://:secret@redis/0?encoding=klingon",
         "rediss://:secret@redis/0?ssl_cert_reqs=perhaps",
         "unix:///redis.sock?foo=bar",
     ],
@@ -87,6 +88,13 @@ def test_certificates_without_tls_are_told_at_the_start(url: str, tmp_path: Path
     connect(RedisSettings(url=SecretStr("rediss://redis/0"), ssl_ca_file=authority))
     with pytest.raises(SettingsInvalid, match="TIMBRE_REDIS__SSL_CA_FILE"):
         connect(RedisSettings(url=SecretStr(url), ssl_ca_file=authority))
+
+
+def test_a_file_without_certificates_is_told_at_the_start(tmp_path: Path) -> None:
+    authority = tmp_path / "ca.pem"
+    authority.write_text("no certificate")
+    with pytest.raises(SettingsInvalid, match="TIMBRE_REDIS__SSL_CA_FILE"):
+        connect(RedisSettings(url=SecretStr("rediss://redis/0"), ssl_ca_file=authority))
 
 
 async def test_a_stored_analysis_is_found_by_audio_and_by_event(
@@ -142,3 +150,21 @@ async def test_what_redis_missed_is_stored_once_it_is_back(
             while await redis.exists(*keys) < len(keys):
                 await asyncio.sleep(0.05)
         await redis.aclose()
+
+
+async def test_a_track_leaves_its_genre_when_its_life_there_is_over(
+    redis_url: str, redis_prefix: str
+) -> None:
+    redis = Redis.from_url(redis_url)
+    genre, since = f"{redis_prefix}genre:jazz", f"{redis_prefix}genre-since:jazz"
+    async with cache_at(redis_url, redis_prefix, genre_ttl_s=3600) as cache:
+        await store(cache, "old", analysis("jazz"))
+        await store(cache, "again", analysis("jazz"))
+        await store(cache, "young", analysis("jazz"))
+        await redis.zincrby(since, -3601, "old")
+        await redis.zincrby(since, -3601, "again")
+        await store(cache, "again", analysis("jazz"))
+        assert set(await redis.zrange(genre, 0, -1)) == {b"again", b"young"}
+        assert set(await redis.zrange(since, 0, -1)) == {b"again", b"young"}
+        assert 0 < await redis.ttl(genre) <= 3600
+    await redis.aclose()

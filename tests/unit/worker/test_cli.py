@@ -81,15 +81,12 @@ def test_without_kafka_every_command_says_what_to_check_and_nothing_else(
     assert "TIMBRE_KAFKA__BOOTSTRAP_SERVERS" in sentence
 
 
-def test_all_and_some_dead_letters_are_not_asked_for_at_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "choice",
+    [[], ["0:0", "--all"], ["0:0", "--code", "fetch_forbidden"], ["--code", "x", "--all"]],
+)
+def test_letters_to_retry_are_chosen_in_one_way(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], choice: list[str]
 ) -> None:
-    assert run(monkeypatch, "dead-letters", "retry", "0:0", "--all") == 1
-    assert "Choose one" in capsys.readouterr().err
-
-
-def test_retrying_says_which_letters_it_must_be_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, "dead-letters", "retry") == 1
+    assert run(monkeypatch, "dead-letters", "retry", *choice) == 1
     assert "--all" in capsys.readouterr().err
