@@ -170,7 +170,7 @@ def _obstacle(message: "ConsumerRecord[bytes, bytes]") -> str | None:
     if _header(message, "value-omitted-bytes"):
         origin = parse(message).origin
         at = f"{origin.topic} {origin.partition}:{origin.offset}"
-        return f"its value was too large to be kept here; send it anew as it stands at {at}"
+        return f"its value could not be kept here; send it anew as it stands at {at}"
     return None
 
 

@@ -7,7 +7,7 @@ for what can pass, the deadline, the checksum.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from typing import NamedTuple, Self
 
 from aiohttp.abc import AbstractResolver
@@ -171,24 +171,24 @@ class Fetcher:
     ) -> "_Fetched":
         loop = asyncio.get_running_loop()
         file, began_s = self._spool.file(), loop.time()
-        try:
-            async with asyncio.timeout_at(deadline_s):
-                await copy(uri, file)
-                audio = await file.finish()
+        with ExitStack() as unless_fetched:
+            unless_fetched.callback(file.remove)
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    await copy(uri, file)
+                    audio = await file.finish()
+            except TimeoutError:
+                raise _late(file, uri) from None
+            except FetchUnavailable as error:
+                silent_s = loop.time() - max(began_s, file.written_s)
+                stalled = silent_s >= LONG_SILENCE * self._settings.stall_timeout_s
+                if stalled and error.retry_after_s is None:  # else it is at work, and says when
+                    raise FetchTimeout(
+                        f"After {silent_s:.0f} s of silence: {error.message}"
+                    ) from error
+                raise
             _check_sha256(audio, expected_sha256, uri)
-        except TimeoutError:
-            file.remove()
-            raise _late(file, uri) from None
-        except FetchUnavailable as error:
-            file.remove()
-            silent_s = loop.time() - max(began_s, file.written_s)
-            stalled = silent_s >= LONG_SILENCE * self._settings.stall_timeout_s
-            if stalled and error.retry_after_s is None:  # else it is at work, and says when to come
-                raise FetchTimeout(f"After {silent_s:.0f} s of silence: {error.message}") from error
-            raise
-        except BaseException:
-            file.remove()
-            raise
+            unless_fetched.pop_all()
         return _Fetched(file, audio)
 
     def _wait_s(self, state: RetryCallState) -> float:

@@ -48,6 +48,11 @@ def read(record: Record, *, max_bytes: int = MIB) -> list[NewTrack]:
     ------
     EventTooLarge, EventMalformed, EventVersionUnknown
     """
+    if record.unread:
+        raise EventMalformed(
+            "The message can't be read: its batch is broken, or unpacks to far more than events "
+            "do, or it has over a thousand headers. Send less at once, or not compressed."
+        )
     if record.value is None:
         raise EventMalformed("The message has no value; send a JSON event.")
     if len(record.value) > max_bytes:

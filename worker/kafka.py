@@ -9,11 +9,10 @@ from typing import Any, TypeVar
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.client import AIOKafkaClient
-from aiokafka.consumer import fetcher
 from aiokafka.errors import KafkaError
-from aiokafka.record import default_records, memory_records
 from faust.auth import SASLCredentials, SSLCredentials
 
+from worker import record_batches
 from worker.errors import ServicesUnavailable, SettingsInvalid
 from worker.settings import KafkaSettings
 
@@ -39,40 +38,8 @@ def _pace_metadata_updates() -> None:
     AIOKafkaClient._metadata_update = paced
 
 
-class _Lenient(bytearray):
-    """Bytes whose text is read whatever they are."""
-
-    def __getitem__(self, key: Any) -> Any:
-        got = super().__getitem__(key)
-        return _Lenient(got) if isinstance(got, bytearray) else got
-
-    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        del errors
-        return super().decode(encoding, "backslashreplace")
-
-
-class _LenientBatch(default_records._DefaultRecordBatchPy):  # type: ignore[misc]
-    """A batch of records, one of which may have a header whose name is not UTF-8."""
-
-    def __iter__(self) -> "_LenientBatch":
-        super().__iter__()
-        self._buffer = _Lenient(self._buffer)  # type: ignore[has-type]
-        return self
-
-
-def _read_any_header_name() -> None:
-    """Have every aiokafka consumer of this process read header names that are not UTF-8.
-
-    The broker takes them, and clients in C send them. aiokafka raises in its fetcher where it meets
-    one, for ever, and no partition of that consumer goes on. Only its reader in Python can be told
-    otherwise; it is fast enough for events.
-    """
-    memory_records.DefaultRecordBatch = _LenientBatch
-    fetcher.MemoryRecords = memory_records._MemoryRecordsPy
-
-
 _pace_metadata_updates()
-_read_any_header_name()
+record_batches.read_whatever_was_sent()
 
 
 def ssl_context(kafka: KafkaSettings) -> ssl.SSLContext | None:

@@ -153,6 +153,8 @@ class Publisher:
         }
         if track_id is not None:
             reason["track-id"] = track_id
+        if record.unread:
+            reason["value-omitted-bytes"] = "0"
         kept = [(name, value) for name, value in record.headers if not name.startswith(HEADER)]
         headers = kept + _headers(reason)
         topic = self._settings.topic_dead_letter

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+UNREAD = "timbre-unread"
+"""Header of a record that stands for one which could not be read out of its batch"""
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -17,3 +20,8 @@ class Record:
     key: bytes | None
     value: bytes | None
     headers: tuple[tuple[str, bytes], ...] = ()
+
+    @property
+    def unread(self) -> bool:
+        """Whether it stands for a record that could not be read."""
+        return any(name == UNREAD for name, _ in self.headers)

@@ -11,6 +11,7 @@ from tests.faults.stand import Stand
     "fault",
     [
         inputs.hostile_events,
+        inputs.unpack_bombs,
         inputs.http_faults,
         inputs.slow_drips,
         inputs.many_stalls,

@@ -14,6 +14,7 @@ from tests.faults.stand import ROOT, Lane, Message, Stand, until
 ODD = ROOT.parent / "shared" / "audio" / "odd"
 EVENT_CODES = {"event_malformed", "event_too_large", "event_version_unknown"}
 IN_TIME_S = 10.0
+BOMB_BYTES = 200 << 20
 CROWD = 60
 MAX_DECODER_BYTES = 160 << 20
 FLAC_INFO_END = 42
@@ -228,6 +229,28 @@ async def hostile_events(stand: Stand, quick: bool) -> Outcome:
         unknown = lane.checker.reasons().keys() - EVENT_CODES
         require(not unknown, f"each has a reason of an event's: {lane.checker.reasons()}")
         require(len(lane.checker.letters) == len(malformed), "each is one dead letter")
+        return await conclude(lane, [])
+
+
+@scenario
+async def unpack_bombs(stand: Stand, quick: bool) -> Outcome:
+    """Messages that unpack to up to thirty thousand times their size, and sound ones behind."""
+    del quick  # it takes some seconds
+    async with stand.lane("unpack-bombs") as lane:
+        (worker,) = await lane.ready()
+        await lane.send(lane.tracks(range(20)))
+        await lane.until_answered(20, 60)
+        before_bytes = worker.peak_bytes()
+        sent_s: dict[str, float] = {}
+        for number, codec in enumerate(("gzip", "lz4", "zstd"), 20):
+            await lane.send([Message(bytes(BOMB_BYTES), b"bomb")], compression=codec)
+            await lane.send(lane.tracks([number]))
+            sent_s[f"track-{number}"] = now_s()
+        await lane.until_answered(26, 60)
+        await _neighbours_in_time(lane, sent_s)
+        grown_bytes = worker.peak_bytes() - before_bytes
+        require(grown_bytes < BOMB_BYTES // 2, f"memory grew by {grown_bytes >> 20} MiB")
+        require(lane.checker.reasons() == {"event_malformed": 3}, str(lane.checker.reasons()))
         return await conclude(lane, [])
 
 

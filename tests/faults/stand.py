@@ -56,6 +56,7 @@ SETTINGS = {
     "OMP_NUM_THREADS": "1",
 }
 """A worker's settings here: as by default, with deadlines that a test can wait for."""
+MAX_REQUEST_BYTES = 256 << 20
 START_TIMEOUT_S = 90.0
 POLL_S = 0.1
 
@@ -179,6 +180,13 @@ class Worker:
     def decoders(self) -> list[psutil.Process]:
         return self.tree()[1:]
 
+    def peak_bytes(self) -> int:
+        """The most memory that the worker itself has ever had, without its decoders."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(r"VmHWM:\s+(\d+) kB", status)
+        assert found is not None, "Linux tells it"
+        return int(found[1]) << 10
+
     def memory_bytes(self) -> int:
         """Memory of the worker and its decoders, what they share counted once."""
         total = 0
@@ -265,10 +273,14 @@ class Lane:
         *,
         topic: str | None = None,
         per_s: float | None = None,
+        compression: str | None = None,
     ) -> None:
         """Produce events, all at once or at a rate, each to a partition by its key."""
         async with AIOKafkaProducer(
-            **self.stand.connection, max_request_size=16 * 1024 * 1024, linger_ms=2
+            **self.stand.connection,
+            max_request_size=MAX_REQUEST_BYTES,
+            linger_ms=2,
+            compression_type=compression,
         ) as producer:
             for count, event in enumerate(events, 1):
                 message = event if isinstance(event, Message) else Message(event, track_id(event))
