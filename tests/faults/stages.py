@@ -216,7 +216,12 @@ async def disk_full(stand: Stand, quick: bool) -> Outcome:
     """No room left on the disk of the spool for a while."""
     full_s, tracks = (2, 60) if quick else (10, 300)
     async with stand.lane("disk-full") as lane:
-        (worker,) = await lane.ready(wrapper=small_disk(lane.spool), fetch__attempts=50)
+        (worker,) = await lane.ready(
+            wrapper=small_disk(lane.spool),
+            fetch__attempts=50,
+            fetch__timeout_s=20,
+            worker__track_deadline_s=30,
+        )
         disk = Path(f"/proc/{worker.process.pid}/root{lane.spool}")
         half = tracks // 2
         await lane.send(lane.tracks(range(half)))
