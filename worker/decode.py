@@ -18,11 +18,11 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 START_TIMEOUT_S = 30.0
 BACKOFF_INITIAL_S = 0.1
 BACKOFF_MAX_S = 10.0
+FACTS = {field.name for field in fields(DecodedFacts)}
 
 # Errors of the audio itself: the process that found them is as good as before.
 OF_THE_AUDIO: dict[str, type[TimbreError]] = {
@@ -301,6 +302,11 @@ class Decoding:
         raise StopAsyncIteration
 
     async def _death(self) -> TimbreError:
+        if self._process.astray:
+            return DecoderCrashed(
+                "The decoder process said what no decoder says and was ended: the file may be made "
+                "to take it over."
+            )
         if self._process.overdue:
             return DecodeTimeout(
                 f"Decoding took more than {self._work_s:g} s and was ended; if the track is sound, "
@@ -330,8 +336,10 @@ class _Process:
         self.status: Future[int] = Future()
         self.tracks = 0
         self.overdue = False
+        self.astray = False
         self._setup = setup
-        self._held = 0
+        self._ready = False
+        self._held: set[int] = set()
         self._clock: _Clock | None = None
         self._popen: subprocess.Popen[bytes] | None = None
         self._loop = asyncio.get_running_loop()
@@ -424,20 +432,43 @@ class _Process:
             return
         try:
             message: Message = json.loads(data)
-        except ValueError:  # no decoder of ours says that: its input has taken it over
-            self.kill()
+        except (ValueError, RecursionError):
+            message = {}
+        if not self._is_due(message):
+            self._go_astray()
             return
         if "slot" in message:
-            self._held += 1
+            self._held.add(message["slot"])
             self.released.clear()
-            if self._held == self._setup.slots and self._clock is not None:
+            if len(self._held) == self._setup.slots and self._clock is not None:
                 self._clock.stop()  # it waits for us
         else:
+            self._ready = True
             self._end_clock()
         self.inbox.put_nowait(message)
 
+    def _is_due(self, message: Any) -> bool:
+        """Whether a decoder of ours may say that now; one taken over by its input says anything."""
+        works = self._clock is not None
+        match message:
+            case {"slot": int(slot), "windows": int(windows), "silent": str(silent)}:
+                is_free = slot in range(self._setup.slots) and slot not in self._held
+                fits = 0 < windows == len(silent) <= self._setup.slot_windows
+                return works and is_free and fits
+            case {"facts": dict(facts)}:
+                return works and facts.keys() == FACTS
+            case {"error": {"code": str(), "message": str(), "traceback": str()}}:
+                return works
+            case {"ready": True}:
+                return not self._ready
+        return False
+
+    def _go_astray(self) -> None:
+        self.astray = True
+        self.kill()
+
     def _release(self, slot: int) -> None:
-        self._held -= 1
+        self._held.remove(slot)
         if not self._held:
             self.released.set()
         if self.ended.is_set():
@@ -451,6 +482,8 @@ class _Process:
             self._control.send(json.dumps(message).encode())
         except (BrokenPipeError, ConnectionResetError):
             return  # it has died, which `_on_message` is about to be told
+        except BlockingIOError:  # it hears nothing
+            self._go_astray()
 
     def _end_clock(self) -> None:
         if self._clock is not None:

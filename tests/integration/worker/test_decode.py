@@ -18,6 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.audio import ENCODINGS, encode, encode_as, noise, tone, wav
+from worker import decoder_process
 from worker.decode import Block, DecodedFacts, DecoderPool, Decoding
 from worker.decoder import decode_windows
 from worker.errors import (
@@ -660,3 +661,77 @@ async def test_a_killed_worker_leaves_no_process_and_no_memory_behind(song: Path
     _, alive = await asyncio.to_thread(psutil.wait_procs, children, timeout=5)
     assert not alive
     assert set(Path("/dev/shm").iterdir()) <= shared_memory
+
+
+@pytest.fixture
+def taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], DecoderPool]:
+    """Makes a pool of one decoder that runs a script of its input's when it is given a track."""
+
+    def make(script: str) -> DecoderPool:
+        (tmp_path / "captured.py").write_text(
+            textwrap.dedent(
+                """
+                import json, socket, sys, time
+                control = socket.socket(fileno=int(sys.argv[1]))
+                def say(message):
+                    if not isinstance(message, bytes):
+                        message = json.dumps(message).encode()
+                    control.send(message)
+                control.recv(65536)
+                say({"ready": True})
+                control.recv(65536)
+                """
+            )
+            + script
+            + "\ntime.sleep(60)\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(decoder_process, "__name__", "captured")
+        return pool_of(slots=3, slot_windows=4)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "say({'slot': [0] * 20000, 'windows': 4, 'silent': '0000'})",  # each a copy of the slot
+        "say({'slot': 3, 'windows': 4, 'silent': '0000'})",
+        "say({'slot': -1, 'windows': 4, 'silent': '0000'})",
+        "say({'slot': 0, 'windows': 5, 'silent': '00000'})",
+        "say({'slot': 0, 'windows': 0, 'silent': ''})",
+        "say({'slot': 0, 'windows': 4, 'silent': '0' * 60000})",
+        "say({'slot': 0, 'windows': 4})",
+        "say({'facts': {'codec': 'flac'}})",
+        "say({'error': {'code': 'audio_empty'}})",
+        "say({'error': 'x'})",
+        "say({'ready': True})",
+        "say(5)",
+        "say(b'[' * 60000)",
+        "say(b'x' * 70000)",
+        "while True: say({'slot': 0, 'windows': 4, 'silent': '0000'})",
+        "for n in range(9999): say({'slot': n % 3, 'windows': 1, 'silent': '0'}); time.sleep(1e-3)",
+    ],
+)
+async def test_a_decoder_that_says_what_none_of_ours_does_is_ended(
+    taken_over: Callable[[str], DecoderPool], song: Path, script: str
+) -> None:
+    async with asyncio.timeout(20), taken_over(script) as pool:
+        before = pool.pids
+        with pytest.raises(DecoderCrashed, match="take it over"):
+            await hear(pool, song)
+        await until(lambda: before.isdisjoint(pool.pids))
+
+
+async def test_a_decoder_that_speaks_without_a_track_is_ended(
+    taken_over: Callable[[str], DecoderPool], song: Path
+) -> None:
+    facts = {
+        "container": "wav", "codec": "pcm", "sample_rate_hz": 1, "channels": 1, "duration_s": 1.0,
+        "damaged_packets": 0,
+    }  # fmt: skip
+    async with asyncio.timeout(20), taken_over(f"while True: say({{'facts': {facts}}})") as pool:
+        before = pool.pids
+        async with pool.decode(song, timeout_s=60) as decoding:
+            await drain(decoding)
+        await until(lambda: before.isdisjoint(pool.pids))
