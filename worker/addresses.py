@@ -29,6 +29,10 @@ Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
 MAX_SHOWN_CHARS = 200
+MAX_ANSWERS = 64  # of a name that are looked at
+# Of each family. Where none takes a connection aiohttp tries all, then all but one, and so on: the
+# 500 addresses of one name would be 250,000 connections.
+MAX_ADDRESSES = 3
 
 # Globally routed by the registry (or by Python's reading of it), yet never a music platform's.
 SPECIAL = (
@@ -85,7 +89,7 @@ class AddressRules:
 
 
 class PublicResolver(AbstractResolver):
-    """Another resolver's answers, less those that `rules` refuse.
+    """The first few of another resolver's answers, less those that `rules` refuse.
 
     A name with public and private addresses is thus always reached by the public ones, not refused
     at times by the order of the answers.
@@ -98,11 +102,11 @@ class PublicResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        answers = await self._inner.resolve(host, port, family)
+        answers = (await self._inner.resolve(host, port, family))[:MAX_ANSWERS]
         allowed = [answer for answer in answers if self._rules.allows(answer["host"])]
         if answers and not allowed:
             self._rules.check(answers[0]["host"], host)
-        return allowed
+        return _few(allowed)
 
     async def close(self) -> None:
         await self._inner.close()
@@ -145,6 +149,13 @@ def shown(text: str) -> str:
     plain = plain.encode("ascii", "backslashreplace").decode()
     plain = "".join(char if char.isprintable() else "?" for char in plain)
     return plain if len(plain) <= MAX_SHOWN_CHARS else f"{plain[:MAX_SHOWN_CHARS]}..."
+
+
+def _few(answers: list[ResolveResult]) -> list[ResolveResult]:
+    by_family: dict[int, list[ResolveResult]] = {}
+    for answer in answers:
+        by_family.setdefault(answer["family"], []).append(answer)
+    return [answer for family in by_family.values() for answer in family[:MAX_ADDRESSES]]
 
 
 def _is_public(address: Address) -> bool:

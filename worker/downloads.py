@@ -43,6 +43,7 @@ from worker.spool import WRITE_BYTES, SpoolFile
 COMPLETE = {200, 203}
 REDIRECTS = {301, 302, 303, 307, 308}
 NOT_FOUND = {404, 410}
+MAX_HOST_CHARS = 255  # more than DNS has, and what encoding a name takes grows with its square
 MAX_LOOKUPS = 256  # of names at once; most wait, should a name server not answer
 PASSING = {408, 425, 429}
 UNPACK_BYTES = 16 * 1024  # at once: zlib copies what is left of them at the end of each member
@@ -170,6 +171,8 @@ class Downloads:
 
 def _parsed(uri: str) -> URL:
     try:
+        if len(URL(uri, encoded=True).raw_host or "") > MAX_HOST_CHARS:
+            raise UriUnsupported(f"{shown(uri)} has a host whose name is longer than names can be.")
         return URL(uri)
     except (ValueError, IndexError) as error:  # yarl trips over hosts such as "[::1]x@"
         raise UriUnsupported(f"{shown(uri)} is not a URL; write https://host/path.") from error

@@ -1,6 +1,8 @@
 """Whatever text an event names as its address, the fetcher answers with a typed error."""
 
+import re
 import socket
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from worker.errors import FetchFailed
+from worker.errors import FetchFailed, UriUnsupported
 from worker.fetch import Fetcher
 from worker.settings import FetchSettings
 
@@ -87,4 +89,13 @@ async def test_any_text(fetcher: Fetcher, uri: str) -> None:
             pass
     assert len(raised.value.message.encode()) < 600
     assert raised.value.message.isprintable()
-    assert "//user:pass@" not in raised.value.message
+    assert not re.search("(?<!/)//user:pass@", raised.value.message), "a path is no secret"
+
+
+async def test_a_host_longer_than_names_can_be_takes_no_time(fetcher: Fetcher) -> None:
+    before_s = time.process_time()
+    for _ in range(10):
+        with pytest.raises(UriUnsupported, match="longer than names can be"):
+            async with fetcher.fetch("http://" + "\ufdfa" * 8000 + "/"):
+                pass
+    assert time.process_time() - before_s < 2.0, "0.7 s each where it is encoded first"

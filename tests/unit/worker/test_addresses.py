@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
-from worker.addresses import AddressRules, PublicResolver, check_url, shown
+from worker.addresses import MAX_ADDRESSES, AddressRules, PublicResolver, check_url, shown
 from worker.errors import AddressRefused, UriUnsupported
 
 PUBLIC = ["8.8.8.8", "1.1.1.1", "185.199.108.153", "2606:4700::1111", "2a00:1450:4001::200e"]
@@ -128,6 +128,13 @@ class TestResolver:
         resolver = PublicResolver(Answers("10.0.0.1", "127.0.0.1"), AddressRules())
         with pytest.raises(AddressRefused, match="inner"):
             await resolver.resolve("inner.example")
+        await resolver.close()
+
+    async def test_a_name_with_many_addresses_is_reached_by_a_few(self) -> None:
+        many = [f"8.8.{high}.{low}" for high in range(16) for low in range(256)]
+        resolver = PublicResolver(Answers("10.0.0.1", *many), AddressRules())
+        found = [answer["host"] for answer in await resolver.resolve("many.example")]
+        assert found == many[:MAX_ADDRESSES]
         await resolver.close()
 
 
