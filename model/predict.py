@@ -88,7 +88,11 @@ def predict(
         voting.append(votes)
         embeddings.append(_unit(_unit(output.embedding.numpy()[votes]).mean(0)))
     if not kept:
-        raise DatasetInvalid(f"{dataset.name}: none of its {len(chosen)} clips can be read")
+        first = skipped[len(dataset.skipped)]
+        raise DatasetInvalid(
+            f"{dataset.name}: none of its {len(chosen)} clips can be used; the first of them, "
+            f"{first.name}: {first.reason}"
+        )
     return Predictions(
         head=head,
         heard=heard,

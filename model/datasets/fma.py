@@ -120,6 +120,8 @@ def _genre_names(genres: Path) -> dict[int, str]:
 
 
 def is_fma(path: Path) -> bool:
-    """Whether `path` is a subset's folder, or holds one, with its metadata."""
-    named = path.name in SUBSETS or any((path / name).is_dir() for name in SUBSETS)
-    return named and metadata(path) is not None
+    """Whether `path` is a subset's folder, or holds one.
+
+    Also without its metadata: its folders `000`, `001` and on are no genres.
+    """
+    return path.name in SUBSETS or any((path / name).is_dir() for name in SUBSETS)

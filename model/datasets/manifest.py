@@ -74,8 +74,11 @@ def _table(path: Path) -> tuple[list[dict[str, str]], dict[str, str]]:
                     "in it needs quotes around it"
                 )
             rows.append({column: cell.strip() for column, cell in row.items()})
-        columns = {name.strip().lower(): name for name in reader.fieldnames or ()}
-    return rows, columns
+        header = reader.fieldnames or ()
+    names = [name.strip().lower() for name in header]
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
+        raise DatasetInvalid(f"{path} has two columns {', '.join(twice)}; give one another name")
+    return rows, dict(zip(names, header, strict=True))
 
 
 def _find(columns: dict[str, str], names: tuple[str, ...]) -> str | None:

@@ -82,5 +82,8 @@ def _artists(file: Path) -> dict[str, str]:
     """Track id -> artist from `TRACK<SEP>SONG<SEP>ARTIST<SEP>TITLE` lines; empty without file."""
     if not file.is_file():
         return {}
-    rows = (line.split("<SEP>") for line in file.read_text(encoding="utf-8").splitlines())
+    rows = (
+        re.split(r"\s*<SEP>\s*", line.strip())
+        for line in file.read_text(encoding="utf-8").splitlines()
+    )
     return {row[0]: row[2] for row in rows if len(row) >= 3}

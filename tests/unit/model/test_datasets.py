@@ -85,6 +85,15 @@ def test_fma_without_metadata_says_what_is_missing(tmp_path: Path) -> None:
         load(tmp_path / "fma_small", "fma")
 
 
+def test_folders_of_fma_without_metadata_are_taken_for_no_genres(tmp_path: Path) -> None:
+    folder = music.fma(tmp_path)
+    (tmp_path / "fma_metadata" / "tracks.csv").unlink()
+    for path in (folder, tmp_path):
+        with pytest.raises(DatasetInvalid, match=r"no fma_metadata/tracks\.csv"):
+            load(path)
+    assert load(folder, "folders").labels == ("000",)
+
+
 def test_msd_reads_annotations_by_track_id(tmp_path: Path) -> None:
     dataset = load(music.msd(tmp_path))
     assert dataset.layout == "msd"
@@ -92,6 +101,14 @@ def test_msd_reads_annotations_by_track_id(tmp_path: Path) -> None:
     assert len(dataset.clips) == 11
     assert dataset.clips[0].group == "Artist 0"
     assert [skipped.name for skipped in dataset.skipped] == [music.TRACK_IDS[0]]
+
+
+def test_space_around_artists_of_msd_makes_no_difference(tmp_path: Path) -> None:
+    root = music.msd(tmp_path)
+    told = (root / "unique_tracks.txt").read_text(encoding="utf-8").splitlines()
+    spaced = [line.replace("<SEP>", "  <SEP> ") if n % 2 else line for n, line in enumerate(told)]
+    (root / "unique_tracks.txt").write_text("\n".join(spaced) + "\n", encoding="utf-8")
+    assert {clip.group for clip in load(root).clips} == {"Artist 0", "Artist 1", "Artist 2"}
 
 
 def test_msd_without_artists_keeps_recordings_together(tmp_path: Path) -> None:
@@ -170,6 +187,12 @@ def test_a_line_of_a_manifest_with_a_comma_too_many_is_named(tmp_path: Path) -> 
     path = listing(tmp_path, "path,label", 'x0.wav,"a, b"', "x1.wav,a, b")
     with pytest.raises(DatasetInvalid, match=r"list\.csv, line 3: more cells than the header"):
         load(path)
+
+
+def test_two_columns_of_one_name_in_a_manifest_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetInvalid, match=r"list\.csv has two columns label"):
+        load(listing(tmp_path, "path,label, Label", "x0.wav,a,b"))
+    assert load(listing(tmp_path, "path,label,,", "x0.wav,a,,")).labels == ("a",)
 
 
 def test_short_lines_of_a_manifest_lack_what_they_lack(tmp_path: Path) -> None:

@@ -27,6 +27,13 @@ def test_labels_that_differ_in_case_alone_are_the_heads(tmp_path: Path) -> None:
         assert [labels[column] for column in target.nonzero()[0]] == [clip.labels[0].lower()]
 
 
+def test_clips_none_of_which_can_be_read_are_said_why(tmp_path: Path) -> None:
+    (tmp_path / "blues").mkdir()
+    (tmp_path / "blues" / "a.mp3").write_bytes(b"not audio")
+    with pytest.raises(DatasetInvalid, match=r"none of its 1 clips .* blues/a\.mp3: No accepted"):
+        predict(Bundle.load(), load(tmp_path))
+
+
 def test_labels_that_no_head_has_are_refused_in_any_case(tmp_path: Path) -> None:
     dataset = load(annotated(tmp_path, jazz="Polka"))
     with pytest.raises(DatasetInvalid, match=r"knows all labels of MSD.*Polka, Rock"):
