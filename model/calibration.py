@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Kind = Literal["single", "multi"]
 FLOOR = 1e-3  # a vote of zero windows is no proof of impossibility
+NO_PROOF = 1e-9  # nor is one of all windows, or of none, a proof of a label's yes or no
 # A power of 20 keeps every score's within what a float holds, and `fit_temperature` looks no
 # further than 5 times either way.
 Temperature = Annotated[float, Field(ge=1 / 20, le=20, allow_inf_nan=False)]
@@ -28,18 +29,23 @@ class Calibration(BaseModel):
         if temperature is None:
             return scores
         if kind == "multi":
-            clipped = np.clip(scores, 1e-9, 1 - 1e-9)
+            clipped = np.clip(scores, NO_PROOF, 1 - NO_PROOF)
             return np.asarray(1 / (1 + (1 / clipped - 1) ** (1 / temperature)))
         powered = np.maximum(scores, FLOOR) ** (1 / temperature)
         return np.asarray(powered / powered.sum(-1, keepdims=True))
 
 
 def fit_temperature(voted: np.ndarray, target: np.ndarray) -> float:
-    """Temperature of least negative log-likelihood: `voted` `(tracks, labels)`, `target` classes.
+    """Temperature of least negative log-likelihood: `voted` `(tracks, labels)`, `target` classes,
+    or, where a track may have several labels, zeros and ones `(tracks, labels)`.
 
     A plain scan: one number, a few hundred tracks, and the same answer on every machine.
     """
     grid = np.exp(np.linspace(np.log(0.2), np.log(5.0), 241))
+    if target.ndim == 2:
+        clipped = np.clip(voted, NO_PROOF, 1 - NO_PROOF)
+        wrong = np.log(1 / clipped - 1) * np.where(target > 0, 1, -1)  # log odds against the truth
+        return float(grid[int(np.argmin([np.logaddexp(0, wrong / t).mean() for t in grid]))])
     rows = np.arange(len(target))
     logged = np.log(np.maximum(voted, FLOOR))
     losses = []

@@ -33,7 +33,15 @@ from torch.nn import functional
 
 from model.datasets.dataset import Dataset
 from model.datasets.logmels import LogMelSource, open_source
-from model.features import FACTS, MFCCS, feature_table, mfccs, save_table, whole_clips
+from model.features import (
+    FACTS,
+    MFCCS,
+    check_table,
+    feature_table,
+    mfccs,
+    save_table,
+    whole_clips,
+)
 from model.frontend import normalise
 from model.heads import Head
 from model.logmel_cnn import ARCHIVE_FRONT_END, LogMelCnnConfig, build_logmel_cnn
@@ -90,6 +98,8 @@ def compare(
     DatasetInvalid
         A multi-label data set, or no split to learn and measure on.
     """
+    if table is not None:
+        check_table(table)
     if dataset.kind != "single":
         raise DatasetInvalid(f"{dataset.name} has several labels a clip; compare takes one")
     dataset = _chosen(dataset, seed, quick)

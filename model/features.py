@@ -17,7 +17,8 @@ from torch import Tensor
 
 from model.datasets.dataset import Dataset
 from model.datasets.logmels import LogMelSource, samples_of
-from worker.errors import DatasetInvalid
+from model.folder import make_folder
+from worker.errors import SettingsInvalid
 
 RATE_HZ, N_FFT, HOP = 22_050, 2_048, 512
 MFCCS = 20
@@ -67,15 +68,19 @@ def whole_clips(table: pd.DataFrame) -> pd.DataFrame:
     return averaged
 
 
+def check_table(path: Path) -> None:
+    """SettingsInvalid unless a table can be saved there, to know before it is computed."""
+    if path.suffix not in {".csv", ".parquet"}:
+        raise SettingsInvalid(f"{path}: features are saved as .csv or .parquet")
+    make_folder(path.parent)
+
+
 def save_table(table: pd.DataFrame, path: Path) -> None:
     """As CSV or Parquet, by the suffix."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
         table.to_csv(path, index=False)
-    elif path.suffix == ".parquet":
-        table.to_parquet(path, index=False)
     else:
-        raise DatasetInvalid(f"{path}: features are saved as .csv or .parquet")
+        table.to_parquet(path, index=False)
 
 
 def mfccs(logmel: Tensor) -> Tensor:

@@ -60,11 +60,8 @@ class Voted:
 
 
 def window_accuracy(tracks: Sequence[NDArray[np.floating]], targets: NDArray[np.floating]) -> float:
-    """Share of all windows whose best label is their track's."""
-    right = [
-        windows.argmax(1) == target.argmax()
-        for windows, target in zip(tracks, targets, strict=True)
-    ]
+    """Share of all windows whose best label is (one of) their track's."""
+    right = [target[windows.argmax(1)] > 0 for windows, target in zip(tracks, targets, strict=True)]
     return float(np.concatenate(right).mean())
 
 

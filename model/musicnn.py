@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.bundle import Bundle
+from model.folder import make_folder
 from model.frontend import LogMelConfig
 from model.heads import Head
 from model.network import Branch, MusicnnConfig, build
@@ -90,11 +91,11 @@ def import_musicnn(out: Path, *, network: Network = "MSD_musicnn") -> Bundle:
 
     Needs pip and a package index; raises BundleInvalid when the wheel can't be had.
     """
+    make_folder(out)
     with TemporaryDirectory() as folder:
         wheel = fetch_wheel(Path(folder))
         bundle = folded(read_checkpoint(wheel, network), network)
         text = licence(wheel)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "LICENSE.musicnn.md").write_text(text, encoding="utf-8")
     return bundle.save(out, card=_CARD.format(network=network, wheel=REQUIREMENT, licence=text))
 

@@ -72,6 +72,8 @@ def load_recipe(path: Path | None, passes: float | None, *, fine_tuning: bool) -
     base = (FINE_TUNING if fine_tuning else Recipe()).model_dump()
     try:
         other = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        if not isinstance(other, dict):
+            raise SettingsInvalid(f"the recipe {path} must be a JSON object: names and values")
         if passes is not None:
             other["passes"] = passes
         for name, value in other.items():
@@ -169,7 +171,8 @@ def train(
     progress = progress or Progress()
     work = work or out.with_name(out.name + ".work")
     where = choose_device(device)
-    make_folder(out)
+    for folder in (out, work):
+        make_folder(folder)
     dataset = _with_splits(dataset, seed)
     plan = _plan(dataset, recipe, start)
     source, dataset = open_source(
@@ -264,7 +267,7 @@ class Trainer:
         batch = min(recipe.batch, len(songs))
         steps = max(1, int(passes * len(songs) / batch))
         every = max(1, steps // VALIDATIONS)
-        total = 0.0
+        losses: list[float] = []
         for step in range(self.checkpoint.restore(part, state), steps):
             # Seeded by step, so that a resumed run draws what an uninterrupted one would have.
             generator.manual_seed(self.seed * 1_000_003 + step)
@@ -280,12 +283,13 @@ class Trainer:
             precision.step(loss, network, optimizer, recipe.clip_norm)
             done = step + 1
             _follow(average, network, min(recipe.average, done / (done + 9)))
-            total += loss.item()
-            self.progress.step(part, done, steps, loss.item())
+            losses.append(loss.item())
+            self.progress.step(part, done, steps, losses[-1])
             if done % every == 0:
                 told = validate.told(average) if validate else "no songs held back"
-                self.progress.say(f"{part} {done / steps:4.0%}  loss {total / every:.3f}  {told}")
-                total = 0.0
+                mean = sum(losses) / len(losses)
+                self.progress.say(f"{part} {done / steps:4.0%}  loss {mean:.3f}  {told}")
+                losses.clear()
             if done % max(1, steps // CHECKPOINTS) == 0 or done == steps:
                 self.checkpoint.keep(part, done, state)
         return average.eval()
@@ -417,20 +421,17 @@ def _calibrated(
     head: Head, songs: Sequence[NDArray[np.float64]], targets: NDArray[np.float32]
 ) -> tuple[Calibration, float, dict[str, Any]]:
     """Temperature by voting method and threshold, fitted on songs that weren't learnt from."""
-    figures: dict[str, Any] = {"measured_on": f"{len(songs)} validation songs, by the rehearsal"}
     voted = {method: Voted.of(songs, head, method) for method in METHODS}
-    if head.kind == "multi":
-        best = voted["mean"].scores.max(1)
-        return Calibration(), threshold_for_coverage(best, CONFIDENT_COVERAGE), figures
+    wanted = targets.argmax(1) if head.kind == "single" else targets
     calibration = Calibration(
-        temperature={
-            method: fit_temperature(given.scores, targets.argmax(1))
-            for method, given in voted.items()
-        }
+        temperature={method: fit_temperature(v.scores, wanted) for method, v in voted.items()}
     )
-    scores = calibration.apply(voted["mean"].scores, kind="single", method="mean")
-    figures["window_accuracy"] = window_accuracy(songs, targets)
-    figures["track_accuracy"] = {method: given.accuracy(targets) for method, given in voted.items()}
+    scores = calibration.apply(voted["mean"].scores, kind=head.kind, method="mean")
+    figures = {
+        "measured_on": f"{len(songs)} validation songs, by the rehearsal",
+        "window_accuracy": window_accuracy(songs, targets),
+        "track_accuracy": {method: given.accuracy(targets) for method, given in voted.items()},
+    }
     return calibration, threshold_for_coverage(scores.max(1), CONFIDENT_COVERAGE), figures
 
 
@@ -569,7 +570,7 @@ def _fingerprint(dataset: Dataset, recipe: Recipe, plan: Plan, seed: int, fit: F
 
 def _card(bundle: Bundle, dataset: Dataset, songs: int, held: int) -> str:
     """The model card."""
-    figures = bundle.figures.get("track_accuracy", {})
+    figures = bundle.figures["track_accuracy"]
     told = "\n".join(f"| {method} | {accuracy:.1%} |" for method, accuracy in figures.items())
     learnt = "those and the validation songs" if bundle.training["fit"] == "all" else "those alone"
     return f"""# {bundle.name}
@@ -587,7 +588,7 @@ A Timbre bundle made by `timbre model train` ({bundle.training["start"]}).
 A rehearsal learnt from the training songs alone and was measured on the validation songs. Its
 calibration is the bundle's. The weights here learnt from {learnt}.
 
-| vote | accuracy over validation tracks |
+| vote | validation tracks whose first tag is right |
 |---|---|
 {told}
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from model.bundle import Bundle
+from model.folder import make_folder
 from model.heads import Head
 from model.musicnn import REQUIREMENT, fetch_wheel, folded, licence, read_checkpoint
 from model.network import MusicnnConfig, Tagger, build
@@ -59,7 +60,8 @@ def build_shipped(
     scale = scale or Scale()
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    work.mkdir(parents=True, exist_ok=True)
+    for folder in (out, work):
+        make_folder(folder)
     wheel = fetch_wheel(work)
     reference = folded(read_checkpoint(wheel, "MSD_musicnn"))
     assert isinstance(reference.network, Tagger)

@@ -128,12 +128,22 @@ def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     taken.write_bytes(b"")
     told = refused("export", "--onnx", taken / "model.onnx")
     assert told == f"timbre: {taken} can't be used: File exists\n"
-    for command, dataset in (
-        ("train", music.archive(tmp_path / "a.npz")),
-        *((name, "absent") for name in ("evaluate", "compare", "explore")),  # before it is read
+    archive = music.archive(tmp_path / "a.npz", clips=24)
+    for told in (
+        refused("train", "--dataset", archive, "--out", taken),
+        refused("train", "--dataset", archive, "--out", tmp_path / "b", "--work", taken),
+        *(
+            refused(name, "-d", "absent", "-o", taken)
+            for name in ("evaluate", "compare", "explore")
+        ),
+        refused("compare", "-d", archive, "-o", tmp_path, "--features", taken / "table.csv"),
+        refused("import", "musicnn", "--out", taken),
     ):
-        told = refused(command, "--dataset", dataset, "--out", taken)
         assert told == f"timbre: {taken} can't be made a folder: File exists\n"
+    told = refused("evaluate", "--dataset", "absent", "--out", "/proc")  # there, and of the kernel
+    assert told.startswith("timbre: /proc can't be written to: ")
+    told = refused("compare", "-d", archive, "-o", tmp_path, "--features", tmp_path / "table.xlsx")
+    assert told == f"timbre: {tmp_path}/table.xlsx: features are saved as .csv or .parquet\n"
 
 
 def test_a_data_set_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:

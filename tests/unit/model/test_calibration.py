@@ -26,6 +26,15 @@ def test_the_temperature_that_spoiled_the_scores_is_found(temperature: float) ->
     assert fit_temperature(*drawn(temperature)) == pytest.approx(temperature, rel=0.1)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+def test_the_temperature_of_several_labels_is_found(temperature: float) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4_000, 3))
+    truth = rng.random(logits.shape) < 1 / (1 + np.exp(-logits))
+    spoiled = 1 / (1 + np.exp(-logits * temperature))
+    assert fit_temperature(spoiled, truth) == pytest.approx(temperature, rel=0.1)
+
+
 def test_calibrating_brings_confidence_to_accuracy() -> None:
     scores, classes = drawn(2.5)
     right = scores.argmax(1) == classes

@@ -104,10 +104,6 @@ def test_resuming_needs_the_checkpoint_of_the_same_run(dataset: Dataset, tmp_pat
     with pytest.raises(CheckpointInvalid, match="resume"):
         train(dataset, tmp_path / "b", recipe=SMALL, resume=True)
 
-    def stop(*_: object) -> None:
-        raise Interrupted
-
-    (tmp_path / "b.work").mkdir()
     (tmp_path / "b.work" / "checkpoint.pt").write_bytes(b"damaged")
     with pytest.raises(CheckpointInvalid, match="damaged"):
         train(dataset, tmp_path / "b", recipe=SMALL, resume=True)
@@ -140,6 +136,9 @@ def test_several_labels_a_clip_are_learnt_from_audio(tmp_path: Path) -> None:
     assert bundle.heads[0].kind == "multi"
     assert bundle.heads[0].name == "tags"
     assert bundle.heads[0].labels == ("blues", "loud", "metal")
+    assert set(bundle.heads[0].calibration.temperature) == {"mean", "majority", "weighted"}
+    card = (tmp_path / "b" / "README.md").read_text(encoding="utf-8")
+    assert f"| mean | {bundle.figures['track_accuracy']['mean']:.1%} |" in card
 
 
 @pytest.mark.parametrize("layout", ["gtzan", "fma", "fma-all", "msd", "folders"])
@@ -258,7 +257,7 @@ def test_recipes_from_json_change_only_what_they_name(tmp_path: Path) -> None:
     for content, told in (
         ('{"bacth": 16}', "^the recipe can't be used: bacth: Extra inputs"),
         ('{"augmentation": {"pitch": "high"}}', "augmentation.pitch: Input should be a valid"),
-        ("[1]", "can't be read as JSON"),
+        ("[1]", "must be a JSON object"),
         ("{", "can't be read as JSON"),
     ):
         path.write_text(content)
