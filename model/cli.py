@@ -370,16 +370,19 @@ def _show(evaluation: "Evaluation") -> None:
         "nearest neighbour shares a label", _percent(report["neighbours"]["same_label"])
     )
     figures.add_row("macro F1", _percent(report["macro_f1"]))
-    for curve in ("roc_auc", "pr_auc"):
-        if curve in report:
-            figures.add_row(curve, f"{report[curve]['macro']:.3f}")
+    names = {"roc_auc": "ROC-AUC", "pr_auc": "PR-AUC"}
+    curves = {curve: title for curve, title in names.items() if curve in report}
+    for curve, title in curves.items():
+        macro = report[curve]["macro"]
+        figures.add_row(title, "-" if macro is None else f"{macro:.3f}")
     console.print(figures)
     counts = report.get("confusion", [])
-    by_label = Table("", "label", "F1", *(str(column) for column in range(len(counts))))
+    by_label = Table("", "label", "F1", *curves.values(), *map(str, range(len(counts))))
     for row, label in enumerate(report["labels"]):
         if label in report["f1"]:
+            areas = [f"{report[curve]['labels'][label]:.2f}" for curve in curves]
             said = map(str, counts[row]) if counts else ()
-            by_label.add_row(str(row), label, f"{report['f1'][label]:.2f}", *said)
+            by_label.add_row(str(row), label, f"{report['f1'][label]:.2f}", *areas, *said)
     console.print(by_label)
 
 

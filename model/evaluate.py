@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
@@ -131,19 +132,17 @@ def _caveats(bundle: Bundle, predictions: Predictions) -> list[str]:
 
 
 def _resamples(groups: NDArray[np.intp], seed: int) -> NDArray[np.float64]:
-    """Bootstrap weights `(resamples, tracks)`: whole artists or recordings, drawn with
-    replacement, so that several excerpts of one don't count as independent."""
+    """How often each track counts, `(resamples, tracks)`: whole artists or recordings are drawn
+    with replacement, so that several excerpts of one don't count as independent."""
     generator = np.random.default_rng(seed)
     count = int(groups.max()) + 1
     drawn = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    weights: NDArray[np.float64] = drawn[:, groups].astype(np.float64)
-    weights /= weights.sum(1, keepdims=True)
-    return weights
+    return np.asarray(drawn[:, groups], dtype=np.float64)
 
 
 def _interval(values: NDArray[np.float64], resamples: NDArray[np.float64]) -> list[float]:
     """95 % bootstrap interval of the mean."""
-    low, high = np.quantile(resamples @ values, [0.025, 0.975])
+    low, high = np.quantile(resamples @ values / resamples.sum(1), [0.025, 0.975])
     return [float(low), float(high)]
 
 
@@ -249,6 +248,34 @@ def draw(evaluation: Evaluation, folder: Path) -> Path:
             for method, f in report["track"].items()
         ],
     )
+    gallery.table(
+        "Votes, paired",
+        ["votes", "difference", "95 % interval", "only first / second right", "p"],
+        [
+            [
+                " - ".join(pair["votes"]),
+                f"{pair['difference']:+.1%}",
+                _span(pair["interval"]),
+                f"{pair['only_first_right']} / {pair['only_second_right']}",
+                f"{pair['p']:.2f}",
+            ]
+            for pair in report["paired"]
+        ],
+    )
+    by_label = {
+        title: figures
+        for title, figures in (
+            ("F1", report["f1"]),
+            ("ROC-AUC", report.get("roc_auc", {}).get("labels")),
+            ("PR-AUC", report.get("pr_auc", {}).get("labels")),
+        )
+        if figures
+    }
+    gallery.table(
+        "By label",
+        ["label", *by_label],
+        [[label, *(f"{f[label]:.2f}" for f in by_label.values())] for label in report["f1"]],
+    )
     if report["kind"] == "single":
         gallery.picture("confusion", _confusion(report), "Confusion", "Rows are the truth.")
     confidence = mean.scores[np.arange(len(mean.best)), mean.best]
@@ -327,6 +354,7 @@ def _taggram(windows: NDArray[np.float32], labels: tuple[str, ...]) -> Figure:
     image = axes.imshow(windows[:, shown].T, aspect="auto", cmap="magma", vmin=0, vmax=1)
     axes.set_yticks(range(len(shown)), [labels[column] for column in shown])
     axes.set_xlabel("window")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, label="probability")
     return figure
 

@@ -192,6 +192,7 @@ def _spectrograms(dataset: Dataset, source: LogMelSource, rows: list[int]) -> Fi
             extent=(0, seconds, 0, bands),
         )
         axes.set_title(f"{dataset.clips[row].labels[0]}: {dataset.clips[row].name}", fontsize=9)
+        axes.set(xlabel="seconds", ylabel="mel band")
     return figure
 
 

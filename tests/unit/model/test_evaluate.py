@@ -117,7 +117,9 @@ def test_multi_label_has_areas_under_curves(tmp_path: Path) -> None:
     assert set(report["roc_auc"]["labels"]) == {"blues", "loud", "metal"}
     assert 0 <= report["pr_auc"]["macro"] <= 1
     assert "confusion" not in report
-    draw(evaluation, tmp_path / "out")
+    told = draw(evaluation, tmp_path / "out").read_text(encoding="utf-8")
+    areas = [f"{report[curve]['labels']['loud']:.2f}" for curve in ("roc_auc", "pr_auc")]
+    assert f"<td>{areas[0]}</td><td>{areas[1]}</td>" in told
 
 
 def test_labels_that_no_head_knows_are_refused(tmp_path: Path) -> None:
@@ -176,6 +178,11 @@ def test_window_accuracy_and_likelihood_by_hand() -> None:
     assert both == pytest.approx(np.log(2))
 
 
+def test_a_window_is_right_by_any_of_its_tracks_labels() -> None:
+    tracks = [np.array([[0.9, 0.1, 0.2], [0.1, 0.2, 0.8], [0.2, 0.6, 0.1]])]
+    assert window_accuracy(tracks, np.array([[1.0, 0.0, 1.0]])) == pytest.approx(2 / 3)
+
+
 def test_windows_that_do_not_vote_change_nothing() -> None:
     windows = np.array([[0.9, 0.1], [0.0, 1.0]])
     voted = Voted.of([windows], HEAD, "mean", [np.array([True, False])])
@@ -195,6 +202,7 @@ def test_excerpts_of_one_recording_are_resampled_together() -> None:
     apart = _interval(values, _resamples(np.arange(100), 0))
     together = _interval(values, _resamples(np.repeat(np.arange(2), 50), 0))
     assert apart[1] - apart[0] < 0.25
+    assert _interval(np.ones(10), _resamples(np.arange(10), 0)) == [1.0, 1.0]
     halves = _interval(np.repeat([0.0, 1.0], 50), _resamples(np.repeat(np.arange(2), 50), 0))
     assert together == pytest.approx([0.5, 0.5])
     assert halves == pytest.approx([0.0, 1.0])
