@@ -137,7 +137,6 @@ def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
             for name in ("evaluate", "compare", "explore")
         ),
         refused("compare", "-d", archive, "-o", tmp_path, "--features", taken / "table.csv"),
-        refused("import", "musicnn", "--out", taken),
     ):
         assert told == f"timbre: {taken} can't be made a folder: File exists\n"
     told = refused("evaluate", "--dataset", "absent", "--out", "/proc")  # there, and of the kernel
