@@ -1,6 +1,10 @@
 """What is found out about a track's audio, whoever asked for it."""
 
-from schemas.events import AudioFacts, ModelRef, Part, Tag, WindowCounts
+from typing import Annotated
+
+from pydantic import Field
+
+from schemas.events import AudioFacts, Finite, ModelRef, Part, Tag, WindowCounts
 
 
 class Analysis(Part):
@@ -18,7 +22,7 @@ class Analysis(Part):
     """How windows became tags"""
     model: ModelRef
     """The model that tagged"""
-    taggram: dict[str, list[list[float]]] | None
+    taggram: dict[str, list[list[Finite]]] | None
     """By head, a table (windows, labels) of probabilities; present only where configured"""
-    embedding: list[float]
+    embedding: Annotated[list[Finite], Field(min_length=1)]
     """The track as a vector of length 1 (L2)"""

@@ -29,7 +29,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from schemas.events import TrackTags
 from worker.analysis import Analysis
@@ -165,7 +165,7 @@ class Cache:
         if (missed := self._missed.get(event_id)) is not None:
             return missed.analysis
         sha256 = await self._get(self._keys.event(event_id))
-        return None if sha256 is None else await self.by_audio(sha256.decode())
+        return None if sha256 is None else await self.by_audio(sha256.decode(errors="replace"))
 
     async def by_audio(self, sha256: str) -> Analysis | None:
         """The analysis of the same audio by the same model."""
@@ -188,7 +188,8 @@ class Cache:
                 self._add_analysis(commands, event_id, analysis)
                 await commands.execute()
         except (RedisError, OSError) as error:
-            self._is_down(error)
+            if not self._is_anothers(error):
+                self._is_down(error)
 
     async def store(self, event: TrackTags, analysis: Analysis) -> None:
         """Keep a published result: now, or once Redis is back."""
@@ -202,7 +203,8 @@ class Cache:
         try:
             value = await self._redis.get(key)
         except (RedisError, OSError) as error:
-            self._is_down(error)
+            if not self._is_anothers(error):
+                self._is_down(error)
             return None
         return cast(bytes | None, value)
 
@@ -212,6 +214,9 @@ class Cache:
         try:
             await self._write(result)
         except (RedisError, OSError) as error:
+            if self._is_anothers(error):
+                self._metrics.redis_dropped.inc()
+                return True  # as often as it is tried; others must not wait for it
             self._is_down(error)
             return False
         if self._down:
@@ -228,9 +233,9 @@ class Cache:
         before = cast(bytes | None, await self._redis.hget(track_key, "genre"))
         outlived = await self._outlived(since_key)
         async with self._redis.pipeline(transaction=True) as commands:
-            if before is not None and before.decode() != genre.label:
-                commands.zrem(keys.genre(before.decode()), event.track_id)
-                commands.zrem(keys.genre_since(before.decode()), event.track_id)
+            if before is not None and (left := before.decode(errors="replace")) != genre.label:
+                commands.zrem(keys.genre(left), event.track_id)
+                commands.zrem(keys.genre_since(left), event.track_id)
             if outlived:
                 commands.zrem(genre_key, *outlived)
                 commands.zrem(since_key, *outlived)
@@ -285,6 +290,14 @@ class Cache:
         self._down = True
         self._down_until_s = time.monotonic() + DOWN_FOR_S
         self._metrics.cache.labels("error").inc()
+
+    def _is_anothers(self, error: Exception) -> bool:
+        """Whether Redis answers, and somebody else keeps something under a key of ours."""
+        anothers = isinstance(error, ResponseError) and "WRONGTYPE" in str(error)
+        if anothers:
+            log.warning("Redis holds something that is not Timbre's under a key of Timbre's")
+            self._metrics.cache.labels("error").inc()
+        return anothers
 
     def _miss(self, result: _Result) -> None:
         self._missed[result.event.event_id] = result

@@ -134,6 +134,48 @@ async def test_a_damaged_analysis_is_made_anew(redis_url: str, redis_prefix: str
     await redis.aclose()
 
 
+@pytest.mark.parametrize("embedding", [b"[]", b"[NaN,0.8]", b"[1e999]"])
+async def test_an_analysis_no_event_can_carry_is_made_anew(
+    redis_url: str, redis_prefix: str, embedding: bytes
+) -> None:
+    redis = Redis.from_url(redis_url)
+    changed = analysis().to_bytes().replace(b"[0.6,0.8]", embedding)
+    await redis.set(f"{redis_prefix}cache:{SHA256}:key", changed)
+    async with cache_at(redis_url, redis_prefix) as cache:
+        assert await cache.by_audio(SHA256) is None
+    await redis.aclose()
+
+
+async def test_bytes_that_are_no_text_are_as_good_as_none(
+    redis_url: str, redis_prefix: str
+) -> None:
+    redis = Redis.from_url(redis_url)
+    async with cache_at(redis_url, redis_prefix) as cache:
+        event_id = await store(cache, "t", analysis())
+        await redis.set(f"{redis_prefix}event:{event_id}", b"\xff")
+        await redis.hset(f"{redis_prefix}track:t", "genre", b"\xff")
+        assert await cache.by_event(event_id) is None
+        assert await store(cache, "t", analysis()) == event_id
+        assert await cache.by_event(event_id) == analysis()
+    await redis.aclose()
+
+
+async def test_what_others_keep_under_our_keys_holds_up_no_other_track(
+    redis_url: str, redis_prefix: str
+) -> None:
+    redis = Redis.from_url(redis_url)
+    await redis.set(f"{redis_prefix}track:theirs", "x")
+    await redis.rpush(f"{redis_prefix}cache:{SHA256}:key", "x")
+    async with cache_at(redis_url, redis_prefix) as cache:
+        assert await cache.by_audio(SHA256) is None
+        await store(cache, "theirs", analysis())
+        other = "cd" * 32
+        await store(cache, "ours", analysis(sha256=other))
+        assert await cache.by_audio(other) == analysis(sha256=other)
+        assert await redis.hget(f"{redis_prefix}track:ours", "genre") == b"jazz"
+    await redis.aclose()
+
+
 async def test_what_redis_missed_is_stored_once_it_is_back(
     own_redis: services.Redis, redis_prefix: str
 ) -> None:
