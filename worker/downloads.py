@@ -100,6 +100,7 @@ class Downloads:
         self._session = ClientSession(
             connector=TCPConnector(
                 limit=0,  # the worker bounds how many tracks are in flight
+                force_close=True,  # or thousands of hosts leave as many connections behind
                 resolver=PublicResolver(self._resolver or SystemResolver(), rules),
                 socket_factory=rules.socket_for,
             ),

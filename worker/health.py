@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 LAG_INTERVAL_S = 5.0
 PROBE_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 1.0
+# Each takes a descriptor, and fetches need some as well.
+MAX_CONNECTIONS = 64
 READ_BYTES = 1024  # the broker gives a whole batch of events where the first is larger
 
 
@@ -178,6 +180,7 @@ class HttpServer:
         app.router.add_get("/health/live", self._get_live)
         app.router.add_get("/health/ready", self._get_ready)
         self._runner = web.AppRunner(app, access_log=None)
+        self._listener: asyncio.Server | None = None
         self.port = settings.port
 
     async def __aenter__(self) -> Self:
@@ -191,18 +194,30 @@ class HttpServer:
         host, port = self._settings.host, self._settings.port
         await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, host, port).start()
+            self._listener = await asyncio.get_running_loop().create_server(
+                self._accept, host, port
+            )
         except OSError as error:
             await self._runner.cleanup()
             raise SettingsInvalid(
                 f"Metrics and health can't be served on {host}:{port} ({error.strerror}); "
                 "set TIMBRE_HTTP__HOST and TIMBRE_HTTP__PORT, 0 for any free port."
             ) from error
-        self.port = self._runner.addresses[0][1]
+        self.port = self._listener.sockets[0].getsockname()[1]
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        if self._listener is not None:
+            self._listener.close()
         await self._runner.cleanup()
+
+    def _accept(self) -> asyncio.Protocol:
+        """One more connection; where they are too many the oldest go, as they may never ask."""
+        server = self._runner.server
+        assert server is not None, "the runner is set up"
+        for oldest in server.connections[:-MAX_CONNECTIONS]:
+            oldest.force_close()
+        return server()
 
     async def _get_metrics(self, _: web.Request) -> web.Response:
         return web.Response(

@@ -243,7 +243,7 @@ class TestWhatArrives:
         await fetched(fetcher, first)
         await fetched(fetcher, first)
         names = {line.partition(":")[0] for line in server.requests[-1].split("\r\n")[1:] if line}
-        assert names == {"Host", "Accept", "Accept-Encoding", "User-Agent"}
+        assert names == {"Host", "Accept", "Accept-Encoding", "User-Agent", "Connection"}
         assert "Accept-Encoding: identity" in server.requests[-1]
 
     async def test_bytes_and_retries_are_told(
@@ -904,6 +904,33 @@ class TestAddresses:
             error = await failure(fetcher, f"http://a.example:{server.port}/a")
         assert isinstance(error, AddressRefused)
         assert len(server.requests) == 1
+
+    async def test_many_hosts_leave_no_connections_behind(
+        self, configured: Callable[..., FetchSettings]
+    ) -> None:
+        connections = set[asyncio.StreamWriter]()
+
+        async def keep_alive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connections.add(writer)
+            try:
+                while True:
+                    await reader.readuntil(b"\r\n\r\n")
+                    writer.write(head("404 Not Found", content_length=0))
+            except (ConnectionError, asyncio.IncompleteReadError):
+                connections.discard(writer)
+            finally:
+                writer.close()
+
+        listening = await asyncio.start_server(keep_alive, "127.0.0.1", 0)
+        port = listening.sockets[0].getsockname()[1]
+        async with Fetcher(configured(), resolver=Changing(["127.0.0.1"])) as fetcher:
+            for number in range(50):
+                await failure(fetcher, f"http://host{number}.example:{port}/")
+            async with asyncio.timeout(5):
+                while connections:
+                    await asyncio.sleep(0.01)
+        listening.close()
+        await listening.wait_closed()
 
     async def test_a_silent_name_server_holds_up_nobody_else(
         self, server: Server, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch

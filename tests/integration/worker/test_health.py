@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
+import psutil
 import pytest
 from aiokafka import AIOKafkaProducer
 
@@ -285,6 +286,33 @@ async def test_the_port_serves_metrics_and_health_and_nothing_else(topics: MakeT
                 assert answer.status == status, path
         async with http.post("/health/live") as answer:
             assert answer.status == 405
+
+
+async def test_connections_that_never_ask_leave_room_for_others(topics: MakeTopics) -> None:
+    settings = settings_of(await topics())
+    metrics = Metrics()
+
+    async def handle(record: Record, rest: Rest) -> None: ...
+
+    async with Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher:
+        consumer = Consumer(settings, handle, metrics)
+        state = Health(settings.worker, LagProbe(settings, consumer, metrics), consumer, batcher)
+        async with HttpServer(HttpSettings(port=0), metrics, state) as server:
+            before = psutil.Process().num_fds()
+            slow = list[asyncio.StreamWriter]()
+            for _ in range(5 * health.MAX_CONNECTIONS):
+                _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+                writer.write(b"GET /health/live HTTP/1.1\r\nX-Slow: ")
+                slow.append(writer)
+            async with (
+                aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as http,
+                http.get("/health/live") as answer,
+            ):
+                assert answer.status == 200
+            held = psutil.Process().num_fds() - before - len(slow)
+            assert held <= health.MAX_CONNECTIONS + 8
+            for writer in slow:
+                writer.close()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1"])
