@@ -176,6 +176,7 @@ class Worker:
             return
         for track in tracks:
             await self._handle_track(record, track, rest)
+            self.consumer.progressed()  # its neighbours in the message may take as long each
 
     async def _handle_track(self, record: Record, track: NewTrack, rest: Rest) -> None:
         started_s = time.perf_counter()

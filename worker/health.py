@@ -150,7 +150,7 @@ class Health:
     def _patience_s(self) -> float:
         """Seconds without progress that are in order.
 
-        Every attempt at an event begins with some progress (an event before it ended or rests), so
+        Every attempt at a track begins with some progress (a track before it ended or rests), so
         where one is worked on, progress may be as far off as the end of that attempt.
         """
         worker = self.settings

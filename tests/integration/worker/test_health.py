@@ -1,13 +1,17 @@
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import psutil
 import pytest
+from aiohttp import web
 from aiokafka import AIOKafkaProducer
+from pydantic import SecretStr
 
 from model.bundle import Bundle
 from tests.conftest import MakeTopics
@@ -18,15 +22,24 @@ from tests.integration.worker.test_consumer import (
     settings_of,
     until,
 )
+from tests.web import running
 from worker import consumer as consumer_module
 from worker import health, kafka
+from worker.app import Worker
 from worker.batch import Batcher
 from worker.consumer import Consumer, Handle, Rest
 from worker.errors import SettingsInvalid
 from worker.health import Health, HttpServer, LagProbe
 from worker.metrics import Metrics
 from worker.record import Record
-from worker.settings import BatchSettings, HttpSettings, KafkaSettings, Settings
+from worker.settings import (
+    BatchSettings,
+    FetchSettings,
+    HttpSettings,
+    KafkaSettings,
+    RedisSettings,
+    Settings,
+)
 
 STALLED_AFTER_S = 1.0
 
@@ -168,6 +181,57 @@ async def test_an_event_that_is_slow_may_take_until_its_deadline(topics: MakeTop
             assert state.why_not_live() is None, "it is within its deadline"
             await asyncio.sleep(0.1)
         await until(lambda: state.why_not_live() is not None, timeout_s=5)
+
+
+async def test_an_event_of_many_tracks_may_take_a_deadline_for_each(
+    topics: MakeTopics, redis_url: str, redis_prefix: str, tmp_path: Path
+) -> None:
+    async def drip(request: web.Request) -> web.StreamResponse:
+        times = {"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT", "ETag": '"e"'}
+        answer = web.StreamResponse(headers=times | {"Content-Length": "100000"})
+        await answer.prepare(request)
+        while True:
+            await answer.write(b"x")
+            await asyncio.sleep(0.05)
+
+    own = await topics(partitions=1)
+    notified = [
+        {
+            "eventName": "s3:ObjectCreated:Put",
+            "s3": {"bucket": {"name": "b-1"}, "object": {"key": k}},
+        }
+        for k in "abcdefgh"
+    ]
+    store = web.Application()
+    store.router.add_get("/{key:.*}", drip)
+    async with running(store) as s3_endpoint:
+        settings = impatient(own).model_copy(
+            update={
+                "fetch": FetchSettings(
+                    s3_endpoint=s3_endpoint, stall_timeout_s=0.4, spool_dir=tmp_path
+                ),
+                "redis": RedisSettings(url=SecretStr(redis_url), prefix=redis_prefix),
+                "batch": BatchSettings(device="cpu"),
+                "http": HttpSettings(port=0),
+            }
+        )
+        async with (
+            Worker(settings, Bundle.load()) as worker,
+            aiohttp.ClientSession(f"http://127.0.0.1:{worker.http.port}") as http,
+        ):
+            work = asyncio.create_task(worker.run())
+            await until(lambda: worker.consumer.assigned)
+            async with AIOKafkaProducer(**kafka.client_options(own)) as producer:
+                await producer.send_and_wait(
+                    own.topic_new, json.dumps({"Records": notified}).encode()
+                )
+            await until(lambda: worker.consumer.in_flight == 1)
+            while worker.consumer.in_flight:
+                async with http.get("/health/live") as answer:
+                    assert answer.status == 200, await answer.text()
+                await asyncio.sleep(0.1)
+            worker.consumer.stop()
+            await work
 
 
 async def test_an_event_may_begin_after_others_have_rested_for_long(topics: MakeTopics) -> None:
