@@ -51,7 +51,14 @@ def _in_utc(value: datetime) -> datetime:
         raise ValueError("must lie between the years 1 and 9999") from None
 
 
-def _bounded(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
+def _small(metadata: object) -> object:
+    """Before anything else is done with it: what is small can't take long."""
+    if len(to_json(metadata)) > MAX_METADATA_BYTES:
+        raise ValueError(f"must not take more than {MAX_METADATA_BYTES} bytes as JSON")
+    return metadata
+
+
+def _shallow(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
     level: list[Any] = [metadata]
     depth = 0
     while level:
@@ -64,8 +71,6 @@ def _bounded(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
         if any(isinstance(child, float) and not isfinite(child) for child in children):
             raise ValueError("must hold finite numbers only")  # 1e999 is JSON, infinity is not
         level = [child for child in children if isinstance(child, dict | list)]
-    if len(to_json(metadata)) > MAX_METADATA_BYTES:
-        raise ValueError(f"must not take more than {MAX_METADATA_BYTES} bytes as JSON")
     return metadata
 
 
@@ -102,7 +107,8 @@ Timestamp = Annotated[
 JsonObject = dict[str, JsonValue]
 Metadata = Annotated[
     JsonObject,
-    AfterValidator(_bounded),
+    BeforeValidator(_small, json_schema_input_type=JsonObject),
+    AfterValidator(_shallow),
     Field(
         description=(
             "The platform's own data, passed through untouched: any JSON object of at most "

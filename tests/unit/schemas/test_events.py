@@ -1,4 +1,5 @@
 import json
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -133,6 +134,15 @@ class TestModels:
             nested = {"a": [nested]} if len(str(nested)) % 2 else {"a": nested}
         with pytest.raises(ValidationError, match="levels"):
             tags(metadata={"a": {"b": nested}})
+
+    def test_large_metadata_is_refused_before_it_is_looked_into(self) -> None:
+        deep: list[Any] = []
+        for _ in range(50):
+            deep = [deep]
+        before_s = time.process_time()
+        with pytest.raises(ValidationError, match="bytes as JSON"):
+            tags(metadata={"a": [deep] * 10_000})
+        assert time.process_time() - before_s < 1.0
 
     @settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
     @given(
