@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from model.calibration import Calibration
 from model.frontend import LogMel
 from model.heads import Head
+from model.invalid import first_fault
 from model.network import Output, Tagger, build
 from worker.errors import BundleInvalid
 
@@ -193,9 +194,7 @@ def _read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(raw)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise BundleInvalid(f"{folder / MANIFEST}: {where}: {first['msg']}") from error
+        raise BundleInvalid(f"{folder / MANIFEST}: {first_fault(error)}") from error
 
 
 def _check_values(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -214,6 +213,8 @@ def _network(folder: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> nn
         # On `meta` a shape costs nothing, so that no config can ask for more than the file holds.
         with torch.device("meta"):
             network = build(manifest.network.kind, manifest.network.config, manifest.heads)
+    except ValidationError as error:
+        raise BundleInvalid(f"{folder / MANIFEST}: network: {first_fault(error)}") from error
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise BundleInvalid(f"{folder / MANIFEST}: network: {error}") from error
     expected = network.state_dict()

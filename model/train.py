@@ -30,6 +30,7 @@ from model.datasets.logmels import LogMelSource, open_source
 from model.folder import make_folder
 from model.frontend import LogMelConfig
 from model.heads import Head
+from model.invalid import first_fault
 from model.logmel_cnn import BATCH, MAX_EMBEDDING_DIM, LogMelCnnConfig, narrowed
 from model.measure import METHODS, Voted, nll, window_accuracy
 from model.network import Tagger, build
@@ -81,9 +82,7 @@ def load_recipe(path: Path | None, passes: float | None, *, fine_tuning: bool) -
             base[name] = base[name] | value if nested else value
         return Recipe.model_validate(base)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise SettingsInvalid(f"the recipe can't be used: {where}: {first['msg']}") from error
+        raise SettingsInvalid(f"the recipe can't be used: {first_fault(error)}") from error
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise SettingsInvalid(f"the recipe {path} can't be read as JSON: {error}") from error
 
@@ -471,7 +470,9 @@ def _plan(dataset: Dataset, recipe: Recipe, start: Bundle | None) -> Plan:
             categories=("genre",) * len(dataset.labels),
         )
     except ValidationError as error:
-        raise DatasetInvalid(f"{dataset.name}: labels that no model can have: {error}") from error
+        raise DatasetInvalid(
+            f"{dataset.name}: labels that no model can have: {first_fault(error, 'all')}"
+        ) from error
     if start is not None:
         front_end = LogMelConfig.model_validate(start.config.get("front_end", {}))
         return Plan(start.kind, start.config, front_end, head, start.window_s, start)

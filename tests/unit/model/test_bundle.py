@@ -145,8 +145,10 @@ def test_a_network_that_does_not_fit_its_weights_is_refused(
     edit(folder, change)
     resign(folder)
 
-    with pytest.raises(BundleInvalid, match=complaint):
+    with pytest.raises(BundleInvalid, match=complaint) as refused:
         Bundle.load(folder)
+    if complaint in {"mid_filters", "n_fft"}:
+        assert "\n" not in refused.value.message
 
 
 @pytest.mark.parametrize(
