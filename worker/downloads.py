@@ -20,9 +20,12 @@ from aiohttp import (
     ClientTimeout,
     DummyCookieJar,
     InvalidURL,
+    StreamReader,
     TCPConnector,
 )
 from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.connector import Connection
+from aiohttp.http import HttpProcessingError, RawResponseMessage
 from yarl import URL
 
 from worker.addresses import AddressRules, PublicResolver, check_url, shown
@@ -43,6 +46,7 @@ from worker.spool import WRITE_BYTES, SpoolFile
 COMPLETE = {200, 203}
 REDIRECTS = {301, 302, 303, 307, 308}
 NOT_FOUND = {404, 410}
+MAX_INTERIM = 16  # answers (1xx) before the one that counts
 MAX_HOST_CHARS = 255  # more than DNS has, and what encoding a name takes grows with its square
 MAX_LOOKUPS = 256  # of names at once; most wait, should a name server not answer
 PASSING = {408, 425, 429}
@@ -83,6 +87,25 @@ class SystemResolver(AbstractResolver):
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
+class _Response(ClientResponse):
+    """A response that is looked for behind a few interim ones: aiohttp takes them without end."""
+
+    async def start(self, connection: Connection) -> ClientResponse:
+        protocol = connection.protocol
+        assert protocol is not None, "the connection is open"
+        read, left = protocol.read, MAX_INTERIM
+
+        async def read_one_of_few() -> tuple[RawResponseMessage, StreamReader]:
+            nonlocal left
+            if left < 0:
+                raise HttpProcessingError(message="too many interim answers")
+            left -= 1
+            return await read()
+
+        protocol.read = read_one_of_few  # type: ignore[method-assign]
+        return await super().start(connection)
+
+
 class Downloads:
     """A client that tells servers nothing but the address, and follows redirects by its own rules.
 
@@ -111,6 +134,7 @@ class Downloads:
             ),
             headers=HEADERS,
             cookie_jar=DummyCookieJar(),
+            response_class=_Response,
             auto_decompress=False,  # bounded below, piece by piece
             trust_env=False,
         )

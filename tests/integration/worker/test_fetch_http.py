@@ -237,6 +237,28 @@ class TestWhatArrives:
         url = server.answer("/a", whole(body, content_encoding=encoding))
         assert await fetched(fetcher, url) == AUDIO
 
+    async def test_a_few_interim_answers_are_passed_over(
+        self, server: Server, fetcher: Fetcher
+    ) -> None:
+        early = head("103 Early Hints", link="</a>")
+        url = server.answer("/a", raw(16 * early + head(content_length=len(AUDIO)) + AUDIO))
+        assert await fetched(fetcher, url) == AUDIO
+
+    async def test_interim_answers_without_end_are_not_waited_out(
+        self, server: Server, configured: Callable[..., FetchSettings]
+    ) -> None:
+        async def early(writer: asyncio.StreamWriter) -> None:
+            while True:
+                writer.write(head("103 Early Hints"))
+                await writer.drain()
+                await asyncio.sleep(0.001)
+
+        url = server.answer("/a", early)
+        async with Fetcher(configured(attempts=1, stall_timeout_s=5.0)) as fetcher:
+            before_s = time.monotonic()
+            assert isinstance(await failure(fetcher, url), FetchUnavailable)
+        assert time.monotonic() - before_s < 2
+
     async def test_nothing_but_the_address_is_told(self, server: Server, fetcher: Fetcher) -> None:
         first = server.answer("/a", status("302 Found", location="/b", set_cookie="id=1; Path=/"))
         server.answer("/b", whole())
