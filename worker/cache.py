@@ -11,7 +11,7 @@ embedding (float32, little-endian) |
 Unix seconds; kept where `genre_ttl_s` is set, to take out those that outlived it |
 
 Redis is never waited for: while it is down, tags still flow, and what it missed is kept (up to
-`catch_up_max` results) and stored once it is back.
+`catch_up_max` results, and `CATCH_UP_BYTES`) and stored once it is back.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ import ssl
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 from pydantic import ValidationError
@@ -35,12 +35,13 @@ from schemas.events import TrackTags
 from worker.analysis import Analysis
 from worker.errors import SettingsInvalid
 from worker.metrics import Metrics
-from worker.settings import RedisSettings
+from worker.settings import MIB, RedisSettings
 
 log = logging.getLogger(__name__)
 
 DOWN_FOR_S = 1.0
 CATCH_UP_BACKOFF_S = (0.5, 5.0)
+CATCH_UP_BYTES = 256 * MIB  # the metadata of events may be a hundred times that of others
 GENRE_HEAD = "genre"
 OUTLIVED_AT_ONCE = 100  # tracks taken out of a genre as one comes in
 
@@ -125,6 +126,20 @@ class _Result:
     analysis: Analysis
 
 
+class _Missed(NamedTuple):
+    """A result as bytes: its metadata takes twenty times as much as objects."""
+
+    event: bytes
+    analysis: bytes
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.event) + len(self.analysis)
+
+    def result(self) -> _Result:
+        return _Result(TrackTags.from_bytes(self.event), Analysis.from_bytes(self.analysis))
+
+
 class Cache:
     """What was found before, and what is to be kept.
 
@@ -142,7 +157,8 @@ class Cache:
         self._redis = connect(settings)
         self._down = False
         self._down_until_s = 0.0
-        self._missed: OrderedDict[str, _Result] = OrderedDict()
+        self._missed: OrderedDict[str, _Missed] = OrderedDict()
+        self._missed_bytes = 0
         self._missing = asyncio.Event()
         self._catching_up: asyncio.Task[None] | None = None
 
@@ -154,8 +170,8 @@ class Cache:
         assert self._catching_up is not None
         self._catching_up.cancel()
         await asyncio.gather(self._catching_up, return_exceptions=True)
-        for result in list(self._missed.values()):
-            if not await self._try_to_store(result):
+        for missed in list(self._missed.values()):
+            if not await self._try_to_store(missed.result()):
                 log.warning("Redis is down: %d results were not stored there", len(self._missed))
                 break
         await self._redis.aclose()
@@ -163,7 +179,7 @@ class Cache:
     async def by_event(self, event_id: str) -> Analysis | None:
         """The analysis that answered the same event before."""
         if (missed := self._missed.get(event_id)) is not None:
-            return missed.analysis
+            return Analysis.from_bytes(missed.analysis)
         sha256 = await self._get(self._keys.event(event_id))
         return None if sha256 is None else await self.by_audio(sha256.decode(errors="replace"))
 
@@ -300,12 +316,22 @@ class Cache:
         return anothers
 
     def _miss(self, result: _Result) -> None:
-        self._missed[result.event.event_id] = result
-        while len(self._missed) > self._settings.catch_up_max:
-            self._missed.popitem(last=False)
+        event_id = result.event.event_id
+        self._forget(event_id)
+        missed = _Missed(result.event.to_bytes(), result.analysis.to_bytes())
+        self._missed[event_id] = missed
+        self._missed_bytes += missed.size_bytes
+        while (
+            len(self._missed) > self._settings.catch_up_max or self._missed_bytes > CATCH_UP_BYTES
+        ):
+            self._forget(next(iter(self._missed)))
             self._metrics.redis_dropped.inc()
         self._metrics.redis_backlog.set(len(self._missed))
         self._missing.set()
+
+    def _forget(self, event_id: str) -> None:
+        if (missed := self._missed.pop(event_id, None)) is not None:
+            self._missed_bytes -= missed.size_bytes
 
     async def _catch_up(self) -> None:
         """Store what Redis missed, oldest first, once it answers again."""
@@ -313,9 +339,9 @@ class Cache:
         while True:
             await self._missing.wait()
             while self._missed:
-                event_id, result = next(iter(self._missed.items()))
-                if await self._try_to_store(result):
-                    self._missed.pop(event_id, None)
+                event_id, missed = next(iter(self._missed.items()))
+                if await self._try_to_store(missed.result()):
+                    self._forget(event_id)
                     self._metrics.redis_backlog.set(len(self._missed))
                     pause_s = CATCH_UP_BACKOFF_S[0]
                 else:

@@ -4,18 +4,29 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
 import pytest
 import trustme
 from pydantic import SecretStr
 from redis.asyncio import Redis
 
-from schemas.events import AudioFacts, AudioRef, ModelRef, NewTrack, Processing, Tag, WindowCounts
+from schemas.events import (
+    AudioFacts,
+    AudioRef,
+    JsonObject,
+    ModelRef,
+    NewTrack,
+    Processing,
+    Tag,
+    WindowCounts,
+)
+from worker import cache as cache_module
 from worker import publish, services
 from worker.analysis import Analysis
 from worker.cache import Cache, connect
 from worker.errors import SettingsInvalid
 from worker.metrics import Metrics
-from worker.settings import RedisSettings
+from worker.settings import MIB, RedisSettings
 
 MODEL = ModelRef(name="model", version="1")
 SHA256 = "ab" * 32
@@ -53,8 +64,8 @@ def analysis(genre: str = "jazz", score: float = 0.9, sha256: str = SHA256) -> A
     )  # fmt: skip
 
 
-async def store(cache: Cache, track_id: str, found: Analysis) -> str:
-    track = NewTrack(track_id=track_id, audio=AudioRef(uri="file:///a.mp3"))
+async def store(cache: Cache, track_id: str, found: Analysis, **more: JsonObject) -> str:
+    track = NewTrack(track_id=track_id, audio=AudioRef(uri="file:///a.mp3"), **more)
     processing = Processing(processed_at=datetime.now(UTC), timings_s={}, cached=False, attempt=1)
     tags, _ = publish.results(track, found, MODEL, processing)
     await cache.store(tags, found)
@@ -192,6 +203,20 @@ async def test_what_redis_missed_is_stored_once_it_is_back(
             while await redis.exists(*keys) < len(keys):
                 await asyncio.sleep(0.05)
         await redis.aclose()
+
+
+async def test_what_redis_missed_takes_bounded_memory(
+    redis_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata: JsonObject = {"a": [[] for _ in range(40_000)]}
+    own = analysis()
+    monkeypatch.setattr(cache_module, "CATCH_UP_BYTES", 10 * 130_000)
+    async with cache_at("redis://127.0.0.1:9/0", redis_prefix) as cache:
+        before = psutil.Process().memory_info().rss
+        for number in range(100):
+            last = await store(cache, f"t{number}", own, metadata=metadata)
+        assert psutil.Process().memory_info().rss - before < 80 * MIB, "3 MB each as objects"
+        assert await cache.by_event(last) == own
 
 
 async def test_a_track_leaves_its_genre_when_its_life_there_is_over(
