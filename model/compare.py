@@ -122,7 +122,10 @@ def _chosen(dataset: Dataset, seed: int, quick: bool) -> Dataset:
     dataset = dataset if dataset.splits else dataset.with_split(seed)
     measured = "test" if "test" in dataset.splits else "valid"
     if not {"train", measured} <= set(dataset.splits):
-        raise DatasetInvalid(f"{dataset.name} needs splits train and valid or test to compare on")
+        raise DatasetInvalid(
+            f"{dataset.name} needs clips in train and in valid or test to compare on; it has some "
+            f"in {', '.join(dataset.splits)} alone"
+        )
     learnt = Counter(clip.labels[0] for clip in dataset.clips if clip.split == "train")
     if min(learnt[label] for label in dataset.labels) < 3 or learnt.total() < LEAST_CLIPS[quick]:
         raise DatasetInvalid(

@@ -184,7 +184,10 @@ def train(
         progress.say(f"skipped {skipped.name}: {skipped.reason}")
     for side in ("train", "valid"):
         if side not in dataset.splits:
-            raise DatasetInvalid(f"{dataset.name}: no readable clip is in split {side!r}")
+            raise DatasetInvalid(
+                f"{dataset.name}: no readable clip is in split {side!r}; a run needs clips to "
+                f"learn from and others, of another {dataset.grouped_by}, to measure on"
+            )
     songs, held = dataset.indices("train"), dataset.indices("valid")
     targets = dataset.targets()
     checkpoint = Checkpoint(work / "checkpoint.pt", _fingerprint(dataset, recipe, plan, seed, fit))
@@ -473,6 +476,11 @@ def _plan(dataset: Dataset, recipe: Recipe, start: Bundle | None) -> Plan:
         raise DatasetInvalid(
             f"{dataset.name}: labels that no model can have: {first_fault(error, 'all')}"
         ) from error
+    if single and len(dataset.labels) < 2:
+        raise DatasetInvalid(
+            f"{dataset.name} has one label, {dataset.labels[0]!r}, and nothing to tell it from; of "
+            "a folder per genre, name the folder above them"
+        )
     if start is not None:
         front_end = LogMelConfig.model_validate(start.config.get("front_end", {}))
         return Plan(start.kind, start.config, front_end, head, start.window_s, start)
