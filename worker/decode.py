@@ -452,7 +452,8 @@ class _Process:
         works = self._clock is not None
         match message:
             case {"slot": int(slot), "windows": int(windows), "silent": str(silent)}:
-                is_free = slot in range(self._setup.slots) and slot not in self._held
+                free = set(range(self._setup.slots)) - self._held
+                is_free = type(slot) is int and slot in free  # True is a number, but no index
                 fits = 0 < windows == len(silent) <= self._setup.slot_windows
                 return works and is_free and fits
             case {"facts": dict(facts)}:

@@ -698,6 +698,7 @@ def taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
         "say({'slot': [0] * 20000, 'windows': 4, 'silent': '0000'})",  # each a copy of the slot
         "say({'slot': 3, 'windows': 4, 'silent': '0000'})",
         "say({'slot': -1, 'windows': 4, 'silent': '0000'})",
+        "say({'slot': True, 'windows': 1, 'silent': '0'})",
         "say({'slot': 0, 'windows': 5, 'silent': '00000'})",
         "say({'slot': 0, 'windows': 0, 'silent': ''})",
         "say({'slot': 0, 'windows': 4, 'silent': '0' * 60000})",
