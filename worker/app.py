@@ -48,6 +48,7 @@ from worker.health import Health, HttpServer, LagProbe
 from worker.metrics import Metrics
 from worker.publish import Publisher
 from worker.record import Record
+from worker.record_batches import bounded_unpacking
 from worker.settings import Settings
 from worker.tagger import Tagger, Timings
 
@@ -136,6 +137,7 @@ class Worker:
 
     async def __aenter__(self) -> "Worker":
         async with AsyncExitStack() as stack:
+            stack.enter_context(bounded_unpacking())
             for part in (self.http, self._publisher, self._cache, self._tagger, self._probe):
                 await stack.enter_async_context(part)
             self._stack = stack.pop_all()

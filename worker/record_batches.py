@@ -10,8 +10,10 @@ says so, to end as any bad event does.
 import gzip
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
-from typing import Any
+from typing import Any, ClassVar
 
 import cramjam
 import numpy as np
@@ -23,7 +25,8 @@ from aiokafka.record.util import decode_varint
 
 from worker.record import UNREAD
 
-# A batch may unpack to this, and to so many times its size besides: more than events compress.
+# Where it is bounded a batch may unpack to this, and to so many times its size besides: more than
+# events compress.
 UNPACKED_BYTES = 1 << 20
 UNPACKED_RATIO = 50
 MAX_HEADERS = 1000  # of one record
@@ -41,9 +44,24 @@ def read_whatever_was_sent() -> None:
     fetcher.MemoryRecords = memory_records._MemoryRecordsPy
 
 
+@contextmanager
+def bounded_unpacking() -> Iterator[None]:
+    """Let no batch that this process reads unpack to more than events do.
+
+    For where outsiders' events are read. Dead letters are written by Timbre, and one may hold a
+    large and empty event.
+    """
+    before, _Batch.bounded = _Batch.bounded, True
+    try:
+        yield
+    finally:
+        _Batch.bounded = before
+
+
 class _Batch(default_records._DefaultRecordBatchPy):  # type: ignore[misc]
     """A batch that gives as many records as it says it has, and raises nothing."""
 
+    bounded: ClassVar[bool] = False
     _buffer: bytearray
     _pos: int
     _next_record_index: int
@@ -67,12 +85,15 @@ class _Batch(default_records._DefaultRecordBatchPy):  # type: ignore[misc]
     def _maybe_uncompress(self) -> None:
         if self._decompressed or self.compression_type == self.CODEC_NONE:
             return
-        self._decompressed = True
         try:
-            self._buffer = _unpacked(bytes(self._buffer[self._pos :]), self.compression_type)
-            self._pos = 0
+            if self.bounded:
+                self._buffer = _unpacked(bytes(self._buffer[self._pos :]), self.compression_type)
+                self._pos = 0
+            else:
+                super()._maybe_uncompress()
         except UNPACKING_ERRORS:
             self._broken = True
+        self._decompressed = True
 
     def _read_msg(self, *_: object) -> Any:
         """The record at `_pos`; IndexError or ValueError where there is none."""

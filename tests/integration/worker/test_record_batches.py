@@ -1,6 +1,9 @@
 """What outsiders pack into batches, through a real Kafka."""
 
 import asyncio
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -12,10 +15,11 @@ from aiokafka.record import default_records, memory_records
 from schemas.events import ModelRef
 from tests.conftest import MakeTopics
 from worker import dead_letters, intake
-from worker.errors import EventMalformed, SourceInvalid
+from worker.errors import EventMalformed, EventTooLarge, SourceInvalid
 from worker.kafka import client_options
 from worker.publish import Publisher
 from worker.record import UNREAD, Record
+from worker.record_batches import bounded_unpacking
 from worker.settings import MIB, Settings
 
 MODEL = ModelRef(name="model", version="1")
@@ -38,8 +42,14 @@ async def consumer(topics: MakeTopics) -> Any:
         yield consumer
 
 
+@pytest.fixture
+def bounded() -> Iterator[None]:
+    with bounded_unpacking():
+        yield
+
+
 @pytest.mark.parametrize("codec", [None, "gzip", "snappy", "lz4", "zstd"])
-async def test_any_compression_is_read(consumer: Any, codec: str | None) -> None:
+async def test_any_compression_is_read(consumer: Any, bounded: None, codec: str | None) -> None:
     own = consumer.own
     sent = [(f"{number}" * 50).encode() for number in range(20)]
     async with AIOKafkaProducer(**client_options(own), compression_type=codec) as producer:
@@ -69,7 +79,7 @@ async def test_header_names_that_are_not_utf_8_are_read(
 
 @pytest.mark.parametrize("codec", ["gzip", "lz4", "zstd"])
 async def test_a_batch_that_unpacks_to_too_much_is_not_unpacked_and_those_behind_are_read(
-    consumer: Any, codec: str
+    consumer: Any, bounded: None, codec: str
 ) -> None:
     own = consumer.own
     async with AIOKafkaProducer(
@@ -83,7 +93,7 @@ async def test_a_batch_that_unpacks_to_too_much_is_not_unpacked_and_those_behind
     assert (sound.offset, sound.key, sound.value) == (1, b"k", b"value")
 
 
-async def test_an_event_that_compresses_well_is_read(consumer: Any) -> None:
+async def test_an_event_that_compresses_well_is_read(consumer: Any, bounded: None) -> None:
     own = consumer.own
     value = b'{"note": "%b"}' % bytes(MIB - 1000)
     async with AIOKafkaProducer(
@@ -107,11 +117,15 @@ def batch(codec: int, values: list[bytes]) -> bytearray:
 
 @pytest.mark.parametrize("codec", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("damaged_at", [61, 70, -30, -1])
-def test_a_broken_batch_gives_as_many_records_as_it_says(codec: int, damaged_at: int) -> None:
+@pytest.mark.parametrize("reading", [bounded_unpacking, nullcontext])
+def test_a_broken_batch_gives_as_many_records_as_it_says(
+    codec: int, damaged_at: int, reading: Callable[[], AbstractContextManager[None]]
+) -> None:
     values = [b"%d" % number * 100 for number in range(5)]
     data = batch(codec, values)
     data[damaged_at] ^= 0xFF
-    records = list(memory_records._MemoryRecordsPy(bytes(data)).next_batch())
+    with reading():
+        records = list(memory_records._MemoryRecordsPy(bytes(data)).next_batch())
     assert [record.offset for record in records] == [0, 1, 2, 3, 4]
     for record, value in zip(records, values, strict=True):
         assert record.value is None or len(record.value) == len(value)
@@ -132,6 +146,18 @@ async def test_a_record_with_headers_by_the_thousand_is_not_read_but_those_besid
         assert (many.value, many.headers) == (b"value", (("h", b"v"),) * headers)
     else:
         assert (many.offset, many.value, many.headers) == (1, None, ((UNREAD, b""),))
+
+
+async def test_a_dead_letter_of_a_large_and_empty_event_is_read_whole(topics: MakeTopics) -> None:
+    own = await topics()
+    value = b"x" * 3 * MIB
+    record = Record(own.topic_new, 0, 0, 0.0, b"k", value)
+    async with Publisher(own) as publisher:
+        await publisher.dead_letter(
+            record, EventTooLarge("It is."), stage="intake", attempts=1, track_id=None, model=MODEL
+        )
+    [(_, letter)] = [found async for found in dead_letters.list_dead_letters(Settings(kafka=own))]
+    assert letter.original.value_b64 == b64encode(value).decode()
 
 
 async def test_what_could_not_be_read_is_a_dead_letter_that_is_not_sent_again(
