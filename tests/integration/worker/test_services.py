@@ -172,8 +172,10 @@ async def test_a_secured_kafka_serves_by_tls_and_password_and_no_other_way(
 
 
 def test_a_secured_redis_serves_by_tls_and_password_and_no_other_way(
-    tmp_path: Path, security: Security
+    tmp_path: Path, security: Security, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    activated = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    monkeypatch.setenv("PATH", activated)
     try:
         server = Redis(tmp_path / "redis", security=security).start()
     except ServicesUnavailable as absent:
