@@ -327,6 +327,8 @@ def _show(evaluation: "Evaluation") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from model.evaluate import PAIRED, curves, label_cells, paired_rows
+
     console, report = Console(file=sys.stdout), evaluation.report
     console.print(
         f"{report['bundle']['name']} {report['bundle']['version']} on {report['dataset']}, "
@@ -348,15 +350,9 @@ def _show(evaluation: "Evaluation") -> None:
             f"{figures['nll']:.3f}",
         )
     console.print(votes)
-    pairs = Table("votes, paired", "difference", "95 % interval", "only first / second right", "p")
-    for pair in report["paired"]:
-        pairs.add_row(
-            " - ".join(pair["votes"]),
-            f"{pair['difference']:+.1%}",
-            f"{pair['interval'][0]:+.1%} to {pair['interval'][1]:+.1%}",
-            f"{pair['only_first_right']} / {pair['only_second_right']}",
-            f"{pair['p']:.2f}",
-        )
+    pairs = Table("votes, paired", *PAIRED[1:])
+    for row in paired_rows(report):
+        pairs.add_row(*row)
     console.print(pairs)
     sure = report["coverage"]
     figures = Table("figure", "value")
@@ -370,19 +366,17 @@ def _show(evaluation: "Evaluation") -> None:
         "nearest neighbour shares a label", _percent(report["neighbours"]["same_label"])
     )
     figures.add_row("macro F1", _percent(report["macro_f1"]))
-    names = {"roc_auc": "ROC-AUC", "pr_auc": "PR-AUC"}
-    curves = {curve: title for curve, title in names.items() if curve in report}
-    for curve, title in curves.items():
+    for curve, title in curves(report).items():
         macro = report[curve]["macro"]
         figures.add_row(title, "-" if macro is None else f"{macro:.3f}")
     console.print(figures)
     counts = report.get("confusion", [])
-    by_label = Table("", "label", "F1", *curves.values(), *map(str, range(len(counts))))
-    for row, label in enumerate(report["labels"]):
+    columns = map(str, range(len(counts)))
+    by_label = Table("", "label", "F1", *curves(report).values(), *columns)
+    for number, label in enumerate(report["labels"]):
         if label in report["f1"]:
-            areas = [f"{report[curve]['labels'][label]:.2f}" for curve in curves]
-            said = map(str, counts[row]) if counts else ()
-            by_label.add_row(str(row), label, f"{report['f1'][label]:.2f}", *areas, *said)
+            said = map(str, counts[number]) if counts else ()
+            by_label.add_row(str(number), label, *label_cells(report, label), *said)
     console.print(by_label)
 
 

@@ -230,6 +230,38 @@ def _mean(values: dict[str, float]) -> float | None:
     return float(np.mean(list(values.values()))) if values else None
 
 
+# For people ----------------------------------------------------------------------------------
+
+
+PAIRED = ("votes", "difference", "95 % interval", "only first / second right", "p")
+
+
+def paired_rows(report: dict[str, Any]) -> list[list[str]]:
+    """What `PAIRED` heads: each pair of votes over the same tracks."""
+    return [
+        [
+            " - ".join(pair["votes"]),
+            f"{pair['difference']:+.1%}",
+            f"{pair['interval'][0]:+.1%} to {pair['interval'][1]:+.1%}",
+            f"{pair['only_first_right']} / {pair['only_second_right']}",
+            f"{pair['p']:.2f}",
+        ]
+        for pair in report["paired"]
+    ]
+
+
+def curves(report: dict[str, Any]) -> dict[str, str]:
+    """Curves whose areas a report tells, and what people call them."""
+    names = {"roc_auc": "ROC-AUC", "pr_auc": "PR-AUC"}
+    return {curve: name for curve, name in names.items() if curve in report}
+
+
+def label_cells(report: dict[str, Any], label: str) -> list[str]:
+    """A label's F1 and the areas under its curves."""
+    areas = [report[curve]["labels"][label] for curve in curves(report)]
+    return [f"{figure:.2f}" for figure in (report["f1"][label], *areas)]
+
+
 # Pictures ------------------------------------------------------------------------------------
 
 
@@ -248,33 +280,11 @@ def draw(evaluation: Evaluation, folder: Path) -> Path:
             for method, f in report["track"].items()
         ],
     )
-    gallery.table(
-        "Votes, paired",
-        ["votes", "difference", "95 % interval", "only first / second right", "p"],
-        [
-            [
-                " - ".join(pair["votes"]),
-                f"{pair['difference']:+.1%}",
-                _span(pair["interval"]),
-                f"{pair['only_first_right']} / {pair['only_second_right']}",
-                f"{pair['p']:.2f}",
-            ]
-            for pair in report["paired"]
-        ],
-    )
-    by_label = {
-        title: figures
-        for title, figures in (
-            ("F1", report["f1"]),
-            ("ROC-AUC", report.get("roc_auc", {}).get("labels")),
-            ("PR-AUC", report.get("pr_auc", {}).get("labels")),
-        )
-        if figures
-    }
+    gallery.table("Votes, paired", list(PAIRED), paired_rows(report))
     gallery.table(
         "By label",
-        ["label", *by_label],
-        [[label, *(f"{f[label]:.2f}" for f in by_label.values())] for label in report["f1"]],
+        ["label", "F1", *curves(report).values()],
+        [[label, *label_cells(report, label)] for label in report["f1"]],
     )
     if report["kind"] == "single":
         gallery.picture("confusion", _confusion(report), "Confusion", "Rows are the truth.")

@@ -204,8 +204,7 @@ class Cache:
                 self._add_analysis(commands, event_id, analysis)
                 await commands.execute()
         except (RedisError, OSError) as error:
-            if not self._is_anothers(error):
-                self._is_down(error)
+            self._failed(error)
 
     async def store(self, event: TrackTags, analysis: Analysis) -> None:
         """Keep a published result: now, or once Redis is back."""
@@ -219,8 +218,7 @@ class Cache:
         try:
             value = await self._redis.get(key)
         except (RedisError, OSError) as error:
-            if not self._is_anothers(error):
-                self._is_down(error)
+            self._failed(error)
             return None
         return cast(bytes | None, value)
 
@@ -230,11 +228,10 @@ class Cache:
         try:
             await self._write(result)
         except (RedisError, OSError) as error:
-            if self._is_anothers(error):
-                self._metrics.redis_dropped.inc()
-                return True  # as often as it is tried; others must not wait for it
-            self._is_down(error)
-            return False
+            if self._failed(error):
+                return False
+            self._metrics.redis_dropped.inc()
+            return True  # it fails as often as it is tried; others must not wait for it
         if self._down:
             log.info("Redis answers again")
             self._down = False
@@ -300,20 +297,17 @@ class Cache:
             self._down_until_s = now_s + DOWN_FOR_S
         return False
 
-    def _is_down(self, error: Exception) -> None:
+    def _failed(self, error: Exception) -> bool:
+        """Count a failure; whether Redis is down, and not only a key of ours somebody else's."""
+        self._metrics.cache.labels("error").inc()
+        if isinstance(error, ResponseError) and "WRONGTYPE" in str(error):
+            log.warning("Redis holds something that is not Timbre's under a key of Timbre's")
+            return False
         if not self._down:
             log.warning("Redis does not answer (%s); going on without it", type(error).__name__)
         self._down = True
         self._down_until_s = time.monotonic() + DOWN_FOR_S
-        self._metrics.cache.labels("error").inc()
-
-    def _is_anothers(self, error: Exception) -> bool:
-        """Whether Redis answers, and somebody else keeps something under a key of ours."""
-        anothers = isinstance(error, ResponseError) and "WRONGTYPE" in str(error)
-        if anothers:
-            log.warning("Redis holds something that is not Timbre's under a key of Timbre's")
-            self._metrics.cache.labels("error").inc()
-        return anothers
+        return True
 
     def _miss(self, result: _Result) -> None:
         event_id = result.event.event_id
