@@ -15,6 +15,7 @@ cache answers none. Figures depend on what else the machine does: run it on a qu
 import argparse
 import asyncio
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--music", type=Path, help="folder of MP3s; default ../shared, or our own")
     parser.add_argument("--bundle", default="fast", help="folder or name of a bundle")
     arguments = parser.parse_args()
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # its topics are seconds old
     console = Console()
     tracks = prepare(arguments.music, arguments.tracks)
     told = f"{len(tracks)} MP3s, {_minutes(tracks):.0f} minutes of audio, {CORES} cores"
