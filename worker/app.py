@@ -172,13 +172,15 @@ class Worker:
     async def handle(self, record: Record, rest: Rest) -> None:
         """Take one record to its end; what is to be tried again waits by `rest`."""
         try:
-            tracks = intake.read(record, max_bytes=self._settings.kafka.max_event_bytes)
+            announced = intake.read(record, max_bytes=self._settings.kafka.max_event_bytes)
         except Exception as error:
             await self._dead_letter(record, _typed(error), stage="intake")
             return
-        for track in tracks:
+        for track in announced.tracks:
             await self._handle_track(record, track, rest)
             self.consumer.progressed()  # its neighbours in the message may take as long each
+        if announced.fault is not None:
+            await self._dead_letter(record, announced.fault, stage="intake")
 
     async def _handle_track(self, record: Record, track: NewTrack, rest: Rest) -> None:
         started_s = time.perf_counter()

@@ -10,7 +10,7 @@ import binascii
 from base64 import b64decode
 from collections.abc import Mapping
 from hashlib import sha256
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 from urllib.parse import quote, unquote_plus
 
 from pydantic import AliasChoices, BaseModel, Field, ValidationError
@@ -36,8 +36,19 @@ CREATIONS = frozenset(
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def read(record: Record, *, max_bytes: int = MIB) -> list[NewTrack]:
-    """The tracks that a message announces: one, or for bucket notifications any number.
+class Announcement(NamedTuple):
+    """What a message announces: one track, or for bucket notifications any number.
+
+    `fault` is what is wrong with those records of a notification that can't be read; the others
+    are tracks all the same.
+    """
+
+    tracks: list[NewTrack]
+    fault: EventMalformed | None = None
+
+
+def read(record: Record, *, max_bytes: int = MIB) -> Announcement:
+    """The tracks that a message announces.
 
     Parameters
     ----------
@@ -47,6 +58,7 @@ def read(record: Record, *, max_bytes: int = MIB) -> list[NewTrack]:
     Raises
     ------
     EventTooLarge, EventMalformed, EventVersionUnknown
+        The message can't be read as a whole.
     """
     if record.unread:
         raise EventMalformed(
@@ -79,7 +91,7 @@ def read(record: Record, *, max_bytes: int = MIB) -> list[NewTrack]:
         source_event_id, document = _unwrap(document)
     else:
         source_event_id = None
-    return _tracks(document, record.key, source_event_id)
+    return _announced(document, record.key, source_event_id)
 
 
 def _text(value: bytes) -> str:
@@ -155,14 +167,14 @@ def _must_be_json(media_type: Any) -> None:
 # Tracks -------------------------------------------------------------------------------------
 
 
-def _tracks(document: Any, key: bytes | None, source_event_id: str | None) -> list[NewTrack]:
+def _announced(document: Any, key: bytes | None, source_event_id: str | None) -> Announcement:
     if not isinstance(document, dict):
         raise EventMalformed("The event is not a JSON object; send one with track_id and audio.")
     if "track_id" not in document:
         if "Records" in document:
             return _notified(document["Records"])
         if document.get("Event") == "s3:TestEvent":
-            return []  # S3 tells once that notifications work
+            return Announcement([])  # S3 tells once that notifications work
     if source_event_id is not None:
         document = {**document, "source_event_id": source_event_id}
     track = _validated(NewTrack, document)
@@ -171,7 +183,7 @@ def _tracks(document: Any, key: bytes | None, source_event_id: str | None) -> li
             f"The message's key is not its track_id {_quoted(track.track_id)}; "
             "send the track_id as key, so that a track's events keep their order."
         )
-    return [track]
+    return Announcement([track])
 
 
 class _Object(BaseModel):
@@ -199,25 +211,41 @@ class _Notification(BaseModel):
     s3: _Location
 
 
-def _notified(records: Any) -> list[NewTrack]:
-    """The tracks of a bucket notification: what was created; removals and the like are none."""
-    if not isinstance(records, list) or not all(isinstance(entry, dict) for entry in records):
+def _notified(records: Any) -> Announcement:
+    """The objects that a bucket notification tells of; what can't be read harms none beside it."""
+    if not isinstance(records, list):
         raise EventMalformed("The Records of a bucket notification are a list of JSON objects.")
     if len(records) > MAX_RECORDS:
         raise EventMalformed(
             f"A bucket notification has {len(records)} Records; send at most {MAX_RECORDS} in one "
             "message."
         )
-    created = [entry for entry in records if _is_creation(entry)]
-    tracks = [_from_notification(_validated(_Notification, entry)) for entry in created]
-    return [track for track in tracks if track is not None]
+    tracks, faults = list[NewTrack](), list[str]()
+    for place, entry in enumerate(records, start=1):
+        try:
+            if (track := _created(entry)) is not None:
+                tracks.append(track)
+        except EventMalformed as error:
+            faults.append(
+                f"Record {place} of {len(records)} in the bucket notification can't be "
+                f"read: {error.message}"
+            )
+    if not faults:
+        return Announcement(tracks)
+    more = f" Nor can {len(faults) - 1} more." if len(faults) > 1 else ""
+    return Announcement(tracks, EventMalformed(faults[0] + more))
 
 
-def _is_creation(entry: dict[str, Any]) -> bool:
+def _created(entry: Any) -> NewTrack | None:
+    """The track that one of the Records tells of; removals and the like tell of none."""
+    if not isinstance(entry, dict):
+        raise EventMalformed("It is not a JSON object.")
     name = entry.get("eventName")
     if not isinstance(name, str):
-        raise EventMalformed("A record of the bucket notification lacks its eventName.")
-    return name.removeprefix("s3:") in CREATIONS
+        raise EventMalformed("It lacks its eventName.")
+    if name.removeprefix("s3:") not in CREATIONS:
+        return None
+    return _from_notification(_validated(_Notification, entry))
 
 
 def _from_notification(event: _Notification) -> NewTrack | None:
@@ -253,9 +281,9 @@ def _object_key(key: str, *, encoded: bool) -> str:
     try:
         plain = unquote_plus(key, errors="strict") if encoded else key
     except UnicodeDecodeError:
-        raise EventMalformed(f"The object key {_quoted(key)} is not UTF-8.") from None
+        raise EventMalformed(f"Its object key {_quoted(key)} is not UTF-8.") from None
     if len(plain.encode()) > MAX_KEY_BYTES:
-        raise EventMalformed(f"An object key is longer than {MAX_KEY_BYTES} bytes.")
+        raise EventMalformed(f"Its object key is longer than {MAX_KEY_BYTES} bytes.")
     return plain
 
 

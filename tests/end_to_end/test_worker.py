@@ -2,8 +2,9 @@
 
 import asyncio
 import json
+from base64 import b64encode
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from tests.worker_process import (
     running_worker,
     send,
 )
-from worker.settings import KafkaSettings
+from worker.dead_letters import list_dead_letters
+from worker.settings import KafkaSettings, Settings
 
 SUFFIXES = ("mp3", "flac", "ogg", "m4a", "opus")
 CODECS = {"mp3", "flac", "vorbis", "aac", "opus"}
@@ -77,25 +79,13 @@ async def test_tracks_of_five_codecs_over_http_s3_and_as_files_are_tagged_stored
     tmp_path: Path,
 ) -> None:
     own = await topics(partitions=2)
-    client = boto3.client(
-        "s3",
-        endpoint_url=s3,
-        region_name="us-east-1",
-        aws_access_key_id="k",
-        aws_secret_access_key="s",
-    )
-    client.create_bucket(Bucket="music")
-    client.upload_file(str(tracks["ogg"]), "music", "new songs/a+b.ogg")
-    client.upload_file(str(tracks["m4a"]), "music", "track.m4a")
+    upload(s3, {"new songs/a+b.ogg": tracks["ogg"], "track.m4a": tracks["m4a"]})
     settings = environment(
         own,
         redis_url,
         redis_prefix,
         TIMBRE_FETCH__FILE_ROOTS=json.dumps([str(tracks["opus"].parent)]),
-        TIMBRE_FETCH__S3_ENDPOINT=s3,
-        TIMBRE_FETCH__S3_REGION="us-east-1",
-        TIMBRE_FETCH__S3_ACCESS_KEY_ID="k",
-        TIMBRE_FETCH__S3_SECRET_ACCESS_KEY="s",
+        **credentials(s3),
     )
     async with (
         serving(tracks["mp3"].parent) as http,
@@ -199,6 +189,31 @@ async def test_what_cannot_pass_is_a_dead_letter_and_its_neighbours_are_tagged(
     assert found == bad
 
 
+async def test_what_cannot_be_read_of_a_notification_is_one_dead_letter_and_the_rest_is_tagged(
+    topics: MakeTopics,
+    redis_url: str,
+    redis_prefix: str,
+    tracks: dict[str, Path],
+    s3: str,
+    tmp_path: Path,
+) -> None:
+    own = await topics(partitions=1)
+    upload(s3, {"a.ogg": tracks["ogg"], "b.opus": tracks["opus"]})
+    settings = environment(own, redis_url, redis_prefix, **credentials(s3))
+    keys = ("a.ogg", "%FF.mp3", "", "x" * 1025, "b.opus")
+    message = bucket_notification("music", *keys)
+    async with running_worker(settings, tmp_path / "worker.log"):
+        await send(own, message)
+        results = await receive_json(own, own.topic_tags, 2)
+        await receive(own, own.topic_dead_letter, 1)
+    assert results.keys() == {"music/a.ogg", "music/b.opus"}
+    [(_, letter)] = [found async for found in list_dead_letters(Settings(kafka=own))]
+    assert letter.original.value_b64 == b64encode(message).decode()
+    assert (letter.reason.code, letter.track_id) == ("event_malformed", None)
+    assert letter.reason.message.startswith("Record 2 of 5 in the bucket notification")
+    assert letter.reason.message.endswith("is not UTF-8. Nor can 2 more.")
+
+
 async def test_a_server_that_stalls_holds_a_place_only_twice_and_one_that_fails_is_asked_on(
     topics: MakeTopics, redis_url: str, redis_prefix: str, tmp_path: Path
 ) -> None:
@@ -275,17 +290,44 @@ def event(track_id: str, uri: str, **more: Any) -> dict[str, Any]:
     return {"track_id": track_id, "audio": {"uri": uri}, **more}
 
 
-def bucket_notification(bucket: str, key: str) -> bytes:
-    """As MinIO publishes it."""
-    record = {
-        "eventVersion": "2.0",
-        "eventSource": "minio:s3",
-        "eventName": "s3:ObjectCreated:Put",
-        "eventTime": "2026-01-31T12:00:00.000Z",
-        "s3": {"bucket": {"name": bucket}, "object": {"key": key, "size": 1, "eTag": "e"}},
+def upload(endpoint: str, files: Mapping[str, Path]) -> None:
+    """Put files into a new bucket `music`, each under its key."""
+    client = boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id="k",
+        aws_secret_access_key="s",
+    )
+    client.create_bucket(Bucket="music")
+    for key, file in files.items():
+        client.upload_file(str(file), "music", key)
+
+
+def credentials(endpoint: str) -> dict[str, str]:
+    """What a worker needs to read from the bucket."""
+    return {
+        "TIMBRE_FETCH__S3_ENDPOINT": endpoint,
+        "TIMBRE_FETCH__S3_REGION": "us-east-1",
+        "TIMBRE_FETCH__S3_ACCESS_KEY_ID": "k",
+        "TIMBRE_FETCH__S3_SECRET_ACCESS_KEY": "s",
     }
+
+
+def bucket_notification(bucket: str, *keys: str) -> bytes:
+    """As MinIO publishes it, of so many objects."""
+    records = [
+        {
+            "eventVersion": "2.0",
+            "eventSource": "minio:s3",
+            "eventName": "s3:ObjectCreated:Put",
+            "eventTime": "2026-01-31T12:00:00.000Z",
+            "s3": {"bucket": {"name": bucket}, "object": {"key": key, "size": 1, "eTag": "e"}},
+        }
+        for key in keys
+    ]
     return json.dumps(
-        {"EventName": "s3:ObjectCreated:Put", "Key": key, "Records": [record]}
+        {"EventName": "s3:ObjectCreated:Put", "Key": keys[0], "Records": records}
     ).encode()
 
 

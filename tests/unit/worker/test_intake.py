@@ -4,12 +4,12 @@ from typing import Any
 from urllib.parse import quote_plus
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from schemas.events import MAX_METADATA_BYTES, NewTrack
 from worker.errors import EventMalformed, EventTooLarge, EventVersionUnknown
-from worker.intake import read
+from worker.intake import Announcement, read
 from worker.record import Record
 
 TRACK: dict[str, Any] = {
@@ -31,8 +31,9 @@ def record(
     return Record("tracks.new", 0, 0, 0.0, key, raw, pairs)
 
 
-def only(tracks: list[NewTrack]) -> NewTrack:
-    (track,) = tracks
+def only(announced: Announcement) -> NewTrack:
+    (track,) = announced.tracks
+    assert announced.fault is None
     return track
 
 
@@ -61,8 +62,8 @@ class TestPlainEvents:
         nothing = {"uploaded_at": None, "priority": None, "metadata": None, "source_event_id": None}
         audio = {"uri": "file:///t.mp3"}
         absent = {"sha256": None, "etag": None, "size_bytes": None}
-        (track,) = read(record({"track_id": "t", "audio": {**audio, **absent}, **nothing}))
-        assert [track] == read(record({"track_id": "t", "audio": audio}))
+        track = only(read(record({"track_id": "t", "audio": {**audio, **absent}, **nothing})))
+        assert track == only(read(record({"track_id": "t", "audio": audio})))
         assert (track.priority, track.metadata) == ("upload", {})
 
     def test_unknown_fields_of_a_newer_producer_are_ignored(self) -> None:
@@ -273,10 +274,28 @@ def notification(
     }
 
 
+WRONG_RECORDS: list[Any] = [
+    None,
+    [],
+    "a.mp3",
+    {},
+    {"eventName": 5},
+    {"eventName": "ObjectCreated:Put"},
+    notification(""),
+    notification("%FF.mp3"),
+    notification("x" * 1025),
+    notification("a.mp3", size=-1),
+    notification("a.mp3", versionId="x" * 9000),
+    {**notification("a.mp3"), "eventTime": "noon"},
+    {**notification("a.mp3"), "s3": {"bucket": {"name": "a/b"}, "object": {"key": "k"}}},
+]
+
+
 class TestBucketNotifications:
     def test_each_record_is_a_track(self) -> None:
         message = {"Records": [notification("a.mp3"), notification("b/c.flac")]}
-        first, second = read(record(message, key=b"whatever"))
+        (first, second), fault = read(record(message, key=b"whatever"))
+        assert fault is None
         assert (first.track_id, first.audio.uri) == ("music/a.mp3", "s3://music/a.mp3")
         assert (first.audio.etag, first.audio.size_bytes) == ("abc", 5)
         assert second.track_id == "music/b/c.flac"
@@ -309,8 +328,8 @@ class TestBucketNotifications:
 
     def test_long_and_unprintable_keys_get_a_stable_id(self) -> None:
         message = {"Records": [notification("x" * 500), notification("a%0Ab.mp3")]}
-        ids = [track.track_id for track in read(record(message))]
-        assert ids == [track.track_id for track in read(record(message))]
+        ids = [track.track_id for track in read(record(message)).tracks]
+        assert ids == [track.track_id for track in read(record(message)).tracks]
         assert all(name.startswith("music/sha256:") for name in ids)
         assert len(set(ids)) == 2
 
@@ -332,7 +351,7 @@ class TestBucketNotifications:
         ],
     )
     def test_what_creates_no_object_announces_no_track(self, message: dict[str, Any]) -> None:
-        assert read(record(message)) == []
+        assert read(record(message)) == Announcement([])
 
     @pytest.mark.parametrize("prefix", ["", "s3:"])
     @pytest.mark.parametrize("kind", ["Put", "Post", "Copy", "CompleteMultipartUpload"])
@@ -348,7 +367,7 @@ class TestBucketNotifications:
         self, prefix: str, kind: str
     ) -> None:
         beside = notification("a.mp3", name=f"{prefix}ObjectCreated:{kind}")
-        assert read(record({"Records": [beside]})) == []
+        assert read(record({"Records": [beside]})) == Announcement([])
         both = {"Records": [beside, notification("b.mp3")]}
         assert only(read(record(both))).track_id == "music/b.mp3"
 
@@ -374,27 +393,48 @@ class TestBucketNotifications:
         assert only(read(record(event))).track_id == "music/a.mp3"
 
     @pytest.mark.parametrize(
-        "records",
-        [
-            None,
-            {},
-            [None],
-            [{}],
-            [{"eventName": 5}],
-            [{"eventName": "ObjectCreated:Put"}],
-            [notification("")],
-            [notification("%FF.mp3")],
-            [notification("x" * 1025)],
-            [notification("a.mp3", size=-1)],
-            [notification("a.mp3", versionId="x" * 9000)],
-            [{**notification("a.mp3"), "eventTime": "noon"}],
-            [{**notification("a.mp3"), "s3": {"bucket": {"name": "a/b"}, "object": {"key": "k"}}}],
-            [notification(f"{number}.mp3") for number in range(101)],
-        ],
+        "records", [None, {}, "a", [notification(f"{number}.mp3") for number in range(101)]]
     )
-    def test_wrong_records_are_malformed(self, records: object) -> None:
-        with pytest.raises(EventMalformed):
+    def test_wrong_records_are_malformed_as_a_whole(self, records: object) -> None:
+        with pytest.raises(EventMalformed, match="Records"):
             read(record({"Records": records}))
+
+    @pytest.mark.parametrize("entry", WRONG_RECORDS)
+    def test_a_wrong_record_is_malformed_and_those_beside_it_are_tracks(
+        self, entry: object
+    ) -> None:
+        message = {"Records": [notification("a.mp3"), entry, notification("b.mp3")]}
+        tracks, fault = read(record(message))
+        assert [track.track_id for track in tracks] == ["music/a.mp3", "music/b.mp3"]
+        assert fault is not None
+        assert fault.message.startswith("Record 2 of 3 in the bucket notification can't be read: ")
+        assert "more" not in fault.message
+        assert len(fault.message) < MAX_MESSAGE_CHARS
+
+    def test_the_first_of_many_wrong_records_stands_for_all(self) -> None:
+        removed = {"eventName": "s3:ObjectRemoved:Delete"}
+        records = [removed, {}, notification("a.mp3"), *[None] * 40, *WRONG_RECORDS]
+        tracks, fault = read(record({"Records": records}))
+        assert [track.track_id for track in tracks] == ["music/a.mp3"]
+        assert fault is not None
+        assert fault.message == (
+            f"Record 2 of {len(records)} in the bucket notification can't be read: "
+            f"It lacks its eventName. Nor can {len(records) - 3} more."
+        )
+
+    @pytest.mark.parametrize("entry", WRONG_RECORDS)
+    def test_where_none_can_be_read_there_is_one_fault_and_no_track(self, entry: object) -> None:
+        tracks, fault = read(record({"Records": [entry] * 100}))
+        assert tracks == []
+        assert fault is not None
+        assert "Record 1 of 100" in fault.message
+        assert fault.message.endswith("Nor can 99 more.")
+
+    def test_a_wrong_record_harms_none_inside_a_cloud_event(self) -> None:
+        event = {**CLOUD, "data": {"Records": [notification("a.mp3"), None]}}
+        tracks, fault = read(record(event))
+        assert [track.track_id for track in tracks] == ["music/a.mp3"]
+        assert fault is not None
 
 
 JSON = st.recursive(
@@ -424,10 +464,10 @@ HEADERS = st.lists(
 
 def attempt(value: bytes, headers: Any, key: bytes | None) -> None:
     """Tracks or a typed error with a bounded sentence; anything else fails the test."""
-    failure: EventMalformed | EventTooLarge | EventVersionUnknown | None = None
-    tracks: list[NewTrack] = []
+    tracks = list[NewTrack]()
+    failure: EventMalformed | EventTooLarge | EventVersionUnknown | None
     try:
-        tracks = read(Record("tracks.new", 0, 0, 0.0, key, value, headers))
+        tracks, failure = read(Record("tracks.new", 0, 0, 0.0, key, value, headers))
     except (EventMalformed, EventTooLarge, EventVersionUnknown) as error:
         failure = error
     assert failure is None or len(failure.message.encode()) < MAX_MESSAGE_CHARS
@@ -451,6 +491,18 @@ class TestAnyInput:
     @given(st.dictionaries(st.sampled_from(sorted(TRACK)), ALMOST), HEADERS)
     def test_events_with_fields_of_another_kind(self, fields: dict[str, Any], headers: Any) -> None:
         attempt(json.dumps(changed(**fields)).encode(), headers, b"t-1")
+
+    @settings(max_examples=400)
+    @given(st.lists(JSON | ALMOST, max_size=6), st.integers(0, 6))
+    def test_records_of_any_kind_harm_none_among_them(
+        self, records: list[object], place: int
+    ) -> None:
+        records.insert(place, notification("a.mp3"))
+        raw = json.dumps({"Records": records}).encode()
+        assume(b"NaN" not in raw and b"Infinity" not in raw)
+        tracks, _ = read(Record("tracks.new", 0, 0, 0.0, None, raw))
+        assert "music/a.mp3" in [track.track_id for track in tracks]
+        attempt(raw, (), None)
 
     @settings(max_examples=800)
     @given(st.integers(0, 400), st.binary(min_size=1, max_size=4), st.booleans())
