@@ -10,6 +10,7 @@ import typer
 
 from model.cli import app as model_app
 from worker.errors import SourceInvalid, TimbreError
+from worker.printable import printable
 
 if TYPE_CHECKING:
     from worker.settings import Settings
@@ -40,13 +41,15 @@ def main() -> None:
     try:
         app()
     except TimbreError as error:
-        sys.stderr.write(f"timbre: {error.message}\n")
-        sys.exit(1)
+        fault = error.message
     except OSError as error:
         if error.filename is None:
             raise
-        sys.stderr.write(f"timbre: {error.filename} can't be used: {error.strerror}\n")
-        sys.exit(1)
+        fault = f"{error.filename} can't be used: {error.strerror}"
+    else:
+        return
+    sys.stderr.write(f"timbre: {printable(fault, lines=True)}\n")
+    sys.exit(1)
 
 
 @app.command()

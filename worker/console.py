@@ -1,14 +1,17 @@
 """How results look in a terminal: one place for colours, bars and short texts."""
 
 import sys
+from collections.abc import Iterable
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from schemas.events import AudioFacts, ModelRef, Tag, WindowCounts
+from worker.printable import printable
 
 BAR_CELLS = 12
 BLOCKS = " ▏▎▍▌▋▊▉"
@@ -29,6 +32,16 @@ class Result(Protocol):
     def windows(self) -> WindowCounts: ...
     @property
     def model(self) -> ModelRef: ...
+
+
+class _Console(Console):
+    """Shows text as it is: it is no markup, and steers nothing, whoever it came from."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else printable(text, lines=True), style, control)
 
 
 def out() -> Console:
@@ -68,7 +81,14 @@ def counted(count: int, noun: str) -> str:
 
 def line(on: Console, text: Text) -> None:
     """Print one thing on one line: cut where a terminal ends, whole into a pipe."""
+    text = Text(r"\n").join(text.split("\n"))
     on.print(text, overflow="ellipsis" if on.is_terminal else "ignore", no_wrap=True)
+
+
+def json_line(text: str) -> None:
+    """Print a JSON object on a line of standard output."""
+    sys.stdout.write(printable(text) + "\n")
+    sys.stdout.flush()
 
 
 def clock(seconds: float) -> str:
@@ -122,6 +142,8 @@ def progress(on: Console, text: str, *more: ProgressColumn, wanted: bool = True)
         *more,
         console=on,
         transient=True,
+        redirect_stdout=False,  # it would take what goes into a file to the terminal
+        redirect_stderr=sys.stderr.isatty(),
         disable=not (on.is_terminal and wanted),
     )
 
@@ -129,4 +151,11 @@ def progress(on: Console, text: str, *more: ProgressColumn, wanted: bool = True)
 def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else PIPE_WIDTH
-    return Console(file=stream, width=width, highlight=False, soft_wrap=not stream.isatty())
+    return _Console(
+        file=stream,
+        width=width,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        soft_wrap=not stream.isatty(),
+    )

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import re
-import sys
 from base64 import b64decode
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -15,6 +14,7 @@ from schemas.events import DeadLetter
 from worker import console, dead_letters
 from worker.dead_letters import Place
 from worker.errors import SourceInvalid
+from worker.printable import printable
 from worker.settings import Settings
 
 PLACE = re.compile(r"(\d+):(\d+)")
@@ -68,7 +68,7 @@ def show_one(settings: Settings, place: str, *, as_json: bool) -> None:
         ),
         ("model", model or "-"),
         ("key", _text(original.key_b64)),
-        *((f"header {_printable(name)}", _text(value)) for name, value in original.headers),
+        *((f"header {printable(name)}", _text(value)) for name, value in original.headers),
         ("value", _text(original.value_b64)),
     ]
     out = console.out()
@@ -99,16 +99,12 @@ def _shown(place: Place) -> str:
 
 def _write_json(place: Place, letter: DeadLetter) -> None:
     line: dict[str, Any] = {"place": _shown(place), **letter.model_dump(mode="json")}
-    sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
+    console.json_line(json.dumps(line, ensure_ascii=False))
 
 
 def _text(encoded: str | None) -> str:
     """Bytes as text where they are, so that a person can read them."""
-    return (
-        "-" if encoded is None else _printable(b64decode(encoded).decode(errors="backslashreplace"))
-    )
-
-
-def _printable(text: str) -> str:
-    """An outsider's text, unable to steer the terminal that shows it."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    if encoded is None:
+        return "-"
+    # Here, as what `Text` drops (a bell, a carriage return) would never be seen.
+    return printable(b64decode(encoded).decode(errors="backslashreplace"), lines=True)

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import sys
 from dataclasses import dataclass
 from typing import cast
 
@@ -31,7 +30,7 @@ def show_track(settings: Settings, track_id: str, *, as_json: bool) -> None:
     found = asyncio.run(stored(settings.redis, track_id))
     result = found.result
     if as_json:
-        sys.stdout.write(result.to_bytes().decode() + "\n")
+        console.json_line(result.to_bytes().decode())
         return
     out = console.out()
     out.print(Text(result.track_id, style="bold"), Text(result.audio.uri, style="dim"))

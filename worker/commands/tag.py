@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
+from rich.console import Console
 from rich.text import Text
 
 from model.bundle import Bundle
@@ -21,6 +22,7 @@ from worker import console
 from worker.analysis import Analysis
 from worker.errors import SourceInvalid, TimbreError, Unexpected
 from worker.plot import draw_taggrams
+from worker.printable import printable
 from worker.settings import Settings
 from worker.sources import audio
 from worker.tagger import Tagger, Timings
@@ -32,6 +34,9 @@ ALL_FOLDERS = Path("/")
 CSV_COLUMNS = (
     "source", "head", "label", "category", "score", "share", "uncertain", "error", "message",
 )  # fmt: skip
+
+DATA = ("csv", "json")
+FORMULAS = ("=", "+", "-", "@")
 
 Source = tuple[str, str | SourceInvalid]
 """How a file is shown, and its address or why there is none."""
@@ -104,19 +109,24 @@ def tag_tracks(
         }
     )
     loaded = Bundle.load(bundle or settings.worker.bundle)
-    outcomes = asyncio.run(_tag_all(settings, loaded, files, _REPORTS[form]()))
+    outcomes = asyncio.run(_tag_all(settings, loaded, files, form))
     if plot:
         _draw(outcomes, loaded, settings.windows.hop_s, picture)
     return 0 if all(outcome.error is None for outcome in outcomes) else 1
 
 
 async def _tag_all(
-    settings: Settings, bundle: Bundle, files: Sequence[str], report: Report
+    settings: Settings, bundle: Bundle, files: Sequence[str], form: str
 ) -> list[Outcome]:
     sources = list(_sources(files))
     outcomes = []
-    remarks = console.err()
-    with console.progress(remarks, "Tagging", wanted=len(sources) > 1) as progress:
+    shown, in_terminal = console.out(), sys.stdout.isatty()
+    report = _REPORTS[form](shown)
+    with console.progress(
+        shown if in_terminal else console.err(),  # one console keeps the bar below what it shows
+        "Tagging",
+        wanted=len(sources) > 1 and not (in_terminal and form in DATA),
+    ) as progress:
         task = progress.add_task("", total=len(sources))
         async with (
             Tagger(settings, bundle) as tagger,
@@ -181,15 +191,17 @@ async def _tag_one(tagger: Tagger, source: str, uri: str | SourceInvalid) -> Out
 class _JsonReport:
     """One object a line."""
 
+    def __init__(self, _: Console) -> None:
+        pass
+
     def add(self, outcome: Outcome) -> None:
-        sys.stdout.write(json.dumps(outcome.to_json(), ensure_ascii=False) + "\n")
-        sys.stdout.flush()
+        console.json_line(json.dumps(outcome.to_json(), ensure_ascii=False))
 
 
 class _CsvReport:
     """A row for every tag; a file without tags has one row with its error."""
 
-    def __init__(self) -> None:
+    def __init__(self, _: Console) -> None:
         self._writer = csv.writer(sys.stdout, lineterminator="\n")
         self._writer.writerow(CSV_COLUMNS)
 
@@ -198,20 +210,23 @@ class _CsvReport:
         if analysis is not None:
             for t in analysis.tags:
                 row = (t.head, t.label, t.category, t.score, t.share, analysis.uncertain)
-                self._writer.writerow((source, *row, "", ""))
+                self._write(source, *row, "", "")
         if error is not None:
-            self._writer.writerow((source, *[""] * 6, error.code, error.message))
+            self._write(source, *[""] * 6, error.code, error.message)
         sys.stdout.flush()
+
+    def _write(self, *cells: object) -> None:
+        self._writer.writerow([_cell(cell) if isinstance(cell, str) else cell for cell in cells])
 
 
 class _TableReport:
     """A block for every file: its facts on a line, then a bar for every tag."""
 
-    def __init__(self) -> None:
-        self._console = console.out()
+    def __init__(self, shown: Console) -> None:
+        self._console = shown
 
     def add(self, outcome: Outcome) -> None:
-        self._console.print(Text(outcome.source, style="bold"))
+        self._console.print(Text(printable(outcome.source), style="bold"))
         if outcome.error is not None:
             self._console.print(
                 Text.assemble("  ", (outcome.error.code, "red"), " ", outcome.error.message)
@@ -220,6 +235,11 @@ class _TableReport:
             self._console.print(console.facts(outcome.analysis))
             self._console.print(console.tag_table(outcome.analysis))
         self._console.print()
+
+
+def _cell(text: str) -> str:
+    """A cell that steers no terminal, and that no spreadsheet takes for a formula."""
+    return printable(f"'{text}" if text.startswith(FORMULAS) else text)
 
 
 _REPORTS: dict[str, type[_TableReport] | type[_CsvReport] | type[_JsonReport]] = {

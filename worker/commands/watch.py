@@ -1,7 +1,6 @@
 """`timbre watch`."""
 
 import asyncio
-import sys
 
 from rich.console import Console
 from rich.text import Text
@@ -36,8 +35,7 @@ def watch_results(
                 console.err().print(f"Watching {topic}; Ctrl-C ends.", style="dim")
             async for result in results:
                 if as_json:
-                    sys.stdout.write(result.to_bytes().decode() + "\n")
-                    sys.stdout.flush()
+                    console.json_line(result.to_bytes().decode())
                 else:
                     print_line(out, result)
                 seen += 1

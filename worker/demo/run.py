@@ -281,7 +281,7 @@ def _point_on(
         ]
         lines += ["it all running (and [bold]make demo MUSIC=DIR[/bold] tags music of your own):"]
         lines += ["", *commands]
-    out.print("\n".join(["", *lines]))
+    out.print(Text.from_markup("\n".join(["", *lines])))
 
 
 def _command() -> str:

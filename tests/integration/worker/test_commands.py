@@ -183,6 +183,45 @@ async def test_a_watch_prints_tags_and_failures_in_lines(
     assert "Not written by Timbre" in said
 
 
+async def test_what_others_wrote_steers_no_terminal(
+    settings: Settings, redis_url: str, redis_prefix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steering = "[red]\x1b[2J\x9b31m\u202e"
+    told = result("t-\u202e").model_copy(
+        update={
+            "tags": [Tag(head="genre", label=steering, category="", score=0.5, share=1)],
+            "metadata": {"title": steering},
+        }
+    )
+    settings = load(
+        kafka=settings.kafka,
+        redis=RedisSettings.model_validate({"url": redis_url, "prefix": redis_prefix}),
+    )
+    async with Redis.from_url(redis_url) as client:
+        await client.hset(Keys(redis_prefix).track(told.track_id), "result", told.to_bytes())
+    await publish(settings.kafka, settings.kafka.topic_tags, told.to_bytes())
+    async with kafka.producer(settings.kafka) as producer:
+        await producer.send_and_wait(
+            settings.kafka.topic_dead_letter,
+            steering.encode(),
+            headers=[
+                (f"timbre-{name}", f"{steering}\n".encode()) for name in ("reason", "track-id")
+            ],
+        )
+
+    def show_all(*, as_json: bool) -> None:
+        watch_results(settings, from_beginning=True, failures=True, count=2, as_json=as_json)
+        show_track(settings, told.track_id, as_json=as_json)
+        dead_letters.list_all(settings, code=None, limit=None, as_json=as_json)
+
+    for as_json in (False, True):
+        await asyncio.to_thread(show_all, as_json=as_json)
+        lines = capsys.readouterr().out.split("\n")
+        assert all(line.isprintable() for line in lines)
+        assert sum("[red]\\u001b[2J\\u009b31m\\u202e" in line for line in lines) >= 4
+        assert not as_json or TrackTags.from_bytes(lines[2].encode()) == told
+
+
 @pytest.mark.parametrize(("terminal", "shown"), [(True, "a" * 27 + "… "), (False, "a" * 40 + " ")])
 def test_a_long_id_is_cut_in_a_terminal_only(terminal: bool, shown: str) -> None:
     out = Console(force_terminal=terminal, color_system=None, width=160)
@@ -261,7 +300,7 @@ async def test_dead_letters_are_listed_shown_and_sent_again(
     shown = await run(dead_letters.show_one, settings, place, as_json=False)
     assert "https://cdn.example/a.mp3" in shown
     assert "header trace first\n" in shown
-    assert "header trace \\x1b[2Jsecond\n" in shown
+    assert "header trace \\u001b[2Jsecond\n" in shown
     again = await run(dead_letters.retry_some, settings, [place], code=None, everything=False)
     assert again == "Sent 1 event again\n"
     assert (await events(settings.kafka, settings.kafka.topic_new, 1))[0].to_bytes() == event

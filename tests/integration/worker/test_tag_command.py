@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,43 @@ def test_csv_has_a_row_for_each_tag_and_each_error(
     by_source = {row["source"]: row for row in rows}
     assert by_source[files[1]]["error"]
     assert 0 <= float(by_source[files[0]]["score"]) <= 1
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "json"])
+def test_a_name_steers_neither_a_terminal_nor_a_spreadsheet(
+    given_settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    form: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "=HYPERLINK(A1)\x1b[2J\n\u202e.mp3"
+    Path(name).write_text("This is no music.")
+    assert tag_tracks(given_settings, [name], form=form) == 1
+    shown = capsys.readouterr().out
+    assert all(line.isprintable() for line in shown.split("\n"))
+    assert r"HYPERLINK(A1)\u001b[2J" in shown
+    if form == "csv":
+        assert next(csv.DictReader(shown.splitlines()))["source"].startswith("'=")
+
+
+@pytest.mark.parametrize("form", ["--csv", "--json"])
+def test_what_goes_into_a_file_stays_out_of_the_terminal_with_the_bar(
+    files: list[str], form: str
+) -> None:
+    terminal, stderr = pty.openpty()
+    try:
+        done = subprocess.run(
+            [TIMBRE, "tag", form, *files[1:3]], stdout=subprocess.PIPE, stderr=stderr, check=False
+        )
+        shown = os.read(terminal, 65_536).decode()
+    finally:
+        os.close(terminal)
+        os.close(stderr)
+    assert "Tagging" in shown
+    assert files[1] not in shown
+    assert files[1] in done.stdout.decode()
 
 
 def test_a_folder_is_walked_and_each_file_named(
