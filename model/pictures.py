@@ -4,10 +4,13 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+mpl.rcParams["text.parse_math"] = False  # names and labels may have a "$"
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">

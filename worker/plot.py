@@ -12,6 +12,7 @@ from model.bundle import Bundle
 from worker.analysis import Analysis
 from worker.console import clock
 from worker.errors import SourceInvalid
+from worker.printable import printable
 
 LABELS_SHOWN = 12
 WIDTH_INCHES = 10.0
@@ -34,7 +35,12 @@ def draw_taggrams(
         The picture can't be written there.
     """
     panels = [
-        (f"{name}: {head.name}", analysis, np.asarray(analysis.taggram[head.name]), head.labels)
+        (
+            f"{printable(name)}: {head.name}",
+            analysis,
+            np.asarray(analysis.taggram[head.name]),
+            head.labels,
+        )
         for name, analysis in tracks
         if analysis.taggram is not None
         for head in bundle.heads
@@ -42,7 +48,7 @@ def draw_taggrams(
     heights = [
         min(len(labels), LABELS_SHOWN) * LABEL_INCHES + MARGIN_INCHES for *_, labels in panels
     ]
-    with mpl.rc_context({"font.size": 9, "svg.fonttype": "none"}):
+    with mpl.rc_context({"font.size": 9, "svg.fonttype": "none", "text.parse_math": False}):
         figure = Figure(figsize=(WIDTH_INCHES, sum(heights)), layout="constrained")
         axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
         for panel, (title, analysis, table, labels) in zip(axes, panels, strict=True):

@@ -1,7 +1,40 @@
+from pathlib import Path
+from xml.etree import ElementTree
+
 import numpy as np
 from matplotlib.figure import Figure
 
-from worker.plot import _draw_panel
+from model.bundle import Bundle
+from schemas.events import AudioFacts, ModelRef, WindowCounts
+from worker.analysis import Analysis
+from worker.plot import _draw_panel, draw_taggrams
+
+
+def test_a_picture_is_drawn_whatever_the_name_of_the_file(tmp_path: Path) -> None:
+    bundle = Bundle.load()
+    analysis = Analysis(
+        audio=AudioFacts(
+            uri="file:///a.mp3",
+            sha256="0" * 64,
+            size_bytes=1,
+            container="mp3",
+            codec="mp3",
+            sample_rate_hz=44_100,
+            channels=2,
+            duration_s=3.0,
+        ),
+        tags=[],
+        uncertain=False,
+        windows=WindowCounts(total=1, silent=0),
+        vote="mean",
+        model=ModelRef(name="m", version="v"),
+        taggram={head.name: [[0.5] * len(head.labels)] for head in bundle.heads},
+        embedding=[1.0],
+    )
+    picture = tmp_path / "a.svg"
+    draw_taggrams(picture, [("<Ke$ha $> $\\x$\x1b", analysis)], bundle, hop_s=3.0)
+    drawn = ElementTree.parse(picture).getroot().itertext()
+    assert any(r"<Ke$ha $> $\x$\u001b: genre" in text for text in drawn)
 
 
 def test_a_silent_window_is_told_from_one_in_which_nothing_was_heard() -> None:
