@@ -4,6 +4,7 @@ import json
 import logging
 from datetime import UTC, datetime
 
+from worker.printable import printable
 from worker.settings import WorkerSettings
 
 # What these tell while they reconnect and rebalance is no news: failures that matter are raised.
@@ -33,13 +34,20 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
+class TextFormatter(logging.Formatter):
+    """For people; what others wrote, as in a traceback, steers no terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), lines=True)
+
+
 def configure(settings: WorkerSettings) -> None:
     """Set up logging for this process."""
     handler = logging.StreamHandler()
     handler.setFormatter(
         JsonFormatter()
         if settings.log_format == "json"
-        else logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%H:%M:%S")
+        else TextFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%H:%M:%S")
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]

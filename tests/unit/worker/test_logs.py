@@ -1,5 +1,6 @@
 import logging
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 
@@ -29,3 +30,17 @@ def test_fausts_false_alarm_is_left_out_and_its_errors_are_not(
     told = capsys.readouterr().err
     assert "fetch request" not in told
     assert "Committing raised" in told
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_what_others_wrote_steers_no_terminal(
+    form: Literal["text", "json"], capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure(WorkerSettings(log_format=form))
+    try:
+        raise ValueError("\x1b[2J\u202e")
+    except ValueError:
+        logging.getLogger("worker").exception("Unexpected failure")
+    told = capsys.readouterr().err
+    assert r"\u001b[2J\u202e" in told
+    assert all(line.isprintable() for line in told.split("\n"))
