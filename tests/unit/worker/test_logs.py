@@ -37,10 +37,7 @@ def test_what_others_wrote_steers_no_terminal(
     form: Literal["text", "json"], capsys: pytest.CaptureFixture[str]
 ) -> None:
     logs.configure(WorkerSettings(log_format=form))
-    try:
-        raise ValueError("\x1b[2J\u202e")
-    except ValueError:
-        logging.getLogger("worker").exception("Unexpected failure")
+    logging.getLogger("worker").error("Unexpected", exc_info=ValueError("\x1b[2J\u202e"))
     told = capsys.readouterr().err
     assert r"\u001b[2J\u202e" in told
     assert all(line.isprintable() for line in told.split("\n"))
