@@ -7,7 +7,6 @@ the engine's (worker/device.py). docs/batching.md tells the rules to operators.
 
 import asyncio
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -30,7 +29,7 @@ __all__ = ["BatchObserver", "Batcher", "Ticket", "WindowOutputs"]
 
 logger = logging.getLogger(__name__)
 
-COPY_GRACE_S = 1.0
+END_GRACE_S = 1.0
 
 
 class BatchObserver(Protocol):
@@ -148,31 +147,25 @@ class Batcher:
         assert self._filler is not None
         self._filler.cancel()
         if self._batches:
-            # Nobody waits for these any more, but windows that are being copied must stay in place.
-            await asyncio.wait(self._batches, timeout=COPY_GRACE_S)
+            # Nobody waits for these any more, but a process that ends while a thread is inside
+            # PyTorch is aborted.
+            await asyncio.wait(self._batches, timeout=END_GRACE_S)
         for task in self._batches:
             task.cancel()
         await asyncio.gather(self._filler, *self._batches, return_exceptions=True)
 
     async def predict(
-        self,
-        windows: Samples,
-        *,
-        priority: Priority = "upload",
-        ticket: Ticket,
-        copied: Callable[[], None],
+        self, windows: Samples, *, priority: Priority = "upload", ticket: Ticket
     ) -> WindowOutputs:
         """Outputs of a track's windows; waits for its turn, and longer when the queue is full.
 
         Parameters
         ----------
         windows : np.ndarray [shape=(n, window_samples), dtype=float32]
-            Mono samples in [-1, 1], read in place.
+            Mono samples in [-1, 1]. They are read in place, maybe still after this raised, so
+            they must not change.
         ticket : Ticket
             Whose windows these are and until when they are wanted.
-        copied : Callable
-            Called exactly once, on the event loop, as soon as nothing reads `windows` any more:
-            they were copied, or dropped because the track failed. That may be after this raised.
 
         Raises
         ------
@@ -189,7 +182,7 @@ class Batcher:
         """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[WindowOutputs] = loop.create_future()
-        request = Request(windows, ticket, priority, copied, answer, loop.time())
+        request = Request(windows, ticket, priority, answer, loop.time())
         try:
             self._admit(request)
             async with asyncio.timeout_at(ticket.deadline):
@@ -281,11 +274,7 @@ class Batcher:
 
     async def _stage(self, pieces: list[Piece]) -> tuple[Buffer, list[_Placed]]:
         """Copy the pieces into a buffer; a piece that can't be computed fails here."""
-        try:
-            buffer, held = await self._engine.stage([piece.windows for piece in pieces])
-        finally:
-            for piece in pieces:
-                piece.request.settle(len(piece))
+        buffer, held = await self._engine.stage([piece.windows for piece in pieces])
         placed: list[_Placed] = []
         row = 0
         for piece, whole in zip(pieces, held, strict=True):

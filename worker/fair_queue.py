@@ -10,8 +10,8 @@ Nothing here waits or computes: the batcher calls it from the event loop only.
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,23 +46,16 @@ class Ticket:
 class Request:
     """Windows of one track on their way: outside the queue, then inside, then taken for a batch.
 
-    `windows` is (n, window_samples) and read in place until `copied` is called, exactly once: as
-    soon as each window was copied for a batch or dropped.
+    `windows` is (n, window_samples), read in place.
     """
 
     windows: Samples
     ticket: Ticket
     priority: Priority
-    copied: Callable[[], None]
     answer: asyncio.Future[Any]
     since: float
     entered: int = 0
     taken: int = 0
-    unsettled: int = field(init=False)
-    settled: bool = False
-
-    def __post_init__(self) -> None:
-        self.unsettled = len(self.windows)
 
     @property
     def inside(self) -> int:
@@ -79,13 +72,6 @@ class Request:
     def fail(self, error: TimbreError) -> None:
         if not self.answer.done():
             self.answer.set_exception(error)
-
-    def settle(self, windows: int) -> None:
-        """So many windows were copied or dropped: nothing reads them in place any more."""
-        self.unsettled -= windows
-        if self.unsettled == 0 and not self.settled:
-            self.settled = True
-            self.copied()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +144,8 @@ class _Line:
                 del self.tracks[track_key]
         return taken
 
-    def discard(self, request: Request) -> int:
-        """Drop what of a request was not taken yet: how many windows that was."""
-        dropped = request.inside + request.outside
+    def discard(self, request: Request) -> None:
+        """Drop what of a request was not taken yet."""
         if request in self.door:
             self.door.remove(request)
         if request.inside:
@@ -170,7 +155,6 @@ class _Line:
             if not waiting:
                 del self.tracks[request.ticket.track_key]
         request.entered = request.taken = len(request.windows)
-        return dropped
 
 
 class FairQueue:
@@ -199,11 +183,6 @@ class FairQueue:
         return sum(line.depth for line in self._lines.values())
 
     @property
-    def full(self) -> bool:
-        """Whether nothing more can come in."""
-        return self.depth >= self._max_windows
-
-    @property
     def oldest_since(self) -> float | None:
         """Since when the oldest window inside has waited; None where nothing waits."""
         waiting = (r.since for line in self._lines.values() for r in line.requests())
@@ -219,7 +198,7 @@ class FairQueue:
         """Take up to `count` windows for a batch; requests that are over are dropped instead."""
         for line in self._lines.values():
             for request in [r for r in line.requests() if r.over(now)]:
-                self._drop(request)
+                line.discard(request)
         self._let_in()
         uploads, backfill = self._lines["upload"], self._lines["backfill"]
         for_backfill = min(backfill.depth, max(self._kept(count), count - uploads.depth))
@@ -229,11 +208,8 @@ class FairQueue:
 
     def discard(self, request: Request) -> None:
         """Drop what of a request was not taken yet, and let others in for it."""
-        self._drop(request)
+        self._lines[request.priority].discard(request)
         self._let_in()
-
-    def _drop(self, request: Request) -> None:
-        request.settle(self._lines[request.priority].discard(request))
 
     def _let_in(self) -> None:
         room = self._max_windows - self.depth

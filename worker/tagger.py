@@ -201,9 +201,7 @@ class Tagger:
         block.release()
         if not len(windows):
             return _BlockOutputs(silent, None)
-        outputs = await self.batcher.predict(
-            windows, priority=priority, ticket=ticket, copied=lambda: None
-        )
+        outputs = await self.batcher.predict(windows, priority=priority, ticket=ticket)
         return _BlockOutputs(silent, outputs)
 
     def _conclude(self, uri: str, spooled: SpooledAudio, heard: "_Heard") -> Analysis:

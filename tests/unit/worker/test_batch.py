@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from model.bundle import Bundle, Head
 from schemas.events import Priority
 from worker.batch import Batcher, Ticket, WindowOutputs
+from worker.device import Buffer
 from worker.errors import (
     DeadlineExceeded,
     DeviceHung,
@@ -157,12 +158,21 @@ class Told:
 
 
 class Tracks:
-    """Sends tracks to a batcher and counts the calls of their `copied`."""
+    """Sends tracks to a batcher; the keys of their pieces once staged, and of those finished."""
 
     def __init__(self, batcher: Batcher) -> None:
         self.batcher = batcher
-        self.copied: list[str] = []
+        self.sent: list[tuple[str, np.ndarray]] = []
+        self.staged: list[str] = []
         self.finished: list[str] = []
+        stage = batcher._engine.stage
+
+        async def watched(parts: Sequence[np.ndarray]) -> tuple[Buffer, list[bool]]:
+            staged = await stage(parts)
+            self.staged += [key for part in parts for key, w in self.sent if part.base is w]
+            return staged
+
+        batcher._engine.stage = watched  # type: ignore[method-assign]
 
     def send(
         self,
@@ -179,9 +189,8 @@ class Tracks:
     async def _predict(
         self, key: str, windows: np.ndarray, priority: Priority, ticket: Ticket
     ) -> WindowOutputs:
-        outputs = await self.batcher.predict(
-            windows, priority=priority, ticket=ticket, copied=lambda: self.copied.append(key)
-        )
+        self.sent.append((key, windows))
+        outputs = await self.batcher.predict(windows, priority=priority, ticket=ticket)
         self.finished.append(key)
         return outputs
 
@@ -229,7 +238,7 @@ async def held_up(network: SmallNet, tracks: Tracks) -> "list[asyncio.Task[Windo
     first = tracks.send("first", noise(1))
     await until(lambda: len(network.order) > seen)
     second = tracks.send("second", noise(1))
-    await until(lambda: "second" in tracks.copied)
+    await until(lambda: "second" in tracks.staged)
     return [first, second]
 
 
@@ -244,7 +253,7 @@ async def test_every_track_gets_what_it_would_get_alone() -> None:
         }
         for key, task in tasks.items():
             assert same(await task, sent[key]), key
-    assert sorted(tracks.copied) == sorted(sent)
+    assert set(tracks.staged) == set(sent)
     assert sum(told.batches) == sum(len(windows) for windows in sent.values())
     assert max(told.batches) == 16
     assert told.depths[-1] == 0
@@ -367,31 +376,33 @@ async def test_a_long_track_fills_only_its_share_of_the_queue() -> None:
         await asyncio.gather(*blocking, *long, short)
 
 
-async def test_two_batches_are_in_flight_at_most_and_the_second_is_copied_meanwhile() -> None:
-    network = SmallNet()
-    async with batcher_of(network, max_windows=4) as batcher:
+async def test_two_batches_are_in_flight_at_most_and_the_second_is_staged_meanwhile() -> None:
+    network, told = SmallNet(), Told()
+    async with batcher_of(network, told, max_windows=4) as batcher:
         tracks = Tracks(batcher)
         blocking = await held_up(network, tracks)
         third = tracks.send("third", noise(4))
         await asyncio.sleep(0.1)
-        assert tracks.copied == ["first", "second"]
+        assert tracks.staged == ["first", "second"]
+        assert not told.batches  # the first is still being computed
         network.go.set()
         await asyncio.gather(*blocking, third)
-    assert tracks.copied == ["first", "second", "third"]
+    assert tracks.staged == ["first", "second", "third"]
 
 
 async def test_an_expired_track_is_dropped_before_it_costs_compute() -> None:
-    network = SmallNet()
-    async with batcher_of(network) as batcher:
+    network, told = SmallNet(), Told()
+    async with batcher_of(network, told) as batcher:
         tracks = Tracks(batcher)
         blocking = await held_up(network, tracks)
         expired = tracks.send("expired", noise(3, first=0.5), deadline_s=0.1)
         with pytest.raises(DeadlineExceeded, match="expired"):
             await expired
-        assert tracks.copied[-1] == "expired"
+        assert told.depths[-2:] == [3, 0]
         network.go.set()
         await asyncio.gather(*blocking)
         assert same(await tracks.send("next", noise(2)), noise(2))
+    assert tracks.staged == ["first", "second", "next"]
     assert not any(0.5 in batch for batch in network.order)
 
 
@@ -404,7 +415,7 @@ async def test_a_deadline_holds_also_while_the_batch_is_on_the_device() -> None:
             await tracks.send("late", noise(1), deadline_s=0.2)
         network.go.set()
         assert same(await tracks.send("next", noise(2)), noise(2))
-    assert tracks.copied == ["late", "next"]
+    assert tracks.staged == ["late", "next"]
 
 
 async def test_a_deadline_already_past_costs_nothing() -> None:
@@ -416,12 +427,12 @@ async def test_a_deadline_already_past_costs_nothing() -> None:
             await tracks.send("past", noise(1), deadline_s=-1.0)
         await asyncio.sleep(0.05)
     assert not network.order
-    assert tracks.copied == ["past"]
+    assert not tracks.staged
 
 
 async def test_a_cancelled_ticket_drops_all_its_windows() -> None:
-    network = SmallNet()
-    async with batcher_of(network) as batcher:
+    network, told = SmallNet(), Told()
+    async with batcher_of(network, told) as batcher:
         tracks = Tracks(batcher)
         blocking = await held_up(network, tracks)
         ticket = Ticket("taken-back", asyncio.get_running_loop().time() + 60)
@@ -429,21 +440,23 @@ async def test_a_cancelled_ticket_drops_all_its_windows() -> None:
             tracks.send("taken-back", noise(3, first=0.5), ticket=ticket) for _ in range(3)
         ]
         await asyncio.sleep(0)
+        assert told.depths[-1] == 9
         ticket.cancel()
         for task in taken_back:
             with pytest.raises(TrackCancelled):
                 await task
+        assert told.depths[-1] == 0
         with pytest.raises(TrackCancelled):
             await tracks.send("taken-back", noise(1, first=0.5), ticket=ticket)
         network.go.set()
         await asyncio.gather(*blocking)
-    assert tracks.copied[2:] == ["taken-back"] * 4
+    assert tracks.staged == ["first", "second"]
     assert not any(0.5 in batch for batch in network.order)
 
 
 async def test_a_cancelled_caller_drops_its_windows_and_harms_nobody() -> None:
-    network = SmallNet()
-    async with batcher_of(network) as batcher:
+    network, told = SmallNet(), Told()
+    async with batcher_of(network, told) as batcher:
         tracks = Tracks(batcher)
         blocking = await held_up(network, tracks)
         gone, stays = tracks.send("gone", noise(3, first=0.5)), tracks.send("stays", noise(3))
@@ -452,10 +465,11 @@ async def test_a_cancelled_caller_drops_its_windows_and_harms_nobody() -> None:
         blocking[0].cancel()  # this one is on the device
         await asyncio.wait([gone, blocking[0]])
         assert gone.cancelled()
+        assert told.depths[-1] == 3
         network.go.set()
         assert same(await stays, noise(3))
         await blocking[1]
-    assert sorted(tracks.copied) == ["first", "gone", "second", "stays"]
+    assert tracks.staged == ["first", "second", "stays"]
     assert not any(0.5 in batch for batch in network.order)
 
 
@@ -472,7 +486,7 @@ async def test_a_track_that_breaks_the_network_fails_alone(poisoned: int) -> Non
             with pytest.raises(InferenceFailed, match="ValueError: can't take this"):
                 await task
         assert batcher.healthy
-    assert len(tracks.copied) == 6 + poisoned
+    assert len(tracks.staged) == 6 + poisoned
     assert told.faults == ["failed"] * poisoned
 
 
@@ -501,7 +515,7 @@ async def test_samples_that_are_not_finite_fail_their_track_alone(value: float) 
         assert same(await fine, noise(2, 2))
         with pytest.raises(InferenceFailed, match="samples are not finite"):
             await bad
-    assert sorted(tracks.copied) == ["bad", "fine", "good"]
+    assert sorted(tracks.staged) == ["bad", "fine", "good"]
     assert told.faults == ["not_finite"]
 
 
@@ -537,7 +551,7 @@ async def test_a_hung_batch_fails_retryably_and_the_next_goes_on() -> None:
     async with batcher_of(network, told, timeout_s=0.5, max_stuck=2) as batcher:
         tracks = Tracks(batcher)
         hung = tracks.send("hung", noise(1, first=MARK))
-        await until(lambda: "hung" in tracks.copied)
+        await until(lambda: "hung" in tracks.staged)
         behind = tracks.send("behind", noise(3))
         with pytest.raises(DeviceHung) as caught:
             await hung
@@ -548,7 +562,7 @@ async def test_a_hung_batch_fails_retryably_and_the_next_goes_on() -> None:
         await until(lambda: batcher.healthy)
         network.release.set()
     assert told.faults == ["hung"]
-    assert tracks.copied == ["hung", "behind"]
+    assert tracks.staged == ["hung", "behind"]
 
 
 async def test_of_a_hung_batch_only_the_track_that_hangs_alone_fails() -> None:
@@ -621,12 +635,12 @@ async def test_stopping_finishes_what_is_queued_and_refuses_the_rest() -> None:
         await stopping
     for i, task in enumerate(queued):
         assert same(await task, noise(3, i))
-    assert sorted(tracks.copied) == sorted([f"t{i}" for i in range(9)] + ["refused"])
+    assert set(tracks.staged) == {f"t{i}" for i in range(9)}
 
 
 async def test_stopping_gives_back_what_is_not_done_in_time() -> None:
-    network = SmallNet()
-    batcher = batcher_of(network, max_windows=4, drain_s=0.2)
+    network, told = SmallNet(), Told()
+    batcher = batcher_of(network, told, max_windows=4, drain_s=0.2)
     await batcher.__aenter__()
     tracks = Tracks(batcher)
     network.go.clear()
@@ -637,8 +651,19 @@ async def test_stopping_gives_back_what_is_not_done_in_time() -> None:
     for task in tasks:
         with pytest.raises(WorkerStopping):
             await task
-    assert sorted(tracks.copied) == ["t0", "t1", "t2", "t3"]
+    assert told.depths[-1] == 0
+    assert tracks.staged == ["t0", "t1", "t2", "t3"] * 2  # two batches of four
     network.go.set()
+
+
+async def test_the_batch_on_the_device_ends_before_the_batcher_is_left() -> None:
+    network, told = SmallNet(), Told()
+    async with batcher_of(network, told) as batcher:
+        tracks = Tracks(batcher)
+        for task in await held_up(network, tracks):
+            task.cancel()
+        asyncio.get_running_loop().call_later(0.3, network.go.set)
+    assert told.batches == [1]
 
 
 async def test_no_windows_are_answered_at_once() -> None:
@@ -647,7 +672,7 @@ async def test_no_windows_are_answered_at_once() -> None:
         outputs = await tracks.send("none", noise(0))
     assert outputs.probabilities["genre"].shape == (0, 3)
     assert outputs.embedding.shape == (0, 16)
-    assert tracks.copied == ["none"]
+    assert not tracks.staged
 
 
 @pytest.mark.parametrize(
@@ -660,23 +685,4 @@ async def test_windows_of_another_shape_or_type_are_refused(windows: np.ndarray)
         tracks = Tracks(batcher)
         with pytest.raises(ValueError, match=r"windows are float32 \(n, 400\)"):
             await tracks.send("odd", windows)
-    assert tracks.copied == ["odd"]
-
-
-async def test_windows_are_not_read_any_more_once_copied() -> None:
-    network = SmallNet()
-    async with batcher_of(network, max_windows=4) as batcher:
-        shared = noise(4)
-        network.go.clear()
-        given_back = asyncio.Event()
-        task: Awaitable[WindowOutputs] = asyncio.create_task(
-            batcher.predict(
-                shared,
-                ticket=Ticket("t", asyncio.get_running_loop().time() + 60),
-                copied=given_back.set,
-            )
-        )
-        await given_back.wait()
-        shared[:] = np.nan  # as a decoder would write the next track's windows there
-        network.go.set()
-        assert same(await task, noise(4))
+    assert not tracks.staged

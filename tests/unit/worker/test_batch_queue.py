@@ -26,7 +26,6 @@ def a_request(
         windows=np.zeros((windows, 4), np.float32),
         ticket=Ticket(track, deadline),
         priority=priority,
-        copied=lambda: None,
         answer=asyncio.get_running_loop().create_future(),
         since=NOW,
     )
@@ -170,25 +169,17 @@ async def test_what_is_over_is_dropped_instead_of_taken() -> None:
     answered.answer.set_result(None)
     assert counts(queue.take(10, NOW)) == {"good": 2}
     assert queue.depth == 0
-    assert (expired.settled, cancelled.settled, answered.settled, good.settled) == (
-        True,
-        True,
-        True,
-        False,
-    )
+    assert all((r.inside, r.outside) == (0, 0) for r in (expired, cancelled, answered))
     assert isinstance(cancelled.answer.exception(), TrackCancelled)
 
 
-async def test_copied_is_called_once_the_last_window_was_copied_or_dropped() -> None:
-    calls: list[int] = []
-    queue = a_queue()
-    request = a_request("a", 6)
-    request.copied = lambda: calls.append(1)
-    queue.put(request)
-    (piece,) = queue.take(2, NOW)
-    queue.discard(request)
-    assert not calls
-    request.settle(len(piece))
-    assert calls == [1]
-    queue.discard(request)
-    assert calls == [1]
+async def test_what_is_discarded_makes_room_and_is_not_taken_any_more() -> None:
+    queue = a_queue(max_windows=4)
+    gone, stays = a_request("gone", 8), a_request("stays", 3)
+    queue.put(gone)
+    queue.put(stays)
+    assert counts(queue.take(2, NOW)) == {"gone": 2}
+    for _ in range(2):  # the second time there is nothing left to drop
+        queue.discard(gone)
+        assert (gone.inside, gone.outside, queue.depth) == (0, 0, 3)
+    assert counts(queue.take(10, NOW)) == {"stays": 3}
