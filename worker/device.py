@@ -218,15 +218,15 @@ class Engine:
     """
 
     def __init__(self, network: nn.Module, window_samples: int, settings: BatchSettings) -> None:
-        self.device = choose_device(settings.device)
-        self.autocast = choose_autocast(settings.precision, self.device)
+        self._device = choose_device(settings.device)
+        self._autocast = choose_autocast(settings.precision, self._device)
         self.lost = False
         self.out_of_memory_total = 0
         self._network = network
         self._window_samples = window_samples
         self._max_windows = settings.max_windows
         self._timeout_s = settings.timeout_s
-        on_cpu = self.device.type == "cpu"
+        on_cpu = self._device.type == "cpu"
         self._threads = settings.threads if on_cpu else 1
         self._chunk = min(CPU_CHUNK_WINDOWS, self._max_windows) if on_cpu else self._max_windows
         self._buckets = buckets(self._chunk)
@@ -235,7 +235,7 @@ class Engine:
         self._buffers: list[Buffer] = []
         self._copiers = Crew("timbre-copy", 1)
         self._runners = Crew("timbre-network", self._threads or 1)
-        self._streams = None if on_cpu else Streams(self.device)
+        self._streams = None if on_cpu else Streams(self._device)
         self.empty = WindowOutputs({}, np.zeros((0, 0), np.float32))
         """Outputs of no window at all, once started"""
 
@@ -253,7 +253,7 @@ class Engine:
             # Chunks run side by side instead; docs/batching.md has the figures.
             torch.set_num_threads(1)
             keep_freed_memory(KEPT_BYTES)
-        elif self.autocast is None:
+        elif self._autocast is None:
             # Otherwise convolutions would round float32 to TF32.
             torch.backends.cudnn.allow_tf32 = False
         (self.empty,) = await self._runners.run([self._warm_up], START_TIMEOUT_S)
@@ -316,8 +316,8 @@ class Engine:
     # From here on: in the engine's threads.
 
     def _warm_up(self) -> WindowOutputs:
-        self._network.eval().to(self.device)
-        buffer = Buffer(self._max_windows, self._window_samples, self.device)
+        self._network.eval().to(self._device)
+        buffer = Buffer(self._max_windows, self._window_samples, self._device)
         # The largest first: the memory it takes serves the smaller ones.
         for windows in reversed(self._buckets):
             outputs = self._run(buffer, 0, windows)
@@ -335,7 +335,7 @@ class Engine:
         return min(taken_s) / self._chunk
 
     def _fill(self, buffer: Buffer | None, parts: Sequence[Floats]) -> tuple[Buffer, list[bool]]:
-        buffer = buffer or Buffer(self._max_windows, self._window_samples, self.device)
+        buffer = buffer or Buffer(self._max_windows, self._window_samples, self._device)
         held = [bool(np.isfinite(part).all()) for part in parts]
         rows = 0
         for part in (part for part, whole in zip(parts, held, strict=True) if whole):
@@ -372,7 +372,7 @@ class Engine:
                 if isinstance(error, torch.AcceleratorError):
                     self.lost = True
                     raise DeviceLost(
-                        f"{self.device} broke: {error}. Start the worker again."
+                        f"{self._device} broke: {error}. Start the worker again."
                     ) from error
                 raise
         # Outside `except`, for its traceback would keep the tensors of the pass alive.
@@ -381,7 +381,7 @@ class Engine:
     def _forward(self, samples: Tensor) -> WindowOutputs:
         with (
             torch.inference_mode(),
-            torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
+            torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None),
         ):
             output = self._network(samples)
             return WindowOutputs(
@@ -395,11 +395,11 @@ class Engine:
             torch.cuda.empty_cache()
         if windows == 1:
             raise DeviceOutOfMemory(
-                f"A single window does not fit the free memory of {self.device}; free some, or use "
-                "a smaller model."
+                f"A single window does not fit the free memory of {self._device}; free some, or "
+                "use a smaller model."
             )
         self._fits, self._passes = windows // 2, 0
-        logger.warning("%s is out of memory at %d windows; halved", self.device, windows)
+        logger.warning("%s is out of memory at %d windows; halved", self._device, windows)
 
     def _grow(self) -> None:
         """After a while without running out, try twice as many again."""
