@@ -33,6 +33,7 @@ from worker.consumer import Consumer, Rest
 from worker.errors import (
     BundleInvalid,
     ConsumerLost,
+    DeadlineExceeded,
     DecodeFailed,
     FetchFailed,
     InferenceFailed,
@@ -176,13 +177,16 @@ class Worker:
         except Exception as error:
             await self._dead_letter(record, _typed(error), stage="intake")
             return
+        message = Timings()  # of all its tracks together
         for track in announced.tracks:
-            await self._handle_track(record, track, rest)
-            self.consumer.progressed()  # its neighbours in the message may take as long each
+            await self._handle_track(record, track, rest, message)
+            self.consumer.progressed()  # the next may take as long again
         if announced.fault is not None:
             await self._dead_letter(record, announced.fault, stage="intake")
 
-    async def _handle_track(self, record: Record, track: NewTrack, rest: Rest) -> None:
+    async def _handle_track(
+        self, record: Record, track: NewTrack, rest: Rest, message: Timings
+    ) -> None:
         started_s = time.perf_counter()
         timings = Timings()
         priority = self._priority(record, track)
@@ -195,7 +199,9 @@ class Worker:
                 self.consumer.progressed()
 
         try:
-            analysis, cached = await self._analyse(track, priority, timings, count, rest)
+            self._begin_in_time(message)
+            async with message.measure("analysis"):
+                analysis, cached = await self._analyse(track, priority, timings, count, rest)
             processing = Processing(
                 processed_at=datetime.now(UTC),
                 timings_s={stage: round(s, 6) for stage, s in timings.seconds.items()},
@@ -219,6 +225,18 @@ class Worker:
             await self._cache.store(tags, analysis)
         timings.seconds["total"] = time.perf_counter() - started_s
         self._count(record, priority, analysis, cached, timings)
+
+    def _begin_in_time(self, message: Timings) -> None:
+        """Refuse a track whose message has used up its time, or one of slow tracks would hold its
+        partition for a deadline each. What Kafka took to accept results is not held against it."""
+        deadline_s = self._settings.worker.track_deadline_s
+        if message.seconds.get("analysis", 0.0) >= deadline_s:
+            raise DeadlineExceeded(
+                f"The other tracks of its message took all of the {deadline_s:g} s that one has. "
+                "Send fewer Records in a message, raise TIMBRE_WORKER__TRACK_DEADLINE_S where the "
+                "worker is loaded, or retry this dead letter: tracks already done are answered "
+                "from the cache then."
+            )
 
     async def _analyse(
         self,

@@ -319,7 +319,10 @@ class WorkerSettings(Section):
         256, ge=1, description="Events of a partition finished ahead of its oldest, at most"
     )
     track_deadline_s: float = Field(
-        600.0, gt=0, description="Seconds one attempt at a track may take"
+        600.0,
+        gt=0,
+        description="Seconds one attempt at a track may take, "
+        "and within which the last track of a message must begin",
     )
     attempts: int = Field(
         3, ge=1, description="Attempts at a track before its dead letter; fetches have their own"

@@ -29,10 +29,12 @@ from tests.worker_process import (
     running_worker,
     send,
 )
-from worker.dead_letters import list_dead_letters
+from worker.dead_letters import list_dead_letters, retry
+from worker.services import create_topics
 from worker.settings import KafkaSettings, Settings
 
 SUFFIXES = ("mp3", "flac", "ogg", "m4a", "opus")
+LONG_AGO = "Mon, 01 Jan 2024 00:00:00 GMT"
 CODECS = {"mp3", "flac", "vorbis", "aac", "opus"}
 
 
@@ -212,6 +214,82 @@ async def test_what_cannot_be_read_of_a_notification_is_one_dead_letter_and_the_
     assert (letter.reason.code, letter.track_id) == ("event_malformed", None)
     assert letter.reason.message.startswith("Record 2 of 5 in the bucket notification")
     assert letter.reason.message.endswith("is not UTF-8. Nor can 2 more.")
+
+
+async def test_all_tracks_of_a_message_have_one_deadline_and_a_retry_does_those_left_out(
+    topics: MakeTopics, redis_url: str, redis_prefix: str, tracks: dict[str, Path], tmp_path: Path
+) -> None:
+    own = await topics(partitions=1)
+    requests = Counter[str]()
+    message = bucket_notification("music", "slow.mp3", "slow.ogg", "late.flac", "late.m4a")
+
+    async def store(request: web.Request) -> web.Response:
+        name = request.path.rpartition("/")[2]
+        requests[name] += 1
+        if name.startswith("slow"):
+            await asyncio.sleep(3)
+        body = tracks[name.rpartition(".")[2]].read_bytes()
+        return web.Response(body=body, headers={"Last-Modified": LONG_AGO, "ETag": '"e"'})
+
+    app = web.Application()
+    app.router.add_get("/{path:.*}", store)
+    async with running(app) as endpoint:
+        settings = environment(
+            own,
+            redis_url,
+            redis_prefix,
+            TIMBRE_WORKER__TRACK_DEADLINE_S="5",
+            **credentials(endpoint),
+        )
+        async with running_worker(settings, tmp_path / "worker.log"):
+            await send(own, message)
+            letters = await receive(own, own.topic_dead_letter, 2)
+            in_time = await receive_json(own, own.topic_tags, 2)
+            assert requests == {"slow.mp3": 1, "slow.ogg": 1}
+            await retry(Settings(kafka=own))
+            results = await receive_json(own, own.topic_tags, 6)
+    assert in_time.keys() == {"music/slow.mp3", "music/slow.ogg"}, "the second has begun in time"
+    assert results.keys() == {*in_time, "music/late.flac", "music/late.m4a"}
+    assert set(requests.values()) == {1}, "what was done before is answered from the cache"
+    for letter in letters:
+        said = {name: value.decode() for name, value in letter.headers}
+        assert said["timbre-track-id"].startswith("music/late.")
+        assert (said["timbre-reason-code"], said["timbre-retryable"]) == (
+            "deadline_exceeded",
+            "true",
+        )
+        assert "fewer Records" in said["timbre-reason"]
+
+
+async def test_what_kafka_takes_to_accept_a_result_is_no_time_of_the_tracks_behind_it(
+    topics: MakeTopics,
+    redis_url: str,
+    redis_prefix: str,
+    tracks: dict[str, Path],
+    s3: str,
+    tmp_path: Path,
+) -> None:
+    own = await topics(partitions=1)
+    own = own.model_copy(update={"topic_tags": f"{own.topic_tags}-later"})
+    upload(s3, {"a.ogg": tracks["ogg"], "b.opus": tracks["opus"]})
+    settings = environment(
+        own,
+        redis_url,
+        redis_prefix,
+        TIMBRE_KAFKA__REQUEST_TIMEOUT_S="1",
+        TIMBRE_WORKER__TRACK_DEADLINE_S="5",
+        **credentials(s3),
+    )
+    async with running_worker(settings, tmp_path / "worker.log") as worker:
+        await send(own, bucket_notification("music", "a.ogg", "b.opus"))
+        async with asyncio.timeout(60):
+            while not worker.metric("timbre_retries_total", code="publish_failed"):
+                await asyncio.sleep(0.1)
+        await asyncio.sleep(5)
+        await create_topics(own, {own.topic_tags: 1})
+        results = await receive_json(own, own.topic_tags, 2)
+        assert worker.metric("timbre_tracks_total", outcome="dead_letter") == 0
+    assert results.keys() == {"music/a.ogg", "music/b.opus"}
 
 
 async def test_a_server_that_stalls_holds_a_place_only_twice_and_one_that_fails_is_asked_on(

@@ -183,7 +183,7 @@ async def test_an_event_that_is_slow_may_take_until_its_deadline(topics: MakeTop
         await until(lambda: state.why_not_live() is not None, timeout_s=5)
 
 
-async def test_an_event_of_many_tracks_may_take_a_deadline_for_each(
+async def test_a_worker_is_live_while_the_tracks_of_an_event_end_one_after_another(
     topics: MakeTopics, redis_url: str, redis_prefix: str, tmp_path: Path
 ) -> None:
     async def drip(request: web.Request) -> web.StreamResponse:
@@ -205,10 +205,10 @@ async def test_an_event_of_many_tracks_may_take_a_deadline_for_each(
     store = web.Application()
     store.router.add_get("/{key:.*}", drip)
     async with running(store) as s3_endpoint:
-        settings = impatient(own).model_copy(
+        settings = impatient(own, track_deadline_s=3.0).model_copy(
             update={
                 "fetch": FetchSettings(
-                    s3_endpoint=s3_endpoint, stall_timeout_s=0.4, spool_dir=tmp_path
+                    s3_endpoint=s3_endpoint, stall_timeout_s=2.2, spool_dir=tmp_path
                 ),
                 "redis": RedisSettings(url=SecretStr(redis_url), prefix=redis_prefix),
                 "batch": BatchSettings(device="cpu"),
