@@ -70,6 +70,20 @@ def expected_calibration_error(
     return error
 
 
+def chance_calibration_error(confidence: np.ndarray, *, draws: int = 1_000, seed: int = 0) -> float:
+    """What `expected_calibration_error` comes to by chance alone, where confidence is what it says.
+
+    Its mean when each track is right with just that probability (the consistency resampling of
+    Broecker and Smith, 2007): few tracks never show an error of 0.
+    """
+    rng = np.random.default_rng(seed)
+    errors = [
+        expected_calibration_error(confidence, rng.random(len(confidence)) < confidence)
+        for _ in range(draws)
+    ]
+    return float(np.mean(errors))
+
+
 def threshold_for_coverage(confidence: np.ndarray, coverage: float) -> float:
     """Confidence that the most confident `coverage` of tracks reach or exceed."""
     return float(np.quantile(np.asarray(confidence), 1 - coverage))

@@ -357,6 +357,9 @@ def _show(evaluation: "Evaluation") -> None:
     sure = report["coverage"]
     figures = Table("figure", "value")
     figures.add_row("expected calibration error", f"{report['ece']:.3f}")
+    figures.add_row(
+        "the same by chance, of scores that are right", f"{report['ece_by_chance']:.3f}"
+    )
     figures.add_row("negative log-likelihood", f"{report['nll']:.3f}")
     figures.add_row("right at 70 % coverage", f"{sure['accuracy_at_70']:.1%}")
     figures.add_row(

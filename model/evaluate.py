@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from model.bundle import Bundle
-from model.calibration import expected_calibration_error
+from model.calibration import chance_calibration_error, expected_calibration_error
 from model.datasets.dataset import Dataset
 from model.datasets.gtzan import fault_filtered_split
 from model.measure import METHODS, Voted, nll, window_accuracy
@@ -92,6 +92,7 @@ def evaluate(
             for first, second in combinations(METHODS, 2)
         ],
         "ece": expected_calibration_error(confidence, right),
+        "ece_by_chance": chance_calibration_error(confidence, seed=seed),
         "nll": nll(mean.scores, targets, head.kind),
         "coverage": _coverage(confidence, right, bundle.uncertain_threshold),
         "neighbours": {"same_label": _neighbours(predictions, groups)},
@@ -294,7 +295,8 @@ def draw(evaluation: Evaluation, folder: Path) -> Path:
         "reliability",
         _reliability(confidence, hits),
         "Reliability",
-        f"Expected calibration error {report['ece']:.3f}. Bars on the diagonal mean what they say.",
+        f"Expected calibration error {report['ece']:.3f}, of which chance alone gives "
+        f"{report['ece_by_chance']:.3f} in so few tracks. Bars on the diagonal mean what they say.",
     )
     gallery.picture(
         "coverage",

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from model.bundle import Bundle
 from model.calibration import (
     Calibration,
+    chance_calibration_error,
     expected_calibration_error,
     fit_temperature,
     threshold_for_coverage,
@@ -240,6 +241,7 @@ def learn(audio: Windows, archive: Windows, head: Head) -> Genres:
                 for method, scores in voted.items()
             },
             "ece": round(expected_calibration_error(crossed.max(1), right), 4),
+            "ece_by_chance": round(chance_calibration_error(crossed.max(1)), 4),
             "accuracy_at_70_percent_coverage": round(
                 float(right[confidence >= threshold].mean()), 4
             ),

@@ -29,7 +29,7 @@ from model.recipe.music import Recording
 
 log = logging.getLogger(__name__)
 
-HIGH_STRIDE, FLAT_STRIDE = 2, 3  # bands between positions of filters over many bands, over one
+BAND_STRIDE = 3  # bands between positions of a filter
 TOP_MEL = 45.245  # Slaney's mel of 8 kHz
 BATCH = 64
 Item = TypeVar("Item")
@@ -54,7 +54,7 @@ def start(reference: Bundle) -> tuple[Tagger, MusicnnConfig]:
                 filters=branch.filters,
                 taps=-(-branch.taps // 2),
                 height=branch.height,
-                band_stride=HIGH_STRIDE if branch.height > 1 else FLAT_STRIDE,
+                band_stride=BAND_STRIDE,
             )
             for branch in shape.branches
         ),

@@ -5,6 +5,7 @@ from pydantic import ValidationError
 from model.calibration import (
     Calibration,
     Kind,
+    chance_calibration_error,
     expected_calibration_error,
     fit_temperature,
     threshold_for_coverage,
@@ -45,6 +46,15 @@ def test_calibrating_brings_confidence_to_accuracy() -> None:
     assert expected_calibration_error(scores.max(1), right) > 0.1
     assert expected_calibration_error(calibrated.max(1), right) < 0.03
     np.testing.assert_allclose(calibrated.sum(1), 1)
+
+
+def test_few_tracks_show_an_error_of_calibration_by_chance_and_many_do_not() -> None:
+    confidence = np.random.default_rng(1).uniform(0.3, 1, 20_000)
+
+    assert chance_calibration_error(np.ones(50)) == 0
+    assert chance_calibration_error(np.full(100, 0.8)) == pytest.approx(0.0319, abs=0.002)
+    assert chance_calibration_error(confidence[:150]) > 0.05
+    assert chance_calibration_error(confidence, draws=50) < 0.01
 
 
 def test_calibrating_never_changes_the_order() -> None:

@@ -53,6 +53,7 @@ def test_report_has_every_figure(tmp_path: Path) -> None:
     assert np.sum(report["confusion"]) == 12
     assert set(report["f1"]) == set(music.GENRES)
     assert 0 <= report["ece"] <= 1
+    assert 0 < report["ece_by_chance"] < 0.5
     assert report["coverage"]["curve"][-1] == {
         "coverage": 1.0,
         "accuracy": report["track"]["mean"]["accuracy"],
