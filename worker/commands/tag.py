@@ -21,7 +21,6 @@ from schemas.events import Processing
 from worker import console
 from worker.analysis import Analysis
 from worker.errors import SourceInvalid, TimbreError, Unexpected
-from worker.plot import draw_taggrams
 from worker.printable import printable
 from worker.settings import Settings
 from worker.sources import audio
@@ -251,6 +250,8 @@ _REPORTS: dict[str, type[_TableReport] | type[_CsvReport] | type[_JsonReport]] =
 
 def _draw(outcomes: Sequence[Outcome], bundle: Bundle, hop_s: float, picture: Path | None) -> None:
     """The taggrams as pictures: all in the one named, or each in one of its own."""
+    from worker.plot import draw_taggrams  # noqa: PLC0415  # matplotlib loads for half a second
+
     drawn = [(o.source, o.analysis) for o in outcomes if o.analysis is not None]
     if picture is not None:
         pictures = [(picture, drawn)] if drawn else []
