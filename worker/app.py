@@ -123,7 +123,7 @@ class Worker:
             on_bytes=self.metrics.fetched_bytes.inc,
             on_decoder_restart=self.metrics.decoder_restarts.inc,
         )
-        self._cache = Cache(settings.redis, self._tagger.analysis_key, self.metrics)
+        self._cache = Cache(settings.redis, self._tagger.analysis_key, bundle, self.metrics)
         self._publisher = Publisher(settings.kafka)
         self.consumer = Consumer(settings, self.handle, self.metrics)
         self._probe = LagProbe(settings, self.consumer, self.metrics)

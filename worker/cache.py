@@ -20,6 +20,7 @@ import random
 import ssl
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self, cast
 
@@ -31,6 +32,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
+from model.bundle import Bundle
 from schemas.events import TrackTags
 from worker.analysis import Analysis
 from worker.errors import SettingsInvalid
@@ -43,6 +45,8 @@ DOWN_FOR_S = 1.0
 CATCH_UP_BACKOFF_S = (0.5, 5.0)
 CATCH_UP_BYTES = 256 * MIB  # the metadata of events may be a hundred times that of others
 GENRE_HEAD = "genre"
+MAX_BYTES = 16 * MIB  # of an analysis; with the taggram of six hours it has 3 MiB
+SHA256_CHARS = 64
 OUTLIVED_AT_ONCE = 100  # tracks taken out of a genre as one comes in
 
 
@@ -147,11 +151,16 @@ class Cache:
     ----------
     analysis_key
         Says which model and which settings made an analysis; others' are not found.
+    bundle
+        The model; what others than it left under its key is made anew.
     """
 
-    def __init__(self, settings: RedisSettings, analysis_key: str, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: RedisSettings, analysis_key: str, bundle: Bundle, metrics: Metrics
+    ) -> None:
         self._settings = settings
         self._analysis_key = analysis_key
+        self._bundle = bundle
         self._metrics = metrics
         self._keys = Keys(settings.prefix)
         self._redis = connect(settings)
@@ -180,20 +189,21 @@ class Cache:
         """The analysis that answered the same event before."""
         if (missed := self._missed.get(event_id)) is not None:
             return Analysis.from_bytes(missed.analysis)
-        sha256 = await self._get(self._keys.event(event_id))
+        sha256 = await self._get(self._keys.event(event_id), SHA256_CHARS)
         return None if sha256 is None else await self.by_audio(sha256.decode(errors="replace"))
 
     async def by_audio(self, sha256: str) -> Analysis | None:
         """The analysis of the same audio by the same model."""
-        stored = await self._get(self._keys.analysis(sha256, self._analysis_key))
+        stored = await self._get(self._keys.analysis(sha256, self._analysis_key), MAX_BYTES)
         if stored is None:
             return None
-        try:
-            return Analysis.from_bytes(stored)
-        except ValidationError:
-            log.warning("Redis holds an analysis that can't be read; it is made anew")
-            self._metrics.cache.labels("error").inc()
-            return None
+        with suppress(ValidationError):
+            analysis = Analysis.from_bytes(stored)
+            if analysis.audio.sha256 == sha256 and analysis.may_be_of(self._bundle):
+                return analysis
+        log.warning("Redis holds an analysis that can't be right; it is made anew")
+        self._metrics.cache.labels("error").inc()
+        return None
 
     async def remember(self, event_id: str, analysis: Analysis) -> None:
         """Keep an analysis before it is published, so that a redelivery gives the same result."""
@@ -212,15 +222,18 @@ class Cache:
         if self._missed or not await self._try_to_store(result):
             self._miss(result)
 
-    async def _get(self, key: str) -> bytes | None:
+    async def _get(self, key: str, max_bytes: int) -> bytes | None:
+        """The beginning of a value, which may be anybody's and of any length; None of an empty
+        one, which is the same to Redis as none.
+        """
         if self._is_avoided():
             return None
         try:
-            value = await self._redis.get(key)
+            value = await self._redis.getrange(key, 0, max_bytes - 1)
         except (RedisError, OSError) as error:
             self._failed(error)
             return None
-        return cast(bytes | None, value)
+        return cast(bytes, value) or None
 
     async def _try_to_store(self, result: _Result) -> bool:
         if self._is_avoided():

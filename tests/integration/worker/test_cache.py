@@ -1,4 +1,7 @@
 import asyncio
+import json
+import resource
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -6,10 +9,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import trustme
 from pydantic import SecretStr
 from redis.asyncio import Redis
 
+from model.bundle import Bundle, Head
 from schemas.events import (
     AudioFacts,
     AudioRef,
@@ -30,6 +35,19 @@ from worker.settings import MIB, RedisSettings
 
 MODEL = ModelRef(name="model", version="1")
 SHA256 = "ab" * 32
+GENRES = ("jazz", "rock")
+BUNDLE = Bundle(
+    name=MODEL.name,
+    version=MODEL.version,
+    heads=(Head(name="genre", kind="single", labels=GENRES, categories=("genre",) * 2),),
+    sample_rate_hz=16_000,
+    window_s=3.0,
+    embedding_dim=2,
+    uncertain_threshold=0.5,
+    kind="",
+    config={},
+    network=torch.nn.Identity(),
+)
 
 
 @pytest.fixture
@@ -44,7 +62,7 @@ def own_redis(tmp_path: Path) -> Iterator[services.Redis]:
 @asynccontextmanager
 async def cache_at(url: str, prefix: str, key: str = "key", **more: int) -> AsyncIterator[Cache]:
     settings = RedisSettings(url=SecretStr(url), prefix=prefix, timeout_s=1.0, **more)
-    async with Cache(settings, key, Metrics()) as cache:
+    async with Cache(settings, key, BUNDLE, Metrics()) as cache:
         yield cache
 
 
@@ -62,6 +80,14 @@ def analysis(genre: str = "jazz", score: float = 0.9, sha256: str = SHA256) -> A
         taggram=None,
         embedding=[0.6, 0.8],
     )  # fmt: skip
+
+
+def tag(label: str, *, head: str = "genre", score: float = 0.9) -> JsonObject:
+    return {"head": head, "label": label, "category": "genre", "score": score, "share": 1.0}
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 async def store(cache: Cache, track_id: str, found: Analysis, **more: JsonObject) -> str:
@@ -145,15 +171,56 @@ async def test_a_damaged_analysis_is_made_anew(redis_url: str, redis_prefix: str
     await redis.aclose()
 
 
-@pytest.mark.parametrize("embedding", [b"[]", b"[NaN,0.8]", b"[1e999]"])
-async def test_an_analysis_no_event_can_carry_is_made_anew(
-    redis_url: str, redis_prefix: str, embedding: bytes
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("embedding", []),
+        ("embedding", [float("nan"), 0.8]),
+        ("embedding", [float("inf")]),
+        ("embedding", [1.0]),
+        ("embedding", [0.6, 8.0]),
+        ("tags", []),
+        ("tags", [tag("jazz", score=2.0)]),
+        ("tags", [tag("polka")]),
+        ("tags", [tag("jazz", head="mood")]),
+        ("tags", [tag("jazz"), tag("jazz")]),
+        ("windows", {"total": 1, "silent": 1}),
+        ("vote", "none"),
+        ("model", {"name": "model", "version": "2"}),
+        ("audio", analysis(sha256="cd" * 32).model_dump()["audio"]),
+        ("taggram", {"genre": [[0.5]]}),
+        ("taggram", {"genre": [[0.5, 0.5], [0.5, 0.5]]}),
+        ("taggram", {"mood": [[0.5, 0.5]]}),
+        ("taggram", {str(head): [] for head in range(100_000)}),
+    ],
+)
+async def test_an_analysis_that_the_model_cannot_have_made_is_made_anew(
+    redis_url: str, redis_prefix: str, field: str, value: object
 ) -> None:
     redis = Redis.from_url(redis_url)
-    changed = analysis().to_bytes().replace(b"[0.6,0.8]", embedding)
+    changed = json.dumps(analysis().model_dump(mode="json") | {field: value})
     await redis.set(f"{redis_prefix}cache:{SHA256}:key", changed)
     async with cache_at(redis_url, redis_prefix) as cache:
         assert await cache.by_audio(SHA256) is None
+    await redis.aclose()
+
+
+@pytest.mark.parametrize("field", ["tags", "embedding", "taggram"])
+@pytest.mark.parametrize("size_bytes", [4 * MIB, 32 * MIB])
+async def test_an_enormous_analysis_takes_neither_long_nor_much_memory(
+    redis_url: str, redis_prefix: str, field: str, size_bytes: int
+) -> None:
+    redis = Redis.from_url(redis_url)
+    wrong = "[" + "{}," * (size_bytes // 3) + "{}]"
+    whole = json.dumps(analysis().model_dump(mode="json") | {field: "here"})
+    value = whole.replace('"here"', f'{{"genre": {wrong}}}' if field == "taggram" else wrong)
+    await redis.set(f"{redis_prefix}cache:{SHA256}:key", value)
+    async with cache_at(redis_url, redis_prefix) as cache:
+        peak, began_s = peak_bytes(), time.perf_counter()
+        assert await cache.by_audio(SHA256) is None
+        assert time.perf_counter() - began_s < 1.5, "12 s for 4 MiB with an error for each"
+        assert peak_bytes() - peak < 1024 * MIB, "5 GB"
+    await redis.delete(f"{redis_prefix}cache:{SHA256}:key")
     await redis.aclose()
 
 
