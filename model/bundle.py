@@ -179,6 +179,8 @@ def _resolve(path: Path | str | None) -> Path:
 
 
 def _read_bytes(path: Path, max_bytes: int) -> bytes:
+    if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        raise BundleInvalid(f"{path} is not a file")
     try:
         with path.open("rb") as file:
             raw = file.read(max_bytes + 1)
@@ -204,6 +206,8 @@ def _check_values(folder: Path, tensors: dict[str, Tensor]) -> None:
             raise BundleInvalid(
                 f"{folder / WEIGHTS}: {name} is {tensor.dtype}, expected torch.float32"
             )
+        if not tensor.numel():  # its other sizes may be such as no array can have
+            raise BundleInvalid(f"{folder / WEIGHTS}: {name} is empty")
         if not bool(tensor.isfinite().all()):
             raise BundleInvalid(f"{folder / WEIGHTS}: {name} has values that are not finite")
 

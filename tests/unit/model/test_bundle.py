@@ -1,4 +1,6 @@
 import json
+import os
+import struct
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -221,6 +223,24 @@ def test_an_oversized_manifest_is_refused(folder: Path) -> None:
     (folder / "model.json").write_bytes(b" " * (MAX_MANIFEST_BYTES + 1))
 
     with pytest.raises(BundleInvalid, match="larger than"):
+        Bundle.load(folder)
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
+def test_a_pipe_is_not_waited_for(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+
+    with pytest.raises(BundleInvalid, match=f"{name} is not a file"):
+        Bundle.load(folder)
+
+
+def test_an_empty_tensor_of_impossible_sizes_is_refused(folder: Path) -> None:
+    told = {"a": {"dtype": "F32", "shape": [2**31, 2**31, 0], "data_offsets": [0, 0]}}
+    header = json.dumps(told).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+
+    with pytest.raises(BundleInvalid, match="a is empty"):
         Bundle.load(folder)
 
 
