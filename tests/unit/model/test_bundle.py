@@ -1,7 +1,7 @@
 import json
 import os
-import struct
 import pickle
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
