@@ -272,6 +272,24 @@ async def test_what_redis_missed_is_stored_once_it_is_back(
         await redis.aclose()
 
 
+async def test_of_what_redis_missed_the_newest_results_are_kept(
+    own_redis: services.Redis, redis_prefix: str
+) -> None:
+    async with cache_at(own_redis.address, redis_prefix, catch_up_max=2) as cache:
+        own_redis.stop()
+        for number in range(5):
+            await store(cache, f"t{number}", analysis(sha256=f"{number:064x}"))
+
+        own_redis.start()
+        redis = Redis.from_url(own_redis.address)
+        async with asyncio.timeout(20):
+            while not await redis.exists(f"{redis_prefix}track:t4"):
+                await asyncio.sleep(0.05)
+        kept = await redis.keys(f"{redis_prefix}track:*")
+        assert set(kept) == {f"{redis_prefix}track:t{number}".encode() for number in (3, 4)}
+        await redis.aclose()
+
+
 async def test_what_redis_missed_takes_bounded_memory(
     redis_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -249,6 +249,28 @@ async def test_an_event_whose_handling_raises_is_tried_again(topics: MakeTopics)
     assert await committed(own, 1) == 10
 
 
+async def test_a_consumer_that_dies_is_built_anew_and_goes_on_where_it_was(
+    topics: MakeTopics,
+) -> None:
+    own = await topics(partitions=1)
+    done = Counter[int]()
+    dying = list[asyncio.Task[object]]()
+
+    async def die_at_the_tenth(record: Record, _: Rest) -> None:
+        if record.offset == 10 and not dying:
+            await until(lambda: all(done[offset] for offset in range(10)))
+            assert consumer._app is not None
+            dying.append(asyncio.create_task(consumer._app.stop()))
+            await asyncio.Event().wait()
+        done[record.offset] += 1
+
+    await send(own, 50)
+    async with consuming(settings_of(own), die_at_the_tenth) as consumer:
+        await until(lambda: len(done) == 50)
+    assert [done[offset] for offset in range(11)] == [1] * 11, "what was done before was committed"
+    assert await committed(own, 1) == 50
+
+
 CONSUMER_THAT_STAYS = """
 import asyncio, sys
 from worker.app import run_worker
