@@ -4,7 +4,6 @@ A command imports what it needs when it runs, so that `timbre --help` stays quic
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -105,7 +104,7 @@ def train(  # noqa: PLR0917
             device=device,
             resume=resume,
             work=work,
-            progress=Progress(step=step, say=lambda line: bar.console.print(line, highlight=False)),
+            progress=Progress(step=step, say=bar.console.print),
         )
     console.print(f"{out}: {bundle.name}, version {bundle.version}")
 
@@ -157,7 +156,7 @@ def evaluate(  # noqa: PLR0917
         (out / "report.json").write_text(text + "\n", encoding="utf-8")
         _console().print(f"pictures: {page}")
     if as_json:
-        print(json.dumps(evaluation.report, ensure_ascii=False))
+        _print_json(evaluation.report)
     else:
         _show(evaluation)
 
@@ -226,10 +225,10 @@ def info(bundle: BundlePath = None, as_json: AsJson = False) -> None:
         "figures": loaded.figures,
     }
     if as_json:
-        print(json.dumps(told, ensure_ascii=False))
+        _print_json(told)
         return
     console = _console()
-    console.print(f"{loaded.name}, version {loaded.version}", style="bold", highlight=False)
+    console.print(f"{loaded.name}, version {loaded.version}", style="bold")
     console.print(
         f"{loaded.window_s} s windows of {loaded.sample_rate_hz} Hz audio, "
         f"{told['parameters']:,} parameters, embeddings of {loaded.embedding_dim} numbers"
@@ -301,13 +300,19 @@ def recipe(
 
 def _console() -> "Console":
     """Standard error: standard output is for what a program may read."""
-    from rich.console import Console
+    from worker.console import err
 
-    return Console(stderr=True)
+    return err()
+
+
+def _print_json(told: dict[str, Any]) -> None:
+    from worker.console import json_line
+
+    json_line(json.dumps(told, ensure_ascii=False))
 
 
 def _say(line: str) -> None:
-    _console().print(line, highlight=False, soft_wrap=True)
+    _console().print(line, soft_wrap=True)
 
 
 def _bar(*, training: bool = False) -> "Bar":
@@ -324,21 +329,21 @@ def _bar(*, training: bool = False) -> "Bar":
 
 def _show(evaluation: "Evaluation") -> None:
     """The report as tables."""
-    from rich.console import Console
     from rich.table import Table
 
     from model.evaluate import PAIRED, curves, label_cells, paired_rows
+    from worker.console import out
 
-    console, report = Console(file=sys.stdout), evaluation.report
+    console, report = out(), evaluation.report
     console.print(
         f"{report['bundle']['name']} {report['bundle']['version']} on {report['dataset']}, "
         f"split {report['split']}: {report['tracks']} tracks, {report['window']['count']} windows",
         highlight=False,
     )
     for caveat in report["caveats"]:
-        console.print(caveat, style="bold", highlight=False)
+        console.print(caveat, style="bold")
     for name, reason in report["skipped"].items():
-        console.print(f"skipped {name}: {reason}", highlight=False)
+        console.print(f"skipped {name}: {reason}")
     votes = Table("vote", "accuracy", "95 % interval", "NLL")
     votes.add_row("one window", f"{report['window']['accuracy']:.1%}", "", "")
     for method, figures in report["track"].items():

@@ -1,9 +1,11 @@
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from model.bundle import Bundle
 from worker.cli import main
 
 TIMBRE = Path(sys.executable).with_name("timbre")
@@ -90,3 +92,20 @@ def test_letters_to_retry_are_chosen_in_one_way(
 ) -> None:
     assert run(monkeypatch, "dead-letters", "retry", *choice) == 1
     assert "--all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_labels_are_shown_as_they_are_and_steer_no_terminal(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    form: tuple[str, ...],
+) -> None:
+    bundle = Bundle.load("fast")
+    head, *others = bundle.heads
+    odd = head.model_copy(update={"labels": ("[/x]", "[red]\u202e", *head.labels[2:])})
+    replace(bundle, heads=(odd, *others)).save(tmp_path / "odd", card="")
+    assert run(monkeypatch, "model", "info", str(tmp_path / "odd"), *form) == 0
+    said = capsys.readouterr()
+    assert "[/x]" in said.out + said.err
+    assert r"[red]\u202e" in said.out + said.err
