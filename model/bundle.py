@@ -19,11 +19,12 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from model.calibration import Calibration
+from model.folder import make_folder
 from model.frontend import LogMel
 from model.heads import Head
 from model.invalid import first_fault
 from model.network import Output, Tagger, build
-from worker.errors import BundleInvalid
+from worker.errors import BundleInvalid, SettingsInvalid
 
 __all__ = ["Bundle", "Calibration", "Head", "Output"]
 
@@ -158,6 +159,18 @@ class Bundle:
         (path / MANIFEST).write_text(text + "\n", encoding="utf-8")
         (path / CARD).write_text(card, encoding="utf-8")
         return Bundle.load(path)
+
+
+def make_bundle_folder(out: Path) -> None:
+    """Make the folder that a bundle is to be saved to, before the work that leads to it.
+
+    Raises SettingsInvalid where it can't be, or where saving would overwrite what is no bundle's.
+    """
+    make_folder(out)
+    if (out / CARD).exists() and not (out / MANIFEST).exists():
+        raise SettingsInvalid(
+            f"{out} is no bundle's folder, and its {CARD} would be overwritten: name another"
+        )
 
 
 def shipped() -> Sequence[str]:

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.bundle import Bundle
-from model.folder import make_folder
+from model.bundle import Bundle, make_bundle_folder
 from model.frontend import LogMelConfig
 from model.heads import Head
 from model.network import Branch, MusicnnConfig, build
@@ -91,11 +90,11 @@ def import_musicnn(out: Path, *, network: Network = "MSD_musicnn") -> Bundle:
 
     Needs pip and a package index; raises BundleInvalid when the wheel can't be had.
     """
+    make_bundle_folder(out)
     with TemporaryDirectory() as folder:
         wheel = fetch_wheel(Path(folder))
         bundle = folded(read_checkpoint(wheel, network), network)
         text = licence(wheel)
-    make_folder(out)
     (out / "LICENSE.musicnn.md").write_text(text, encoding="utf-8")
     return bundle.save(out, card=_CARD.format(network=network, wheel=REQUIREMENT, licence=text))
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.augment import Augmentation, Augmenter
-from model.bundle import Bundle
+from model.bundle import Bundle, make_bundle_folder
 from model.calibration import Calibration, fit_temperature, threshold_for_coverage
 from model.datasets.dataset import Dataset
 from model.datasets.logmels import LogMelSource, open_source
@@ -170,8 +170,8 @@ def train(
     progress = progress or Progress()
     work = work or out.with_name(out.name + ".work")
     where = choose_device(device)
-    for folder in (out, work):
-        make_folder(folder)
+    make_bundle_folder(out)
+    make_folder(work)
     dataset = _with_splits(dataset, seed)
     plan = _plan(dataset, recipe, start)
     source, dataset = open_source(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.bundle import Bundle
+from model.bundle import Bundle, make_bundle_folder
 from model.folder import make_folder
 from model.heads import Head
 from model.musicnn import REQUIREMENT, fetch_wheel, folded, licence, read_checkpoint
@@ -60,8 +60,7 @@ def build_shipped(
     scale = scale or Scale()
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    for folder in (out, work):
-        make_folder(folder)
+    _make_folders(out, work)
     wheel = fetch_wheel(work)
     reference = folded(read_checkpoint(wheel, "MSD_musicnn"))
     assert isinstance(reference.network, Tagger)
@@ -139,6 +138,12 @@ def build_shipped(
     )
     whole = MusicnnConfig.model_validate(reference.config)
     return finish("default", reference.network, whole, {}), fast
+
+
+def _make_folders(out: Path, work: Path) -> None:
+    make_folder(work)
+    for name in ("default", "fast"):
+        make_bundle_folder(out / name)
 
 
 def _archive(path: Path) -> dict[str, Any]:

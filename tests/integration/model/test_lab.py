@@ -145,6 +145,22 @@ def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     assert told == f"timbre: {tmp_path}/table.xlsx: features are saved as .csv or .parquet\n"
 
 
+def test_a_bundle_overwrites_no_folder_of_something_else(tmp_path: Path) -> None:
+    notes = tmp_path / "README.md"
+    notes.write_text("mine")
+    archive = music.archive(tmp_path / "a.npz", clips=24)
+    for command in (
+        ("train", "--dataset", archive, "--out", tmp_path),
+        ("import", "musicnn", "--out", tmp_path),
+    ):
+        told = refused(*command)
+        assert told == (
+            f"timbre: {tmp_path} is no bundle's folder, and its README.md would be overwritten: "
+            "name another\n"
+        )
+    assert notes.read_text() == "mine"
+
+
 def test_a_data_set_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
     told = refused("compare", "-d", tmp_path / "none", "-o", tmp_path / "out")
     assert told == f"timbre: {tmp_path}/none does not exist\n"
