@@ -1,3 +1,4 @@
+import hashlib
 import os
 from base64 import b64decode
 
@@ -143,6 +144,7 @@ async def test_a_value_too_large_for_the_topic_is_left_out_and_naming_its_letter
     headers = dict(message.headers)
     assert message.value is None
     assert headers["timbre-value-omitted-bytes"] == str(len(value)).encode()
+    assert headers["timbre-value-omitted-sha256"] == hashlib.sha256(value).hexdigest().encode()
     assert await dead_letters.retry(Settings(kafka=own)) == []
     await fill(own)
     with pytest.raises(SourceInvalid, match=f"0:0 can't be sent again.* {own.topic_new} 0:0"):

@@ -22,13 +22,14 @@ from tests.integration.worker.test_consumer import (
     settings_of,
     until,
 )
+from tests.unit.worker.test_batch import MARK, Hanging, Tracks, batcher_of, noise
 from tests.web import running
 from worker import consumer as consumer_module
 from worker import health, kafka
 from worker.app import Worker
 from worker.batch import Batcher
 from worker.consumer import Consumer, Handle, Rest
-from worker.errors import SettingsInvalid
+from worker.errors import DeviceHung, SettingsInvalid
 from worker.health import Health, HttpServer, LagProbe
 from worker.metrics import Metrics
 from worker.record import Record
@@ -318,6 +319,29 @@ async def test_a_worker_without_partitions_is_live_while_the_others_lag(
         await until(lambda: lags() == [0, 0, 5])
         await asyncio.sleep(3 * STALLED_AFTER_S)
         assert [state.why_not_live() is None for state in states].count(True) == 2
+
+
+async def test_a_worker_on_whose_device_batches_hang_is_not_live(topics: MakeTopics) -> None:
+    settings = settings_of(await topics())
+    metrics = Metrics()
+    network = Hanging()
+
+    async def handle(record: Record, rest: Rest) -> None: ...
+
+    async with batcher_of(network, timeout_s=0.3, max_stuck=1) as batcher:
+        consumer = Consumer(settings, handle, metrics)
+        state = Health(settings.worker, LagProbe(settings, consumer, metrics), consumer, batcher)
+        async with (
+            HttpServer(HttpSettings(port=0), metrics, state) as server,
+            aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as http,
+        ):
+            async with http.get("/health/live") as answer:
+                assert answer.status == 200
+            with pytest.raises(DeviceHung):
+                await Tracks(batcher).send("hung", noise(1, first=MARK))
+            async with http.get("/health/live") as answer:
+                assert answer.status == 503
+        network.release.set()
 
 
 async def test_the_port_serves_metrics_and_health_and_nothing_else(topics: MakeTopics) -> None:
