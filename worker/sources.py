@@ -174,8 +174,8 @@ def _row(table: Path, line: int, row: dict[str, str], column: str, priority: Pri
     if not named or extra:
         fault = "more cells than the header" if extra else f"no {column}"
         raise SourceInvalid(f"{place}: {fault}.")
-    if FOREIGN_URL.match(named) and not is_url(named):
-        raise SourceInvalid(f"{place}: {named} can't be fetched.")
+    if "\0" in named or (FOREIGN_URL.match(named) and not is_url(named)):
+        raise SourceInvalid(f"{place}: {_short(named)} can't be fetched.")
     uri = named if is_url(named) else (table.parent / named).resolve().as_uri()
     name, sha256 = row.pop("track_id", "") or None, row.pop("sha256", "") or None
     metadata: dict[str, JsonValue] = {key: value for key, value in row.items() if value}

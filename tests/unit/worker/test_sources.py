@@ -125,6 +125,7 @@ def test_a_table_names_tracks_with_ids_and_metadata(folder: Path) -> None:
         ("uri,sha256\nhttps://a/b,zz\n", "line 2: sha256"),
         ("uri\nhttps://a/b,more\n", "line 2: more cells"),
         ("uri\nftp://a/b.mp3\n", "line 2: ftp://a/b.mp3 can't be fetched"),
+        ("path\na\0.mp3\n", "line 2: a\0.mp3 can't be fetched"),
     ],
 )
 def test_a_faulty_table_names_the_line_and_the_fault(tmp_path: Path, text: str, fault: str) -> None:
