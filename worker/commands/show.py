@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import cast
 
+from pydantic import ValidationError
 from redis.exceptions import RedisError
 from rich.text import Text
 
@@ -56,7 +57,7 @@ async def stored(settings: RedisSettings, track_id: str) -> Stored:
     Raises
     ------
     TrackUnknown
-        There is none, or it expired.
+        There is none, it expired, or it can't be read.
     ServicesUnavailable
         Redis does not answer.
     """
@@ -75,4 +76,11 @@ async def stored(settings: RedisSettings, track_id: str) -> Stored:
             "failed (timbre dead-letters list), or the id is another (timbre submit prints ids, "
             "into a pipe or a file those of any number of tracks)."
         )
-    return Stored(TrackTags.from_bytes(value), ttl_s if ttl_s >= 0 else None)
+    try:
+        result = TrackTags.from_bytes(value)
+    except ValidationError as error:
+        raise TrackUnknown(
+            f"What Redis holds of {track_id} is no result of this version of Timbre; have the "
+            "track tagged again."
+        ) from error
+    return Stored(result, ttl_s if ttl_s >= 0 else None)

@@ -253,6 +253,10 @@ async def test_a_track_is_shown_from_redis(
     assert TrackTags.from_bytes(capsys.readouterr().out.encode()) == result("t-1")
     with pytest.raises(TrackUnknown, match="t-2"):
         await asyncio.to_thread(show_track, settings, "t-2", as_json=False)
+    async with Redis.from_url(redis_url) as client:
+        await client.hset(Keys(redis_prefix).track("t-3"), "result", b"{}")
+    with pytest.raises(TrackUnknown, match="tagged again"):
+        await asyncio.to_thread(show_track, settings, "t-3", as_json=False)
 
 
 async def test_show_without_redis_says_what_to_check() -> None:
