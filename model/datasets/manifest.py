@@ -7,6 +7,7 @@ Columns by any of these names: `path` (relative to the manifest), `label` or `ge
 
 import csv
 import re
+from collections import Counter
 from pathlib import Path
 
 from model.datasets.dataset import Clip, Dataset, Skipped, recordings, split_name
@@ -76,7 +77,7 @@ def _table(path: Path) -> tuple[list[dict[str, str]], dict[str, str]]:
             rows.append({column: cell.strip() for column, cell in row.items()})
         header = reader.fieldnames or ()
     names = [name.strip().lower() for name in header]
-    if twice := sorted({name for name in names if name and names.count(name) > 1}):
+    if twice := sorted(name for name, count in Counter(names).items() if name and count > 1):
         raise DatasetInvalid(f"{path} has two columns {', '.join(twice)}; give one another name")
     return rows, dict(zip(names, header, strict=True))
 
