@@ -373,7 +373,7 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         secrets_dir = os.environ.get("TIMBRE_SECRETS_DIR")
-        if secrets_dir is None:
+        if not secrets_dir:
             return init_settings, env_settings
         files = NestedSecretsSettingsSource(
             file_secret_settings,
@@ -394,6 +394,7 @@ def load(**sections: object) -> Settings:
         names it without showing secrets.
     """
     _refuse_unknown_sections()
+    _refuse_unread_secrets()
     try:
         return Settings(**sections)  # type: ignore[arg-type]  # pydantic checks what comes in
     except ValidationError as error:
@@ -416,6 +417,22 @@ def _refuse_unknown_sections() -> None:
             raise SettingsInvalid(
                 f"{name} belongs to no section; those are "
                 f"{', '.join(each.upper() for each in Settings.model_fields)}."
+            )
+
+
+def _refuse_unread_secrets() -> None:
+    """What is no file of the folder itself, as where a link leads out of it, pydantic passes over:
+    the worker would do without a password that its operator gave.
+    """
+    if not (named := os.environ.get("TIMBRE_SECRETS_DIR")) or not (folder := Path(named)).is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        section, found, _ = path.name.partition("__")
+        if not found or section.lower() not in Settings.model_fields:
+            continue
+        if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+            raise SettingsInvalid(
+                f"{path} is not read: a secret must be a file that lies in TIMBRE_SECRETS_DIR."
             )
 
 

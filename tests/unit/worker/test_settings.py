@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,41 @@ def test_an_error_does_not_show_the_value_of_a_secret(monkeypatch: pytest.Monkey
 
 def test_the_page_of_settings_is_up_to_date() -> None:
     assert (DOCS / "configuration.md").read_text() == settings_table.table()
+
+
+@pytest.mark.parametrize("kind", ["link out", "folder", "pipe", "link to nothing"])
+def test_a_secret_that_is_no_file_of_the_folder_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    folder = tmp_path / "secrets"
+    folder.mkdir()
+    monkeypatch.setenv("TIMBRE_SECRETS_DIR", str(folder))
+    secret, outside = folder / "redis__password", tmp_path / "password"
+    outside.write_text("secret")
+    if kind == "folder":
+        secret.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(secret)
+    else:
+        secret.symlink_to(outside if kind == "link out" else "nowhere")
+    with pytest.raises(SettingsInvalid, match="redis__password is not read"):
+        load()
+
+
+def test_secrets_are_read_as_kubernetes_lays_them_out_beside_those_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIMBRE_SECRETS_DIR", str(tmp_path))
+    (tmp_path / "..2026").mkdir()
+    (tmp_path / "..2026" / "redis__password").write_text("secret")
+    (tmp_path / "..data").symlink_to("..2026")
+    (tmp_path / "redis__password").symlink_to("..data/redis__password")
+    (tmp_path / "other__folder").mkdir()
+    password = load().redis.password
+    assert password is not None
+    assert password.get_secret_value() == "secret"
+
+
+def test_an_empty_name_of_the_secrets_folder_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIMBRE_SECRETS_DIR", "")
+    assert load().redis.password is None
