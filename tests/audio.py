@@ -1,6 +1,7 @@
 """Audio for tests, made and encoded here."""
 
 import struct
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -68,7 +69,10 @@ def encode(
             np.ascontiguousarray(signal.T), format="fltp", layout=LAYOUTS[channels]
         )
         frame.sample_rate = rate_hz
-        for _ in range(times):
+        frame.time_base = Fraction(1, rate_hz)
+        for number in range(times):
+            # Else no container tells where, after the encoder's delay, the sound begins.
+            frame.pts = number * len(signal)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
