@@ -331,29 +331,22 @@ def _show(evaluation: "Evaluation") -> None:
     """The report as tables."""
     from rich.table import Table
 
-    from model.evaluate import PAIRED, curves, label_cells, paired_rows
+    from model.evaluate import PAIRED, VOTES, curves, label_cells, paired_rows, vote_rows
     from worker.console import out
 
     console, report = out(), evaluation.report
     console.print(
         f"{report['bundle']['name']} {report['bundle']['version']} on {report['dataset']}, "
-        f"split {report['split']}: {report['tracks']} tracks, {report['window']['count']} windows",
-        highlight=False,
+        f"split {report['split']}: {report['tracks']} tracks, {report['window']['count']} windows"
     )
     for caveat in report["caveats"]:
         console.print(caveat, style="bold")
     for name, reason in report["skipped"].items():
         console.print(f"skipped {name}: {reason}")
-    votes = Table("vote", "accuracy", "95 % interval", "NLL")
+    votes = Table(*VOTES)
     votes.add_row("one window", f"{report['window']['accuracy']:.1%}", "", "")
-    for method, figures in report["track"].items():
-        low, high = figures["interval"]
-        votes.add_row(
-            f"track, {method}",
-            f"{figures['accuracy']:.1%}",
-            f"{low:.1%} to {high:.1%}",
-            f"{figures['nll']:.3f}",
-        )
+    for method, *cells in vote_rows(report):
+        votes.add_row(f"track, {method}", *cells)
     console.print(votes)
     pairs = Table("votes, paired", *PAIRED[1:])
     for row in paired_rows(report):

@@ -234,7 +234,21 @@ def _mean(values: dict[str, float]) -> float | None:
 # For people ----------------------------------------------------------------------------------
 
 
+VOTES = ("vote", "accuracy", "95 % interval", "NLL")
 PAIRED = ("votes", "difference", "95 % interval", "only first / second right", "p")
+
+
+def vote_rows(report: dict[str, Any]) -> list[list[str]]:
+    """What `VOTES` heads: each vote over the tracks."""
+    return [
+        [
+            method,
+            f"{figures['accuracy']:.1%}",
+            f"{figures['interval'][0]:.1%} to {figures['interval'][1]:.1%}",
+            f"{figures['nll']:.3f}",
+        ]
+        for method, figures in report["track"].items()
+    ]
 
 
 def paired_rows(report: dict[str, Any]) -> list[list[str]]:
@@ -273,14 +287,7 @@ def draw(evaluation: Evaluation, folder: Path) -> Path:
     gallery = Gallery(folder, f"{report['bundle']['name']} on {report['dataset']}")
     for caveat in report["caveats"]:
         gallery.note(caveat)
-    gallery.table(
-        "Accuracy over tracks",
-        ["vote", "accuracy", "95 % interval", "NLL"],
-        [
-            [method, f"{f['accuracy']:.1%}", _span(f["interval"]), f"{f['nll']:.3f}"]
-            for method, f in report["track"].items()
-        ],
-    )
+    gallery.table("Accuracy over tracks", list(VOTES), vote_rows(report))
     gallery.table("Votes, paired", list(PAIRED), paired_rows(report))
     gallery.table(
         "By label",
@@ -369,7 +376,3 @@ def _taggram(windows: NDArray[np.float32], labels: tuple[str, ...]) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, label="probability")
     return figure
-
-
-def _span(interval: list[float]) -> str:
-    return f"{interval[0]:.1%} to {interval[1]:.1%}"

@@ -129,7 +129,6 @@ def build_shipped(
             figures=figures,
         )
         folder = out / name
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "LICENSE.musicnn.md").write_text(licence(wheel), encoding="utf-8")
         return bundle.save(folder, card=card(bundle))
 

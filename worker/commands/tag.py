@@ -34,7 +34,6 @@ CSV_COLUMNS = (
     "source", "head", "label", "category", "score", "share", "uncertain", "error", "message",
 )  # fmt: skip
 
-DATA = ("csv", "json")
 FORMULAS = ("=", "+", "-", "@")
 
 Source = tuple[str, str | SourceInvalid]
@@ -120,11 +119,11 @@ async def _tag_all(
     sources = list(_sources(files))
     outcomes = []
     shown, in_terminal = console.out(), sys.stdout.isatty()
-    report = _REPORTS[form](shown)
+    report: Report = _TableReport(shown) if form == "table" else _DATA[form]()
     with console.progress(
         shown if in_terminal else console.err(),  # one console keeps the bar below what it shows
         "Tagging",
-        wanted=len(sources) > 1 and not (in_terminal and form in DATA),
+        wanted=len(sources) > 1 and not (in_terminal and form in _DATA),
     ) as progress:
         task = progress.add_task("", total=len(sources))
         async with (
@@ -190,9 +189,6 @@ async def _tag_one(tagger: Tagger, source: str, uri: str | SourceInvalid) -> Out
 class _JsonReport:
     """One object a line."""
 
-    def __init__(self, _: Console) -> None:
-        pass
-
     def add(self, outcome: Outcome) -> None:
         console.json_line(json.dumps(outcome.to_json(), ensure_ascii=False))
 
@@ -200,7 +196,7 @@ class _JsonReport:
 class _CsvReport:
     """A row for every tag; a file without tags has one row with its error."""
 
-    def __init__(self, _: Console) -> None:
+    def __init__(self) -> None:
         self._writer = csv.writer(sys.stdout, lineterminator="\n")
         self._writer.writerow(CSV_COLUMNS)
 
@@ -241,11 +237,7 @@ def _cell(text: str) -> str:
     return printable(f"'{text}" if text.startswith(FORMULAS) else text)
 
 
-_REPORTS: dict[str, type[_TableReport] | type[_CsvReport] | type[_JsonReport]] = {
-    "table": _TableReport,
-    "csv": _CsvReport,
-    "json": _JsonReport,
-}
+_DATA: dict[str, type[_CsvReport] | type[_JsonReport]] = {"csv": _CsvReport, "json": _JsonReport}
 
 
 def _draw(outcomes: Sequence[Outcome], bundle: Bundle, hop_s: float, picture: Path | None) -> None:
