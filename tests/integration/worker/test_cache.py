@@ -16,7 +16,6 @@ from redis.asyncio import Redis
 
 from model.bundle import Bundle, Head
 from schemas.events import (
-    AudioFacts,
     AudioRef,
     JsonObject,
     ModelRef,
@@ -25,6 +24,7 @@ from schemas.events import (
     Tag,
     WindowCounts,
 )
+from tests.audio import audio_facts
 from worker import cache as cache_module
 from worker import publish, services
 from worker.analysis import Analysis
@@ -68,10 +68,7 @@ async def cache_at(url: str, prefix: str, key: str = "key", **more: int) -> Asyn
 
 def analysis(genre: str = "jazz", score: float = 0.9, sha256: str = SHA256) -> Analysis:
     return Analysis(
-        audio=AudioFacts(
-            uri="file:///a.mp3", sha256=sha256, size_bytes=1, container="mp3", codec="mp3",
-            sample_rate_hz=44_100, channels=2, duration_s=3.0,
-        ),
+        audio=audio_facts(sha256=sha256),
         tags=[Tag(head="genre", label=genre, category="genre", score=score, share=1.0)],
         uncertain=False,
         windows=WindowCounts(total=1, silent=0),

@@ -7,7 +7,6 @@ from redis.asyncio import Redis
 from rich.console import Console
 
 from schemas.events import (
-    AudioFacts,
     DeadLetter,
     ModelRef,
     NewTrack,
@@ -16,6 +15,7 @@ from schemas.events import (
     TrackTags,
     WindowCounts,
 )
+from tests.audio import audio_facts
 from tests.conftest import MakeTopics
 from worker import kafka
 from worker.cache import Keys
@@ -34,16 +34,7 @@ def result(track_id: str) -> TrackTags:
     return TrackTags(
         event_id="e",
         track_id=track_id,
-        audio=AudioFacts(
-            uri=f"https://cdn.example/{track_id}.mp3",
-            sha256="0" * 64,
-            size_bytes=1,
-            container="mp3",
-            codec="mp3",
-            sample_rate_hz=44_100,
-            channels=2,
-            duration_s=61.0,
-        ),
+        audio=audio_facts(uri=f"https://cdn.example/{track_id}.mp3", duration_s=61.0),
         tags=[Tag(head="genre", label="jazz", category="genre", score=0.8125, share=0.9)],
         uncertain=False,
         windows=WindowCounts(total=20, silent=1),

@@ -15,7 +15,6 @@ from schemas import generate
 from schemas.asyncapi import EXAMPLE_CLOUD_EVENT, EXAMPLE_NOTIFICATION, document
 from schemas.compatibility import breaks
 from schemas.events import (
-    AudioFacts,
     DeadLetterHeaders,
     ModelRef,
     NewTrack,
@@ -25,6 +24,7 @@ from schemas.events import (
     TrackTags,
     WindowCounts,
 )
+from tests.audio import audio_facts
 from worker.errors import AudioNotFound, ResultTooLarge
 from worker.intake import read
 from worker.publish import Headers, Publisher
@@ -50,16 +50,7 @@ def tags(**changes: Any) -> TrackTags:
     fields: dict[str, Any] = {
         "event_id": "e",
         "track_id": "t",
-        "audio": AudioFacts(
-            uri="http://h/t",
-            sha256="ab" * 32,
-            size_bytes=1,
-            container="mp3",
-            codec="mp3float",
-            sample_rate_hz=44100,
-            channels=2,
-            duration_s=1.5,
-        ),
+        "audio": audio_facts(uri="http://h/t", sha256="ab" * 32, codec="mp3float", duration_s=1.5),
         "tags": [Tag(head="genre", label="jazz", category="genre", score=0.9, share=1.0)],
         "uncertain": False,
         "windows": WindowCounts(total=2, silent=1),

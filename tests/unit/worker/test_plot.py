@@ -5,7 +5,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from model.bundle import Bundle
-from schemas.events import AudioFacts, ModelRef, WindowCounts
+from schemas.events import ModelRef, WindowCounts
+from tests.audio import audio_facts
 from worker.analysis import Analysis
 from worker.plot import _draw_panel, draw_taggrams
 
@@ -13,16 +14,7 @@ from worker.plot import _draw_panel, draw_taggrams
 def test_a_picture_is_drawn_whatever_the_name_of_the_file(tmp_path: Path) -> None:
     bundle = Bundle.load()
     analysis = Analysis(
-        audio=AudioFacts(
-            uri="file:///a.mp3",
-            sha256="0" * 64,
-            size_bytes=1,
-            container="mp3",
-            codec="mp3",
-            sample_rate_hz=44_100,
-            channels=2,
-            duration_s=3.0,
-        ),
+        audio=audio_facts(),
         tags=[],
         uncertain=False,
         windows=WindowCounts(total=1, silent=0),
