@@ -19,7 +19,7 @@ from worker.analysis import Analysis
 from worker.batch import Batcher, BatchObserver, Ticket, WindowOutputs
 from worker.decode import Block, DecodedFacts, DecoderPool
 from worker.errors import DeadlineExceeded
-from worker.fetch import Fetcher, Sleep, SpooledAudio
+from worker.fetch.fetcher import Fetcher, Sleep, SpooledAudio
 from worker.settings import Settings
 from worker.vote import vote
 

@@ -18,7 +18,7 @@ from worker.errors import (
     TimbreError,
     UriUnsupported,
 )
-from worker.fetch import Fetcher
+from worker.fetch.fetcher import Fetcher
 from worker.settings import FetchSettings
 
 AUDIO = bytes(range(256)) * 8000

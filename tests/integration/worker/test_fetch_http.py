@@ -37,9 +37,9 @@ from worker.errors import (
     TimbreError,
     UriUnsupported,
 )
-from worker.fetch import Fetcher
+from worker.fetch.fetcher import Fetcher
+from worker.fetch.spool import SpoolFile
 from worker.settings import FetchSettings
-from worker.spool import SpoolFile
 
 AUDIO = bytes(range(256)) * 2000
 SHA256 = hashlib.sha256(AUDIO).hexdigest()

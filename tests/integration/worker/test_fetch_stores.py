@@ -31,8 +31,8 @@ from worker.errors import (
     TimbreError,
     UriUnsupported,
 )
-from worker.fetch import Fetcher
-from worker.object_stores import location
+from worker.fetch.fetcher import Fetcher
+from worker.fetch.object_stores import location
 from worker.settings import FetchSettings
 
 AUDIO = os.urandom(700_000)

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from worker.errors import FetchFailed, UriUnsupported
-from worker.fetch import Fetcher
+from worker.fetch.fetcher import Fetcher
 from worker.settings import FetchSettings
 
 NOWHERE = "http://127.0.0.1:9"

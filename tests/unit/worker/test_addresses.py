@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
-from worker.addresses import MAX_ADDRESSES, AddressRules, PublicResolver, check_url, shown
 from worker.errors import AddressRefused, UriUnsupported
+from worker.fetch.addresses import MAX_ADDRESSES, AddressRules, PublicResolver, check_url, shown
 
 PUBLIC = ["8.8.8.8", "1.1.1.1", "185.199.108.153", "2606:4700::1111", "2a00:1450:4001::200e"]
 TRANSLATED_PUBLIC = ["::ffff:8.8.8.8", "64:ff9b::8.8.8.8", "2002:808:808::1"]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from worker.downloads import retry_after_s
+from worker.fetch.downloads import retry_after_s
 
 
 @pytest.mark.parametrize(("value", "seconds"), [("0", 0), (" 120 ", 120), ("999999999", 999999999)])

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from worker.errors import AudioTooLarge, FetchUnavailable, SettingsInvalid, SpoolFull
-from worker.spool import Room, Share, Spool, in_thread
+from worker.fetch.spool import Room, Share, Spool, in_thread
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from worker.spool import Spool
+from worker.fetch.spool import Spool
 spool = Spool(Path(sys.argv[1]), max_bytes=100, max_file_bytes=100)
 spool.open()
 spool.file()._path.write_bytes(b"left behind")

@@ -17,7 +17,6 @@ from obstore.exceptions import (
 )
 from obstore.store import AzureStore, GCSStore, S3Store
 
-from worker.addresses import shown
 from worker.errors import (
     AudioNotFound,
     FetchFailed,
@@ -27,9 +26,10 @@ from worker.errors import (
     SettingsInvalid,
     UriUnsupported,
 )
-from worker.pace import paced
+from worker.fetch.addresses import shown
+from worker.fetch.pace import paced
+from worker.fetch.spool import SpoolFile
 from worker.settings import FetchSettings
-from worker.spool import SpoolFile
 
 if TYPE_CHECKING:
     from obstore.store import AzureConfig, ClientConfig, GCSConfig, RetryConfig, S3Config

@@ -22,8 +22,6 @@ from tenacity import (
 )
 from tenacity.stop import stop_base
 
-from worker.addresses import shown
-from worker.downloads import Downloads
 from worker.errors import (
     ChecksumMismatch,
     FetchFailed,
@@ -33,10 +31,12 @@ from worker.errors import (
     TimbreError,
     UriUnsupported,
 )
-from worker.local_files import LocalFiles
-from worker.object_stores import ObjectStores
+from worker.fetch.addresses import shown
+from worker.fetch.downloads import Downloads
+from worker.fetch.local_files import LocalFiles
+from worker.fetch.object_stores import ObjectStores
+from worker.fetch.spool import Spool, SpooledAudio, SpoolFile
 from worker.settings import FetchSettings
-from worker.spool import Spool, SpooledAudio, SpoolFile
 
 __all__ = ["Fetcher", "SpooledAudio"]
 

@@ -28,7 +28,6 @@ from aiohttp.connector import Connection
 from aiohttp.http import HttpProcessingError, RawResponseMessage
 from yarl import URL
 
-from worker.addresses import AddressRules, PublicResolver, check_url, shown
 from worker.errors import (
     AddressRefused,
     AudioNotFound,
@@ -39,9 +38,10 @@ from worker.errors import (
     RedirectLimit,
     UriUnsupported,
 )
-from worker.pace import paced
+from worker.fetch.addresses import AddressRules, PublicResolver, check_url, shown
+from worker.fetch.pace import paced
+from worker.fetch.spool import WRITE_BYTES, SpoolFile
 from worker.settings import FetchSettings
-from worker.spool import WRITE_BYTES, SpoolFile
 
 COMPLETE = {200, 203}
 REDIRECTS = {301, 302, 303, 307, 308}

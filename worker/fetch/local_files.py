@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
-from worker.addresses import shown
 from worker.errors import (
     AddressRefused,
     AudioNotFound,
@@ -16,7 +15,8 @@ from worker.errors import (
     FetchUnavailable,
     UriUnsupported,
 )
-from worker.spool import SpoolFile, in_thread
+from worker.fetch.addresses import shown
+from worker.fetch.spool import SpoolFile, in_thread
 
 READ_BYTES = 1024 * 1024
 FILE_URI = re.compile(r"file:(?://(?:localhost)?(?=/)|(?!//))(/.*)", re.IGNORECASE | re.DOTALL)

@@ -4,8 +4,8 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterable, Sized
 from typing import TypeVar
 
-from worker.addresses import shown
 from worker.errors import FetchTooSlow
+from worker.fetch.addresses import shown
 from worker.settings import FetchSettings
 
 Piece = TypeVar("Piece", bound=Sized)
