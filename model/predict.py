@@ -20,7 +20,7 @@ from model.datasets.resynthesis import Resynthesis
 from model.frontend import LogMelConfig
 from model.heads import Head
 from model.network import Output, Tagger
-from worker.decoder import Decoder
+from worker.decode.decoder import Decoder
 from worker.errors import DatasetInvalid, DecodeFailed
 from worker.settings import WindowSettings
 from worker.windows import WindowCutter, is_silent

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.datasets.dataset import Clip, Dataset, LogMels, Skipped
 from model.frontend import LogMel, LogMelConfig, floored, normalise
-from worker.decoder import Decoder
+from worker.decode.decoder import Decoder
 from worker.errors import DatasetInvalid, DecodeFailed
 
 MAX_CLIP_S = 600.0  # of a longer clip the first ten minutes count

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.recipe import coarse
-from worker.decoder import decode_samples
+from worker.decode.decoder import decode_samples
 from worker.errors import DecodeFailed
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from model.datasets import load
 from model.datasets.logmels import logmel_of
 from model.frontend import LogMel, floored, normalise
 from model.logmel_cnn import ARCHIVE_FRONT_END
-from worker.decoder import decode_samples
+from worker.decode.decoder import decode_samples
 
 RATE_HZ, FRAMES = ARCHIVE_FRONT_END.sample_rate_hz, ARCHIVE_FRONT_END.frames
 WINDOW_SAMPLES = 3 * RATE_HZ

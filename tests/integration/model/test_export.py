@@ -12,7 +12,7 @@ import torch
 from model.bundle import Bundle
 from tests import collections_of_music as music
 from tests.integration.model.command import done, refused
-from worker.decoder import decode_samples
+from worker.decode.decoder import decode_samples
 
 RECIPE = {"batch": 8, "network": {"channels": [8, 16], "balance": [0.5]}}
 

@@ -21,7 +21,7 @@ from model.musicnn import (
 )
 from model.network import Tagger
 from tests.integration.model.command import done, refused
-from worker.decoder import decode_samples
+from worker.decode.decoder import decode_samples
 from worker.errors import BundleInvalid
 
 # From the wheel's own description, for its example with the network `MTT_musicnn`.

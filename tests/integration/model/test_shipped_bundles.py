@@ -8,7 +8,7 @@ import torch
 
 from model.bundle import Bundle, shipped
 from tests.audio import encode
-from worker.decoder import decode_samples
+from worker.decode.decoder import decode_samples
 from worker.vote import Verdict, vote
 from worker.windows import WindowCutter, cut
 

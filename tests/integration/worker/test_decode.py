@@ -18,9 +18,9 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.audio import ENCODINGS, encode, encode_as, noise, tone, wav
-from worker import decoder_process
-from worker.decode import Block, DecodedFacts, DecoderPool, Decoding
-from worker.decoder import decode_windows
+from worker.decode import process as decoder_process
+from worker.decode.decoder import decode_windows
+from worker.decode.pool import Block, DecodedFacts, DecoderPool, Decoding
 from worker.errors import (
     AudioTooLong,
     AudioUnreadable,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.audio import ENCODINGS, LOSSLESS, encode, encode_as, noise, tone, wav
-from worker.decoder import Decoder, decode_samples, decode_windows
+from worker.decode.decoder import Decoder, decode_samples, decode_windows
 from worker.errors import (
     AudioEmpty,
     AudioTooLong,
@@ -252,7 +252,7 @@ def test_damage_neither_loses_nor_repeats_what_packed_frames_gave(
 
         packed = decoded_or_error(path)
         with monkeypatch.context() as patch:
-            patch.setattr("worker.decoder.PACKED_CONTAINERS", set[str]())
+            patch.setattr("worker.decode.decoder.PACKED_CONTAINERS", set[str]())
             single = decoded_or_error(path)
 
         assert packed == single

@@ -1,6 +1,6 @@
 """What runs inside a decoder process: takes tracks over a socket, writes windows to shared memory.
 
-Started by the pool as `python -m worker.decoder_process CONTROL_FD MEMORY_FD`. Audio from outsiders
+Started by the pool as `python -m worker.decode.process CONTROL_FD MEMORY_FD`. Audio from outsiders
 meets FFmpeg here and nowhere else: the process holds no secrets, can write no file, has bounds on
 its memory, and dies with its worker. It speaks JSON, one message a datagram, so that a decoder
 taken over by its input can't make the worker unpickle anything.
@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from worker.decoder import Decoder
+from worker.decode.decoder import Decoder
 from worker.errors import DecoderCrashed, TimbreError, Unexpected
 from worker.malloc import keep_freed_memory
 from worker.windows import WindowCutter, Windows, cut, is_silent

@@ -27,9 +27,9 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from worker import decoder_process
-from worker.decoder import DecodedFacts
-from worker.decoder_process import MESSAGE_BYTES, Message, Setup
+from worker.decode import process as decoder_process
+from worker.decode.decoder import DecodedFacts
+from worker.decode.process import MESSAGE_BYTES, Message, Setup
 from worker.errors import (
     AudioEmpty,
     AudioTooLong,
@@ -539,7 +539,7 @@ class _Deadline:
 
 def _environment() -> dict[str, str]:
     """The decoder's whole environment: our modules, one thread, none of our secrets."""
-    root = str(Path(decoder_process.__file__).parent.parent)
+    root = str(Path(decoder_process.__file__).parents[2])
     return {
         "PYTHONPATH": os.pathsep.join((root, *filter(None, sys.path))),
         "PYTHONUTF8": "1",

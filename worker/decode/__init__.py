@@ -1,0 +1,1 @@
+"""Audio becomes windows: `pool` in the worker, `process` and `decoder` outside it."""
