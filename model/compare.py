@@ -47,7 +47,7 @@ from model.heads import Head
 from model.logmel_cnn import ARCHIVE_FRONT_END, LogMelCnnConfig, build_logmel_cnn
 from model.pictures import Gallery, canvas
 from model.train import Precision
-from worker.device import choose_device
+from worker.batch.device import choose_device
 from worker.errors import DatasetInvalid
 
 QUICK_CLIPS = 6  # of each label and split

@@ -34,7 +34,7 @@ from model.invalid import first_fault
 from model.logmel_cnn import BATCH, MAX_EMBEDDING_DIM, LogMelCnnConfig, narrowed
 from model.measure import METHODS, Voted, nll, window_accuracy
 from model.network import Tagger, build
-from worker.device import choose_device
+from worker.batch.device import choose_device
 from worker.errors import CheckpointInvalid, DatasetInvalid, SettingsInvalid
 
 Fit = Literal["all", "train"]

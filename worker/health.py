@@ -18,7 +18,7 @@ from aiokafka.errors import KafkaError
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from worker import kafka
-from worker.batch import Batcher
+from worker.batch.batcher import Batcher
 from worker.consumer import Consumer
 from worker.errors import SettingsInvalid
 from worker.metrics import Metrics

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from model.bundle import Bundle
 from schemas.events import AudioFacts, ModelRef, Priority, Tag, WindowCounts
 from worker.analysis import Analysis
-from worker.batch import Batcher, BatchObserver, Ticket, WindowOutputs
+from worker.batch.batcher import Batcher, BatchObserver, Ticket, WindowOutputs
 from worker.decode.pool import Block, DecodedFacts, DecoderPool
 from worker.errors import DeadlineExceeded
 from worker.fetch.fetcher import Fetcher, Sleep, SpooledAudio

@@ -22,7 +22,7 @@ import torch
 
 from model.bundle import Bundle
 from tests.audio import encode_as
-from worker.device import Engine
+from worker.batch.device import Engine
 from worker.settings import BatchSettings
 
 CORES = len(os.sched_getaffinity(0))

@@ -27,7 +27,7 @@ from tests.web import running
 from worker import consumer as consumer_module
 from worker import health, kafka
 from worker.app import Worker
-from worker.batch import Batcher
+from worker.batch.batcher import Batcher
 from worker.consumer import Consumer, Handle, Rest
 from worker.errors import DeviceHung, SettingsInvalid
 from worker.health import Health, HttpServer, LagProbe

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from model.bundle import Bundle, Head
 from schemas.events import Priority
-from worker.batch import Batcher, Ticket, WindowOutputs
-from worker.device import Buffer
+from worker.batch.batcher import Batcher, Ticket, WindowOutputs
+from worker.batch.device import Buffer
 from worker.errors import (
     DeadlineExceeded,
     DeviceHung,

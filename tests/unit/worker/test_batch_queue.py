@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from schemas.events import Priority
+from worker.batch.fair_queue import FairQueue, Piece, Request, Ticket
 from worker.errors import TrackCancelled
-from worker.fair_queue import FairQueue, Piece, Request, Ticket
 
 NOW = 1000.0
 

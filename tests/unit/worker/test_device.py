@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from worker.device import (
+from worker.batch.device import (
     DECODE_S_PER_WINDOW,
     Crew,
     Engine,
@@ -219,7 +219,7 @@ async def test_a_hung_thread_is_left_behind_and_others_go_on() -> None:
 def test_a_hung_thread_does_not_hold_up_the_end_of_the_process() -> None:
     program = """
 import asyncio, threading
-from worker.device import Crew
+from worker.batch.device import Crew
 from worker.errors import DeviceHung
 
 async def main():

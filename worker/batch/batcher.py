@@ -1,8 +1,8 @@
 """The batcher: windows of many tracks become batches, batches go through the device, and every
 track gets its own outputs back, or its own error.
 
-Which windows go into a batch is the queue's business (worker/fair_queue.py), how a batch is run
-the engine's (worker/device.py). docs/batching.md tells the rules to operators.
+Which windows go into a batch is the queue's business (`fair_queue`), how a batch is run the
+engine's (`device`). docs/batching.md tells the rules to operators.
 """
 
 import asyncio
@@ -12,7 +12,8 @@ from typing import Protocol, Self
 
 from model.bundle import Bundle
 from schemas.events import Priority
-from worker.device import Buffer, Engine, WindowOutputs
+from worker.batch.device import Buffer, Engine, WindowOutputs
+from worker.batch.fair_queue import FairQueue, Piece, Request, Samples, Ticket
 from worker.errors import (
     DeadlineExceeded,
     DeviceHung,
@@ -22,7 +23,6 @@ from worker.errors import (
     TrackCancelled,
     WorkerStopping,
 )
-from worker.fair_queue import FairQueue, Piece, Request, Samples, Ticket
 from worker.settings import BatchSettings
 
 __all__ = ["BatchObserver", "Batcher", "Ticket", "WindowOutputs"]
