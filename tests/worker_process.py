@@ -16,7 +16,7 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.structs import ConsumerRecord
 
-from worker import kafka
+from worker.kafka import connection
 from worker.settings import KafkaSettings
 
 TIMBRE = Path(sys.executable).with_name("timbre")
@@ -95,7 +95,7 @@ async def send(
     own: KafkaSettings, *events: Mapping[str, Any] | bytes, topic: str | None = None
 ) -> None:
     """Publish events; a mapping becomes JSON under its track id."""
-    async with AIOKafkaProducer(**kafka.client_options(own)) as producer:
+    async with AIOKafkaProducer(**connection.client_options(own)) as producer:
         for event in events:
             if isinstance(event, bytes):
                 await producer.send_and_wait(topic or own.topic_new, event)
@@ -115,7 +115,7 @@ async def receive(
     async with (
         asyncio.timeout(timeout_s),
         AIOKafkaConsumer(
-            topic, **kafka.client_options(own), auto_offset_reset="earliest"
+            topic, **connection.client_options(own), auto_offset_reset="earliest"
         ) as reader,
     ):
         while len(messages) < count:

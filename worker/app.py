@@ -29,7 +29,6 @@ from schemas.events import NewTrack, Priority, Processing
 from worker import intake, logs, publish
 from worker.analysis import Analysis
 from worker.cache import Cache
-from worker.consumer import Consumer, Rest
 from worker.errors import (
     BundleInvalid,
     ConsumerLost,
@@ -46,10 +45,11 @@ from worker.errors import (
     WorkerStopping,
 )
 from worker.health import Health, HttpServer, LagProbe
+from worker.kafka.consumer import Consumer, Rest
+from worker.kafka.record_batches import bounded_unpacking
 from worker.metrics import Metrics
 from worker.publish import Publisher
 from worker.record import Record
-from worker.record_batches import bounded_unpacking
 from worker.settings import Settings
 from worker.tagger import Tagger, Timings
 

@@ -11,8 +11,8 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.structs import ConsumerRecord
 
 from schemas.events import DeadLetter, FailureReason, ModelRef, Origin, OriginalMessage
-from worker import kafka
 from worker.errors import DeadLetterNotFound, SourceInvalid
+from worker.kafka import connection
 from worker.publish import HEADER
 from worker.settings import KafkaSettings, Settings
 
@@ -71,7 +71,7 @@ async def retry(
     """
     sent, origins = list[Place](), set[tuple[str, int, int]]()
     async with (
-        kafka.started(kafka.producer(settings.kafka), settings.kafka) as producer,
+        connection.started(connection.producer(settings.kafka), settings.kafka) as producer,
         aclosing(_chosen(settings.kafka, places)) as messages,
     ):
         async for message in messages:
@@ -191,9 +191,9 @@ async def _read(
 ) -> AsyncGenerator["ConsumerRecord[bytes, bytes]", None]:
     """The topic from its beginning, or one partition from an offset, to what is its end now."""
     consumer = AIOKafkaConsumer(
-        **kafka.client_options(settings), group_id=None, enable_auto_commit=False
+        **connection.client_options(settings), group_id=None, enable_auto_commit=False
     )
-    async with kafka.started(consumer, settings):
+    async with connection.started(consumer, settings):
         partitions = await _partitions(consumer, settings.topic_dead_letter)
         if start is not None:
             partitions = [tp for tp in partitions if tp.partition == start[0]]

@@ -17,10 +17,10 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from worker import kafka
 from worker.batch.batcher import Batcher
-from worker.consumer import Consumer
 from worker.errors import SettingsInvalid
+from worker.kafka import connection
+from worker.kafka.consumer import Consumer
 from worker.metrics import Metrics
 from worker.settings import HttpSettings, Settings, WorkerSettings
 
@@ -74,7 +74,7 @@ class LagProbe:
 
     async def _watch(self) -> None:
         group = AIOKafkaConsumer(
-            **kafka.client_options(self._settings.kafka),
+            **connection.client_options(self._settings.kafka),
             group_id=self._settings.kafka.group,
             enable_auto_commit=False,
             auto_offset_reset="earliest",  # as the worker's own consumer

@@ -19,9 +19,9 @@ from aiokafka.errors import (
 )
 
 from schemas.events import ModelRef, NewTrack, Processing, TrackFeatures, TrackTags
-from worker import kafka
 from worker.analysis import Analysis
 from worker.errors import PublishFailed, ResultTooLarge, TimbreError
+from worker.kafka import connection
 from worker.record import Record
 from worker.settings import KafkaSettings
 
@@ -87,7 +87,7 @@ class Publisher:
         self._producer: AIOKafkaProducer
 
     async def __aenter__(self) -> Self:
-        self._producer = kafka.producer(self._settings)
+        self._producer = connection.producer(self._settings)
         try:
             await self._producer.start()
         except KafkaError as error:

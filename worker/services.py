@@ -28,7 +28,7 @@ from aiokafka.errors import KafkaError, for_code
 
 from worker.errors import ServicesUnavailable
 from worker.jars import Progress, kafka_jars
-from worker.kafka import client_options
+from worker.kafka.connection import client_options
 from worker.settings import KafkaSettings, ServicesSettings, Settings, child_environment
 
 HOST = "127.0.0.1"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from aiokafka.errors import KafkaError
 
 from schemas.events import NewTrack
-from worker import kafka
+from worker.kafka import connection
 from worker.settings import KafkaSettings
 
 MAX_UNCONFIRMED = 1000
@@ -39,7 +39,7 @@ async def submit(
     submission = Submission()
     room = asyncio.Semaphore(MAX_UNCONFIRMED)
     async with (
-        kafka.started(kafka.producer(settings), settings) as producer,
+        connection.started(connection.producer(settings), settings) as producer,
         asyncio.TaskGroup() as group,
     ):
 

@@ -10,9 +10,9 @@ from aiokafka.structs import ConsumerRecord
 from pydantic import ValidationError
 
 from schemas.events import DeadLetter, TrackTags
-from worker import kafka
 from worker.dead_letters import parse
 from worker.errors import ServicesUnavailable
+from worker.kafka import connection
 from worker.settings import KafkaSettings
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Watch:
             self._topics.append(settings.topic_dead_letter)
         self._consumer = AIOKafkaConsumer(
             *self._topics,
-            **kafka.client_options(settings) | {"request_timeout_ms": REQUEST_TIMEOUT_MS},
+            **connection.client_options(settings) | {"request_timeout_ms": REQUEST_TIMEOUT_MS},
             group_id=None,
             auto_offset_reset="earliest" if from_beginning else "latest",
         )
@@ -88,4 +88,4 @@ class Watch:
                 f"Kafka at {servers} has no topic {' or '.join(self._topics)}; make it, or name "
                 "the topics in use with TIMBRE_KAFKA__TOPIC_*."
             )
-        return kafka.unreachable(self._settings, error)
+        return connection.unreachable(self._settings, error)

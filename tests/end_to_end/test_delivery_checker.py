@@ -9,7 +9,7 @@ from aiokafka import AIOKafkaProducer
 
 from tests.conftest import MakeTopics
 from tests.faults.checker import Checker, Topics, Verdict
-from worker import kafka
+from worker.kafka import connection
 from worker.settings import KafkaSettings
 
 
@@ -51,7 +51,7 @@ class Topic:
     async def verdict(self) -> Verdict:
         own = self.own
         topics = Topics((own.topic_new,), own.topic_tags, own.topic_features, own.topic_dead_letter)
-        async with Checker(kafka.client_options(own), topics) as checker:
+        async with Checker(connection.client_options(own), topics) as checker:
             await checker.read_to_end()
             return checker.verdict()
 
@@ -59,7 +59,7 @@ class Topic:
 @pytest.fixture
 async def topic(topics: MakeTopics) -> AsyncIterator[Topic]:
     own = await topics()
-    async with AIOKafkaProducer(**kafka.client_options(own)) as producer:
+    async with AIOKafkaProducer(**connection.client_options(own)) as producer:
         yield Topic(own, producer)
 
 

@@ -28,9 +28,9 @@ from redis.asyncio import Redis as AsyncRedis
 
 from tests.faults.audio_server import AudioServer
 from tests.faults.checker import Checker, Topics, Verdict, track_id
-from worker import kafka
 from worker.cache import connect
 from worker.jars import kafka_jars
+from worker.kafka.connection import client_options
 from worker.services import Kafka, Redis, Security, create_topics
 from worker.settings import KafkaSettings, RedisSettings, ServicesSettings
 
@@ -430,7 +430,7 @@ class Stand:
     @property
     def connection(self) -> dict[str, Any]:
         """By which aiokafka reaches the broker."""
-        return kafka.client_options(self.kafka_settings)
+        return client_options(self.kafka_settings)
 
     @asynccontextmanager
     async def lane(

@@ -31,8 +31,8 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from rich.console import Console
 from rich.table import Table
 
-from worker import kafka
 from worker.demo.music import sample_tracks
+from worker.kafka import connection
 from worker.services import Addresses, create_topics, local_services, topics_of
 from worker.settings import KafkaSettings, load
 
@@ -150,7 +150,7 @@ def _worker(addresses: Addresses, bundle: str) -> Iterator[None]:
 async def _tag_all(settings: KafkaSettings, tracks: Sequence[Path]) -> float:
     """Seconds from the first event sent to the last result read."""
     waiting = {track.stem for track in tracks}
-    options = kafka.client_options(settings)
+    options = connection.client_options(settings)
     async with (
         AIOKafkaConsumer(
             settings.topic_tags, settings.topic_dead_letter, **options, group_id=None

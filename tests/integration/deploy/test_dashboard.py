@@ -22,7 +22,7 @@ import yaml
 
 from tests.conftest import MakeTopics
 from tests.unit.deploy.compose import ROOT, services
-from worker.kafka import producer
+from worker.kafka.connection import producer
 from worker.settings import KafkaSettings
 
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy/grafana/dashboards/timbre.json").read_text())

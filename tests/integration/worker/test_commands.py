@@ -17,13 +17,13 @@ from schemas.events import (
 )
 from tests.audio import audio_facts
 from tests.conftest import MakeTopics
-from worker import kafka
 from worker.cache import Keys
 from worker.commands import dead_letters
 from worker.commands.show import show_track
 from worker.commands.submit import submit_tracks
 from worker.commands.watch import print_line, watch_results
 from worker.errors import ServicesUnavailable, TrackUnknown
+from worker.kafka import connection
 from worker.settings import KafkaSettings, RedisSettings, Settings, load
 from worker.sources import tracks
 from worker.submit import submit
@@ -53,7 +53,7 @@ def result(track_id: str) -> TrackTags:
 
 
 async def publish(settings: KafkaSettings, topic: str, value: bytes) -> None:
-    async with kafka.producer(settings) as producer:
+    async with connection.producer(settings) as producer:
         await producer.send_and_wait(topic, value)
 
 
@@ -62,7 +62,7 @@ async def events(settings: KafkaSettings, topic: str, count: int) -> list[NewTra
     from aiokafka import AIOKafkaConsumer
 
     consumer = AIOKafkaConsumer(
-        topic, **kafka.client_options(settings), auto_offset_reset="earliest"
+        topic, **connection.client_options(settings), auto_offset_reset="earliest"
     )
     async with consumer, asyncio.timeout(30):
         return [NewTrack.from_bytes((await consumer.getone()).value) for _ in range(count)]
@@ -191,7 +191,7 @@ async def test_what_others_wrote_steers_no_terminal(
     async with Redis.from_url(redis_url) as client:
         await client.hset(Keys(redis_prefix).track(told.track_id), "result", told.to_bytes())
     await publish(settings.kafka, settings.kafka.topic_tags, told.to_bytes())
-    async with kafka.producer(settings.kafka) as producer:
+    async with connection.producer(settings.kafka) as producer:
         await producer.send_and_wait(
             settings.kafka.topic_dead_letter,
             steering.encode(),
@@ -266,7 +266,7 @@ async def test_dead_letters_are_listed_shown_and_sent_again(
         "track-id": "t-1",
     }
     event = next(tracks(["https://cdn.example/a.mp3"])).to_bytes()
-    async with kafka.producer(settings.kafka) as producer:
+    async with connection.producer(settings.kafka) as producer:
         sent = await producer.send_and_wait(
             settings.kafka.topic_dead_letter,
             event,

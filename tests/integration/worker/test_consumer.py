@@ -12,9 +12,9 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from tests.conftest import MakeTopics
 from tests.worker_process import environment
-from worker import consumer as consumer_module
-from worker import kafka
-from worker.consumer import MAX_RESTING, Consumer, Handle, Rest
+from worker.kafka import connection
+from worker.kafka import consumer as consumer_module
+from worker.kafka.consumer import MAX_RESTING, Consumer, Handle, Rest
 from worker.metrics import Metrics
 from worker.record import Record
 from worker.settings import KafkaSettings, Settings, WorkerSettings
@@ -42,7 +42,7 @@ def settings_of(own: KafkaSettings, **worker: object) -> Settings:
 
 
 async def send(own: KafkaSettings, count: int = EVENTS, topic: str | None = None) -> None:
-    async with AIOKafkaProducer(**kafka.client_options(own)) as producer:
+    async with AIOKafkaProducer(**connection.client_options(own)) as producer:
         for number in range(count):
             key = str(number).encode()
             await producer.send(topic or own.topic_new, key, key=key, headers=[("n", key)])
@@ -52,7 +52,7 @@ async def committed(own: KafkaSettings, partitions: int) -> int:
     """The group's committed offsets, added up."""
     tps = [TopicPartition(own.topic_new, number) for number in range(partitions)]
     async with AIOKafkaConsumer(
-        **kafka.client_options(own), group_id=own.group, enable_auto_commit=False
+        **connection.client_options(own), group_id=own.group, enable_auto_commit=False
     ) as reader:
         reader.assign(tps)
         return sum([await reader.committed(tp) or 0 for tp in tps])
@@ -274,7 +274,7 @@ async def test_a_consumer_that_dies_is_built_anew_and_goes_on_where_it_was(
 CONSUMER_THAT_STAYS = """
 import asyncio, sys
 from worker.app import run_worker
-from worker.consumer import Consumer
+from worker.kafka.consumer import Consumer
 from worker.settings import load
 
 async def stay():

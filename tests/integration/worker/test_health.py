@@ -24,13 +24,14 @@ from tests.integration.worker.test_consumer import (
 )
 from tests.unit.worker.test_batch import MARK, Hanging, Tracks, batcher_of, noise
 from tests.web import running
-from worker import consumer as consumer_module
-from worker import health, kafka
+from worker import health
 from worker.app import Worker
 from worker.batch.batcher import Batcher
-from worker.consumer import Consumer, Handle, Rest
 from worker.errors import DeviceHung, SettingsInvalid
 from worker.health import Health, HttpServer, LagProbe
+from worker.kafka import connection
+from worker.kafka import consumer as consumer_module
+from worker.kafka.consumer import Consumer, Handle, Rest
 from worker.metrics import Metrics
 from worker.record import Record
 from worker.settings import (
@@ -126,7 +127,9 @@ async def test_an_event_sent_in_a_transaction_leaves_no_lag_behind(topics: MakeT
     ):
         await until(lambda: consumer.assigned)
         async with (
-            AIOKafkaProducer(**kafka.client_options(own), transactional_id=own.group) as producer,
+            AIOKafkaProducer(
+                **connection.client_options(own), transactional_id=own.group
+            ) as producer,
             producer.transaction(),
         ):
             await producer.send_and_wait(own.topic_new, b"an event", partition=0)
@@ -222,7 +225,7 @@ async def test_a_worker_is_live_while_the_tracks_of_an_event_end_one_after_anoth
         ):
             work = asyncio.create_task(worker.run())
             await until(lambda: worker.consumer.assigned)
-            async with AIOKafkaProducer(**kafka.client_options(own)) as producer:
+            async with AIOKafkaProducer(**connection.client_options(own)) as producer:
                 await producer.send_and_wait(
                     own.topic_new, json.dumps({"Records": notified}).encode()
                 )

@@ -5,7 +5,7 @@ import time
 
 from aiokafka.client import AIOKafkaClient
 
-from worker.kafka import client_options
+from worker.kafka.connection import client_options
 from worker.settings import KafkaSettings
 
 

@@ -16,10 +16,10 @@ from schemas.events import ModelRef
 from tests.conftest import MakeTopics
 from worker import dead_letters, intake
 from worker.errors import EventMalformed, EventTooLarge, SourceInvalid
-from worker.kafka import client_options
+from worker.kafka.connection import client_options
+from worker.kafka.record_batches import bounded_unpacking
 from worker.publish import Publisher
 from worker.record import UNREAD, Record
-from worker.record_batches import bounded_unpacking
 from worker.settings import MIB, Settings
 
 MODEL = ModelRef(name="model", version="1")

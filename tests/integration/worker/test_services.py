@@ -17,7 +17,7 @@ from tests.tls import issue_security
 from worker import services
 from worker.errors import ServicesUnavailable
 from worker.jars import kafka_jars
-from worker.kafka import client_options, producer
+from worker.kafka.connection import client_options, producer
 from worker.services import Kafka, Redis, Security, create_topics, local_services
 from worker.settings import KafkaSettings, Settings, load
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.ledger import Ledger
+from worker.kafka.ledger import Ledger
 
 
 @given(st.permutations(range(12)))

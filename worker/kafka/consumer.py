@@ -21,8 +21,8 @@ import faust
 from faust.types import TP, EventT
 
 from worker.errors import ConsumerLost
-from worker.kafka import faust_credentials
-from worker.ledger import Ledger
+from worker.kafka.connection import faust_credentials
+from worker.kafka.ledger import Ledger
 from worker.metrics import Metrics
 from worker.record import Record
 from worker.settings import Settings

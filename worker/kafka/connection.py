@@ -12,8 +12,8 @@ from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaError
 from faust.auth import SASLCredentials, SSLCredentials
 
-from worker import record_batches
 from worker.errors import ServicesUnavailable, SettingsInvalid
+from worker.kafka import record_batches
 from worker.settings import KafkaSettings
 
 MAX_REQUEST_OVERHEAD_BYTES = 1024 * 1024

@@ -1,0 +1,1 @@
+"""Events in, and acknowledged: `consumer` and its `ledger`; `connection` for all who ask Kafka."""
