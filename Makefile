@@ -27,7 +27,7 @@ lock:  ## Resolve all locks anew: hashes and versions only; needs uv.
 	uv pip compile pyproject.toml --constraint requirements.lock --generate-hashes --universal \
 	    --python-version 3.11 --no-header --no-annotate --quiet | awk '/^[^ ]/ { cuda = \
 	    /^(torch|torchaudio|triton|nvidia-|cuda-)/ } { print > ("deploy/requirements" (cuda ? "-cuda" : "") ".lock") }'
-	$(BIN)/python -m worker.jars
+	$(BIN)/python -m worker.services.jars
 
 demo: setup  ## Tag sample tracks on a real Kafka and Redis; MUSIC=DIR for your own, KEEP=1 to keep it running.
 	$(BIN)/timbre demo $(if $(MUSIC),--music "$(MUSIC)") $(if $(KEEP),--keep)

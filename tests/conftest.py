@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from worker.demo.music import Sample, sample_tracks
-from worker.services import create_topics, local_services, topics_of
+from worker.services.local import local_services
+from worker.services.topics import create_topics, topics_of
 from worker.settings import KafkaSettings, Settings, load
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from worker.services import Security
+from worker.services.service import Security
 
 
 def issue_security(folder: Path, user: str, password: str) -> Security:

@@ -30,7 +30,7 @@ from tests.worker_process import (
     send,
 )
 from worker.dead_letters import list_dead_letters, retry
-from worker.services import create_topics
+from worker.services.topics import create_topics
 from worker.settings import KafkaSettings, Settings
 
 SUFFIXES = ("mp3", "flac", "ogg", "m4a", "opus")

@@ -9,7 +9,7 @@ import psutil
 from tests.faults.scenarios import Outcome, conclude, require, scenario
 from tests.faults.stand import Lane, Stand, Worker, until
 from tests.tls import issue_security
-from worker.services import Security
+from worker.services.service import Security
 
 USER, PASSWORD = "alice", "correct-horse-battery"
 SERVED = ("/metrics", "/health/live", "/health/ready")

@@ -29,9 +29,12 @@ from redis.asyncio import Redis as AsyncRedis
 from tests.faults.audio_server import AudioServer
 from tests.faults.checker import Checker, Topics, Verdict, track_id
 from worker.cache import connect
-from worker.jars import kafka_jars
 from worker.kafka.connection import client_options
-from worker.services import Kafka, Redis, Security, create_topics
+from worker.services.jars import kafka_jars
+from worker.services.kafka import Kafka
+from worker.services.redis import Redis
+from worker.services.service import Security
+from worker.services.topics import create_topics
 from worker.settings import KafkaSettings, RedisSettings, ServicesSettings
 
 ROOT = Path(__file__).parents[2]

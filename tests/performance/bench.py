@@ -33,7 +33,8 @@ from rich.table import Table
 
 from worker.demo.music import sample_tracks
 from worker.kafka import connection
-from worker.services import Addresses, create_topics, local_services, topics_of
+from worker.services.local import Addresses, local_services
+from worker.services.topics import create_topics, topics_of
 from worker.settings import KafkaSettings, load
 
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from worker import console, services
-from worker.jars import Progress as Fetched
+from worker import console
+from worker.services import detached
+from worker.services.jars import Progress as Fetched
+from worker.services.topics import create_topics, topics_of
 from worker.settings import Settings
 
 PARTITIONS = 4
@@ -17,10 +19,10 @@ def up(settings: Settings) -> None:
     """Start both services with Timbre's topics, and print what to export."""
     remarks = console.err()
     with fetching() as fetched:
-        addresses, new = services.up(settings, fetched)
+        addresses, new = detached.up(settings, fetched)
     if new:
         kafka = settings.kafka.model_copy(update={"bootstrap_servers": addresses.kafka})
-        asyncio.run(services.create_topics(kafka, services.topics_of(kafka, PARTITIONS)))
+        asyncio.run(create_topics(kafka, topics_of(kafka, PARTITIONS)))
     state = "Kafka and Redis are up" if new else "Kafka and Redis were up already"
     remarks.print(f"{state}; `timbre services down` ends them. For the shell:", style="dim")
     for name, value in addresses.environment().items():
@@ -29,7 +31,7 @@ def up(settings: Settings) -> None:
 
 def down(settings: Settings) -> None:
     """End them."""
-    ended = services.down(settings)
+    ended = detached.down(settings)
     console.err().print("Kafka and Redis ended." if ended else "Nothing was up.", style="dim")
 
 

@@ -18,14 +18,17 @@ from rich.progress import TimeElapsedColumn
 from rich.text import Text
 
 from schemas.events import AudioRef, DeadLetter, NewTrack, TrackTags
-from worker import console, services
+from worker import console
 from worker.commands.services import PARTITIONS, fetching
 from worker.commands.watch import print_line
 from worker.demo import server
 from worker.demo.music import sample_tracks
 from worker.errors import DemoFailed, SourceInvalid
-from worker.jars import kafka_jars
-from worker.services import HOST, Addresses, Service, free_ports, new_folder
+from worker.services import detached
+from worker.services.jars import kafka_jars
+from worker.services.local import Addresses, given, local_services
+from worker.services.service import HOST, Service, free_ports, new_folder
+from worker.services.topics import create_topics, topics_of
 from worker.settings import KafkaSettings, Settings
 from worker.sources import audio_files, track_id
 from worker.submit import submit
@@ -114,7 +117,7 @@ def _run(
 ) -> int:
     addresses = _start_services(settings, out, unless_kept, keep=keep)
     kafka = settings.kafka.model_copy(update={"bootstrap_servers": addresses.kafka})
-    asyncio.run(services.create_topics(kafka, services.topics_of(kafka, PARTITIONS)))
+    asyncio.run(create_topics(kafka, topics_of(kafka, PARTITIONS)))
     with _step(out, "Starting the music server and a worker") as done:
         music_server = MusicServer(new_folder("music"), music.folder, guarded=not keep)
         worker = Worker(
@@ -135,7 +138,7 @@ def _run(
         unless_kept.callback(worker.stop)
         done(f"Music at {music_server.address}, the worker's metrics at {worker.address}/metrics")
     if keep:
-        services.adopt(settings, (music_server, worker))
+        detached.adopt(settings, (music_server, worker))
     began_s = time.monotonic()
     results = asyncio.run(_tag(kafka, out, music, music_server, worker))
     _sum_up(out, results, time.monotonic() - began_s)
@@ -177,15 +180,15 @@ def _start_services(
     settings: Settings, out: Console, unless_kept: ExitStack, *, keep: bool
 ) -> Addresses:
     # Two displays can't share a terminal: the download's goes before the spinner.
-    if services.given(settings).kafka is None:
+    if given(settings).kafka is None:
         with fetching() as progress:
             kafka_jars(settings.services.cache_dir / "kafka", progress)
     with _step(out, "Starting Kafka and Redis") as done:
         if keep:
-            unless_kept.callback(services.down, settings)
-            addresses, _ = services.up(settings)
+            unless_kept.callback(detached.down, settings)
+            addresses, _ = detached.up(settings)
         else:
-            addresses = unless_kept.enter_context(services.local_services(settings))
+            addresses = unless_kept.enter_context(local_services(settings))
         done(f"Kafka at {addresses.kafka}, Redis at {addresses.redis}")
     return addresses
 

@@ -24,8 +24,8 @@ from redis.retry import Retry
 
 from tests.integration.deploy.test_dashboard import free_port
 from tests.unit.deploy.compose import ROOT, services
-from worker.jars import kafka_jars
-from worker.services import topics_of
+from worker.services.jars import kafka_jars
+from worker.services.topics import topics_of
 from worker.settings import KafkaSettings, Settings
 
 SERVICES = services()

@@ -26,11 +26,12 @@ from schemas.events import (
 )
 from tests.audio import audio_facts
 from worker import cache as cache_module
-from worker import publish, services
+from worker import publish
 from worker.analysis import Analysis
 from worker.cache import Cache, connect
 from worker.errors import SettingsInvalid
 from worker.metrics import Metrics
+from worker.services.redis import Redis as LocalRedis
 from worker.settings import MIB, RedisSettings
 
 MODEL = ModelRef(name="model", version="1")
@@ -51,9 +52,9 @@ BUNDLE = Bundle(
 
 
 @pytest.fixture
-def own_redis(tmp_path: Path) -> Iterator[services.Redis]:
+def own_redis(tmp_path: Path) -> Iterator[LocalRedis]:
     """A Redis that the test may stop."""
-    redis = services.Redis(tmp_path / "redis")
+    redis = LocalRedis(tmp_path / "redis")
     redis.start()
     yield redis
     redis.remove()
@@ -252,7 +253,7 @@ async def test_what_others_keep_under_our_keys_holds_up_no_other_track(
 
 
 async def test_what_redis_missed_is_stored_once_it_is_back(
-    own_redis: services.Redis, redis_prefix: str
+    own_redis: LocalRedis, redis_prefix: str
 ) -> None:
     async with cache_at(own_redis.address, redis_prefix) as cache:
         own_redis.stop()
@@ -270,7 +271,7 @@ async def test_what_redis_missed_is_stored_once_it_is_back(
 
 
 async def test_of_what_redis_missed_the_newest_results_are_kept(
-    own_redis: services.Redis, redis_prefix: str
+    own_redis: LocalRedis, redis_prefix: str
 ) -> None:
     async with cache_at(own_redis.address, redis_prefix, catch_up_max=2) as cache:
         own_redis.stop()

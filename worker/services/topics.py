@@ -1,0 +1,50 @@
+"""The topics of a worker, made where they are not there yet."""
+
+from collections.abc import Mapping
+
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import KafkaError, for_code
+
+from worker.errors import ServicesUnavailable
+from worker.kafka.connection import client_options
+from worker.settings import KafkaSettings
+
+TOPIC_ALREADY_EXISTS = 36
+
+
+async def create_topics(kafka: KafkaSettings, partitions: Mapping[str, int]) -> None:
+    """Make topics, name to number of partitions; one that exists is left as it is.
+
+    Raises
+    ------
+    ServicesUnavailable
+        The broker can't be reached or refuses.
+    """
+    admin = AIOKafkaAdminClient(**client_options(kafka))
+    try:
+        await admin.start()
+        response = await admin.create_topics(
+            [NewTopic(name, count, replication_factor=1) for name, count in partitions.items()]
+        )
+    except KafkaError as error:
+        raise ServicesUnavailable(
+            f"Topics can't be made at {kafka.bootstrap_servers}: {error!r}. Check that Kafka runs "
+            "there and that TIMBRE_KAFKA__* name it rightly."
+        ) from error
+    finally:
+        await admin.close()
+    for name, code, *reason in response.topic_errors:
+        if code not in {0, TOPIC_ALREADY_EXISTS}:
+            raise ServicesUnavailable(f"Topic {name} can't be made: {for_code(code)} {reason}")
+
+
+def topics_of(kafka: KafkaSettings, partitions: int) -> dict[str, int]:
+    """Every topic of a worker with its number of partitions, for `create_topics`."""
+    names = (
+        kafka.topic_new,
+        kafka.topic_backfill,
+        kafka.topic_tags,
+        kafka.topic_features,
+        kafka.topic_dead_letter,
+    )
+    return dict.fromkeys(names, partitions)
