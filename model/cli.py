@@ -300,13 +300,13 @@ def recipe(
 
 def _console() -> "Console":
     """Standard error: standard output is for what a program may read."""
-    from worker.console import err
+    from worker.commands.console import err
 
     return err()
 
 
 def _print_json(told: dict[str, Any]) -> None:
-    from worker.console import json_line
+    from worker.commands.console import json_line
 
     json_line(json.dumps(told, ensure_ascii=False))
 
@@ -332,7 +332,7 @@ def _show(evaluation: "Evaluation") -> None:
     from rich.table import Table
 
     from model.evaluate import PAIRED, VOTES, curves, label_cells, paired_rows, vote_rows
-    from worker.console import out
+    from worker.commands.console import out
 
     console, report = out(), evaluation.report
     console.print(

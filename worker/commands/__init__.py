@@ -1,1 +1,1 @@
-"""What the sub-commands of `timbre` do; a module a command."""
+"""What the sub-commands of `timbre` do: a module a command, and what the commands share."""

@@ -11,7 +11,8 @@ from typing import Any
 from rich.text import Text
 
 from schemas.events import DeadLetter
-from worker import console, dead_letters
+from worker import dead_letters
+from worker.commands import console
 from worker.dead_letters import Place
 from worker.errors import SourceInvalid
 from worker.printable import printable

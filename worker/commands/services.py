@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from worker import console
+from worker.commands import console
 from worker.services import detached
 from worker.services.jars import Progress as Fetched
 from worker.services.topics import create_topics, topics_of

@@ -10,8 +10,8 @@ from redis.exceptions import RedisError
 from rich.text import Text
 
 from schemas.events import TrackTags
-from worker import console
 from worker.cache import Keys, connect
+from worker.commands import console
 from worker.errors import ServicesUnavailable, TrackUnknown
 from worker.settings import RedisSettings, Settings
 

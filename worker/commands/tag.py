@@ -18,12 +18,12 @@ from rich.text import Text
 
 from model.bundle import Bundle
 from schemas.events import Processing
-from worker import console
 from worker.analysis import Analysis
+from worker.commands import console
+from worker.commands.sources import audio
 from worker.errors import SourceInvalid, TimbreError, Unexpected
 from worker.printable import printable
 from worker.settings import Settings
-from worker.sources import audio
 from worker.tagger import Tagger, Timings
 
 log = logging.getLogger(__name__)
@@ -242,7 +242,8 @@ _DATA: dict[str, type[_CsvReport] | type[_JsonReport]] = {"csv": _CsvReport, "js
 
 def _draw(outcomes: Sequence[Outcome], bundle: Bundle, hop_s: float, picture: Path | None) -> None:
     """The taggrams as pictures: all in the one named, or each in one of its own."""
-    from worker.plot import draw_taggrams  # noqa: PLC0415  # matplotlib loads for half a second
+    # Only now, since matplotlib loads for half a second.
+    from worker.commands.plot import draw_taggrams  # noqa: PLC0415
 
     drawn = [(o.source, o.analysis) for o in outcomes if o.analysis is not None]
     if picture is not None:

@@ -1,15 +1,27 @@
-"""`timbre watch`."""
+"""`timbre watch`: results as they arrive, beside any worker and without a consumer group."""
 
 import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Self
 
+from aiokafka import AIOKafkaConsumer
+from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
+from aiokafka.structs import ConsumerRecord
+from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
 
 from schemas.events import DeadLetter, TrackTags
-from worker import console
-from worker.settings import Settings
-from worker.watch import Watch
+from worker.commands import console
+from worker.dead_letters import parse
+from worker.errors import ServicesUnavailable
+from worker.kafka import connection
+from worker.settings import KafkaSettings, Settings
 
+log = logging.getLogger(__name__)
+
+REQUEST_TIMEOUT_MS = 10_000  # somebody waits for it
 ID_WIDTH = 28
 GENRES_SHOWN = 2
 TAGS_SHOWN = 4
@@ -73,3 +85,74 @@ def _cell(out: Console, name: str) -> Text:
     """A track's id as a column: cut in a terminal, whole where something else may read it."""
     cut = name[: ID_WIDTH - 1] + "…" if out.is_terminal and len(name) > ID_WIDTH else name
     return Text(f"{cut:<{ID_WIDTH}} ", style="bold")
+
+
+class Watch:
+    """Iterates over tags, and over dead letters where `failures` is set, until it is left.
+
+    From its start on nothing is missed; `from_beginning` begins with the oldest there is.
+    """
+
+    def __init__(
+        self, settings: KafkaSettings, *, from_beginning: bool = False, failures: bool = False
+    ) -> None:
+        self._settings = settings
+        self._topics = [settings.topic_tags]
+        if failures:
+            self._topics.append(settings.topic_dead_letter)
+        self._consumer = AIOKafkaConsumer(
+            *self._topics,
+            **connection.client_options(settings) | {"request_timeout_ms": REQUEST_TIMEOUT_MS},
+            group_id=None,
+            auto_offset_reset="earliest" if from_beginning else "latest",
+        )
+
+    async def __aenter__(self) -> Self:
+        """Find the topics' partitions and where to begin.
+
+        Raises
+        ------
+        ServicesUnavailable
+            Kafka can't be reached, or a topic is not there.
+        """
+        try:
+            await self._consumer.start()  # waits for the topics
+            # Asking for a position settles it: what is published from here on is seen.
+            for partition in self._consumer.assignment():
+                await self._consumer.position(partition)
+        except BaseException as error:
+            await self._consumer.stop()
+            if isinstance(error, KafkaError):
+                raise self._unavailable(error) from error
+            raise
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._consumer.stop()
+
+    async def __aiter__(self) -> AsyncIterator[TrackTags | DeadLetter]:
+        async for message in self._consumer:
+            result = self._read(message)
+            if result is not None:
+                yield result
+
+    def _read(self, message: "ConsumerRecord[bytes, bytes]") -> TrackTags | DeadLetter | None:
+        if message.topic != self._settings.topic_tags:
+            return parse(message)
+        try:
+            return TrackTags.from_bytes(message.value or b"")
+        except ValidationError:
+            log.warning(
+                "Not a result of Timbre, left out: %s-%d@%d",
+                message.topic, message.partition, message.offset,
+            )  # fmt: skip
+            return None
+
+    def _unavailable(self, error: KafkaError) -> ServicesUnavailable:
+        servers = self._settings.bootstrap_servers
+        if isinstance(error, UnknownTopicOrPartitionError):
+            return ServicesUnavailable(
+                f"Kafka at {servers} has no topic {' or '.join(self._topics)}; make it, or name "
+                "the topics in use with TIMBRE_KAFKA__TOPIC_*."
+            )
+        return connection.unreachable(self._settings, error)

@@ -18,9 +18,11 @@ from rich.progress import TimeElapsedColumn
 from rich.text import Text
 
 from schemas.events import AudioRef, DeadLetter, NewTrack, TrackTags
-from worker import console
+from worker.commands import console
 from worker.commands.services import PARTITIONS, fetching
-from worker.commands.watch import print_line
+from worker.commands.sources import audio_files, track_id
+from worker.commands.submit import submit
+from worker.commands.watch import Watch, print_line
 from worker.demo import server
 from worker.demo.music import sample_tracks
 from worker.errors import DemoFailed, SourceInvalid
@@ -30,9 +32,6 @@ from worker.services.local import Addresses, given, local_services
 from worker.services.service import HOST, Service, free_ports, new_folder
 from worker.services.topics import create_topics, topics_of
 from worker.settings import KafkaSettings, Settings
-from worker.sources import audio_files, track_id
-from worker.submit import submit
-from worker.watch import Watch
 
 LOOPBACK = ip_network(f"{HOST}/32")
 PATIENCE_S = 120.0

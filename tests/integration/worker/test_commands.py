@@ -20,14 +20,12 @@ from tests.conftest import MakeTopics
 from worker.cache import Keys
 from worker.commands import dead_letters
 from worker.commands.show import show_track
-from worker.commands.submit import submit_tracks
-from worker.commands.watch import print_line, watch_results
+from worker.commands.sources import tracks
+from worker.commands.submit import submit, submit_tracks
+from worker.commands.watch import Watch, print_line, watch_results
 from worker.errors import ServicesUnavailable, TrackUnknown
 from worker.kafka import connection
 from worker.settings import KafkaSettings, RedisSettings, Settings, load
-from worker.sources import tracks
-from worker.submit import submit
-from worker.watch import Watch
 
 
 def result(track_id: str) -> TrackTags:

@@ -8,7 +8,7 @@ from model.bundle import Bundle
 from schemas.events import ModelRef, WindowCounts
 from tests.audio import audio_facts
 from worker.analysis import Analysis
-from worker.plot import _draw_panel, draw_taggrams
+from worker.commands.plot import _draw_panel, draw_taggrams
 
 
 def test_a_picture_is_drawn_whatever_the_name_of_the_file(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from worker.commands.sources import audio, track_id, tracks
 from worker.errors import SourceInvalid
-from worker.sources import audio, track_id, tracks
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from model.bundle import Bundle
 from worker.analysis import Analysis
-from worker.console import clock
+from worker.commands.console import clock
 from worker.errors import SourceInvalid
 from worker.printable import printable
 
