@@ -44,7 +44,7 @@ from model.features import (
 )
 from model.frontend import normalise
 from model.heads import Head
-from model.logmel_cnn import ARCHIVE_FRONT_END, LogMelCnnConfig, build_logmel_cnn
+from model.logmel_cnn import ARCHIVE_FRONT_END, LogMelCnnConfig, MemberConfig, build_logmel_cnn
 from model.pictures import Gallery, canvas
 from model.train import Precision
 from worker.batch.device import choose_device
@@ -316,7 +316,7 @@ class WindowCnn(nn.Module):
 
     def __init__(self, labels: tuple[str, ...]) -> None:
         super().__init__()
-        config = LogMelCnnConfig(balance=(0.5,)).model_dump(mode="json")
+        config = LogMelCnnConfig(members=(MemberConfig(),)).model_dump(mode="json")
         head = Head(name="genre", kind="single", labels=labels, categories=labels)
         self.tagger = build_logmel_cnn(config, [head])
 

@@ -1,15 +1,15 @@
-"""The network of `timbre model train`: a small residual CNN over log-mels, several side by side.
+"""The network of `timbre model train`: small CNNs over log-mels, several side by side.
 
-He, Zhang, Ren and Sun: Deep residual learning for image recognition, 2016. It is small because
-what there is to learn from is small, and strided early because that is where the cost is: a member
-at the defaults takes 0.1 GFLOP for a window of 3 s.
+They are small because what there is to learn from is small, and strided early because that is where
+the cost is: a member at the defaults takes up to 0.1 GFLOP for a window of 3 s.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -37,32 +37,70 @@ MAX_EMBEDDING_DIM = 256  # of a bundle
 BATCH = 64  # windows at a time, where nothing is learnt
 Share = Annotated[float, Field(ge=0, le=1)]
 
+# Of filter members: how many, frames long, and of all bands high.
+TALL_FILTERS = ((40, 7, 0.2), (40, 7, 0.4), (24, 3, 0.4), (24, 1, 0.7))
+TALL_STRIDE = (2, 8)  # frames, bands
+LONG_FILTERS = ((16, 9), (16, 17), (16, 33))  # how many, and frames of half the rate long
+RANGES = 16  # at most, into which the bands are averaged for these
+LAYER_FILTERS, LAYER_TAPS = 64, 7
+
+
+class MemberConfig(BaseModel):
+    """One of the networks side by side.
+
+    `balance` is how much of each band's mean over the window is taken out before it looks, from 0,
+    where the recording's equalisation stays, to 1, where none of it is left. A `residual` member
+    with a `band_norm` also normalises by it, band by band, what its blocks give.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["residual", "filters"] = "residual"
+    balance: Share = 0.5
+    band_norm: Share | None = None
+
+    @model_validator(mode="after")
+    def _only_blocks_are_normalised(self) -> Self:
+        if self.kind == "filters" and self.band_norm is not None:
+            raise ValueError("a member of kind filters has no blocks for band_norm to normalise")
+        return self
+
+
+DEFAULT_MEMBERS = (
+    MemberConfig(balance=0.5),
+    MemberConfig(balance=1.0),
+    MemberConfig(balance=1.0, band_norm=0.5),
+    MemberConfig(kind="filters", balance=0.5),
+    MemberConfig(kind="filters", balance=1.0),
+)
+
 
 class LogMelCnnConfig(BaseModel):
     """Shape of the network.
 
-    There is one member for each of `balance`: how much of each band's mean over the window is taken
-    out before it looks, from 0, where the recording's equalisation stays, to 1, where none of it is
-    left. Every second member also normalises what its blocks give, by `band_norm` band by band.
-    What they say is averaged before the softmax; members that hear differently gain more.
+    What its members say is averaged before the softmax; members that hear differently gain more.
     While they learn, the embedding is all that they pool; `narrowed_dim` is what is left of it
-    afterwards (see `narrowed`).
+    afterwards (see `narrowed`). `channels` and `stem_stride` are those of residual members.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     front_end: LogMelConfig = ARCHIVE_FRONT_END
+    members: tuple[MemberConfig, ...] = Field(DEFAULT_MEMBERS, min_length=1, max_length=16)
     channels: tuple[int, ...] = Field((24, 48, 96, 192), min_length=1, max_length=6)
     stem_stride: tuple[int, int] = (2, 4)
-    balance: tuple[Share, ...] = Field((0.0, 0.25, 0.5, 0.75, 1.0), min_length=1, max_length=16)
-    band_norm: Share = 0.5
     dropout: float = Field(0.3, ge=0, lt=1)
     narrowed_dim: int | None = Field(None, ge=1, le=MAX_EMBEDDING_DIM)
 
     @property
+    def member_dim(self) -> int:
+        """Numbers that a member pools."""
+        return 2 * self.channels[-1]
+
+    @property
     def pooled_dim(self) -> int:
         """Numbers that all members pool together."""
-        return len(self.balance) * 2 * self.channels[-1]
+        return len(self.members) * self.member_dim
 
     @property
     def embedding_dim(self) -> int:
@@ -118,10 +156,11 @@ def _inverse_deviation(mean: Tensor, square: Tensor) -> Tensor:
     return (square - mean.square()).clamp_min(0).add(1e-5).rsqrt()
 
 
-class Member(nn.Module):
-    """One network: `(windows, 1, frames, mels)` to its part `(windows, 2 * channels[-1])`.
+class ResidualMember(nn.Module):
+    """`(windows, 1, frames, mels)` to its part `(windows, member_dim)` by residual blocks.
 
-    What is left of frequency is averaged; over time both the mean and the maximum count.
+    What is left of frequency is averaged; over time both the mean and the maximum count. He, Zhang,
+    Ren and Sun: Deep residual learning for image recognition, 2016.
     """
 
     def __init__(self, config: LogMelCnnConfig, band_norm: float | None) -> None:
@@ -140,7 +179,57 @@ class Member(nn.Module):
 
     def forward(self, logmel: Tensor) -> Tensor:
         features = self.blocks(functional.relu(self.stem(logmel))).mean(3)
-        return torch.as_tensor(self.dropout(torch.cat([features.mean(2), features.amax(2)], 1)))
+        return torch.as_tensor(self.dropout(_pooled(features)))
+
+
+class FilterMember(nn.Module):
+    """`(windows, 1, frames, mels)` to its part `(windows, member_dim)` by filters made for music.
+
+    Tall filters hear timbre at any pitch, since of their places along frequency the loudest counts;
+    long ones hear how ranges of bands go on. Three layers over time follow, of which the
+    last two are residual, and mean and maximum over time of all of it. Pons, Slizovskaia, Gong,
+    Gomez and Serra: Timbre analysis of music audio signals with convolutional neural networks,
+    2017.
+    """
+
+    def __init__(self, config: LogMelCnnConfig) -> None:
+        super().__init__()
+        bands = config.front_end.n_mels
+        self.tall = nn.ModuleList(
+            _convolution(1, filters, (taps, math.ceil(bands * height)), TALL_STRIDE, (taps // 2, 0))
+            for filters, taps, height in TALL_FILTERS
+        )
+        width = math.ceil(bands / RANGES)
+        self.ranges = nn.AvgPool2d((TALL_STRIDE[0], width), ceil_mode=True)
+        self.long = nn.ModuleList(
+            _along_time(math.ceil(bands / width), filters, taps) for filters, taps in LONG_FILTERS
+        )
+        front = sum(filters for filters, *_ in (*TALL_FILTERS, *LONG_FILTERS))
+        self.layers = nn.ModuleList(
+            _along_time(channels, LAYER_FILTERS, LAYER_TAPS)
+            for channels in (front, LAYER_FILTERS, LAYER_FILTERS)
+        )
+        self.dense = nn.Linear(2 * (front + 3 * LAYER_FILTERS), config.member_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, logmel: Tensor) -> Tensor:
+        ranges = self.ranges(logmel)[:, 0].transpose(1, 2)
+        front = torch.cat(
+            [functional.relu(tall(logmel)).amax(3) for tall in self.tall]
+            + [functional.relu(long(ranges)) for long in self.long],
+            1,
+        )
+        first, *others = self.layers
+        features = [functional.relu(first(front))]
+        for layer in others:
+            features.append(features[-1] + functional.relu(layer(features[-1])))
+        pooled = _pooled(torch.cat([front, *features], 1))
+        return torch.as_tensor(self.dropout(self.dense(pooled)))
+
+
+def _pooled(features: Tensor) -> Tensor:
+    """`(windows, channels, frames)` to their mean and maximum over time, side by side."""
+    return torch.cat([features.mean(2), features.amax(2)], 1)
 
 
 class LogMelCnn(nn.Module):
@@ -148,12 +237,14 @@ class LogMelCnn(nn.Module):
 
     def __init__(self, config: LogMelCnnConfig) -> None:
         super().__init__()
-        self.balance = config.balance
+        self.balance = [member.balance for member in config.members]
         self.members = nn.ModuleList(
-            Member(config, config.band_norm if index % 2 else None)
-            for index in range(len(config.balance))
+            FilterMember(config)
+            if member.kind == "filters"
+            else ResidualMember(config, member.band_norm)
+            for member in config.members
         )
-        self.side_by_side = len(config.balance) if config.narrowed_dim is None else 1
+        self.side_by_side = len(config.members) if config.narrowed_dim is None else 1
         self.narrow = (
             nn.Linear(config.pooled_dim, config.narrowed_dim)
             if config.narrowed_dim
@@ -219,10 +310,21 @@ def narrowed(
 
 
 def _convolution(
-    channels: int, filters: int, size: tuple[int, int], stride: tuple[int, int]
+    channels: int,
+    filters: int,
+    size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int] | None = None,
 ) -> nn.Sequential:
-    """Convolution that keeps the size but for the stride, and batch norm."""
-    padding = (size[0] // 2, size[1] // 2)
+    """Convolution, which keeps the size but for the stride unless `padding` says so, and norm."""
+    padding = padding or (size[0] // 2, size[1] // 2)
     return nn.Sequential(
         nn.Conv2d(channels, filters, size, stride, padding, bias=False), nn.BatchNorm2d(filters)
+    )
+
+
+def _along_time(channels: int, filters: int, taps: int) -> nn.Sequential:
+    """Convolution over frames that keeps their number, and batch norm."""
+    return nn.Sequential(
+        nn.Conv1d(channels, filters, taps, padding=taps // 2, bias=False), nn.BatchNorm1d(filters)
     )

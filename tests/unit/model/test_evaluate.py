@@ -12,7 +12,7 @@ from model.bundle import Bundle
 from model.datasets import load
 from model.evaluate import _coverage, _interval, _paired, _resamples, draw, evaluate
 from model.heads import Head
-from model.logmel_cnn import LogMelCnnConfig, build_logmel_cnn
+from model.logmel_cnn import LogMelCnnConfig, MemberConfig, build_logmel_cnn
 from model.measure import Voted, nll, window_accuracy
 from tests import collections_of_music as music
 from worker.errors import DatasetInvalid
@@ -23,7 +23,7 @@ HEAD = Head(name="genre", kind="single", labels=music.GENRES, categories=("genre
 def bundle(folder: Path, *heads: Head) -> Bundle:
     """An untrained bundle over the archive's front end."""
     torch.manual_seed(0)
-    config = LogMelCnnConfig(channels=(8, 16), stem_stride=(4, 4), balance=(0.5,))
+    config = LogMelCnnConfig(channels=(8, 16), stem_stride=(4, 4), members=(MemberConfig(),))
     raw = config.model_dump(mode="json")
     return Bundle(
         name="untrained",

@@ -11,7 +11,16 @@ from model.bundle import Bundle
 from model.datasets import load
 from model.datasets.dataset import Dataset
 from model.heads import Head
-from model.logmel_cnn import LogMelCnnConfig, band_normalised, build_logmel_cnn, narrowed
+from model.logmel_cnn import (
+    ARCHIVE_FRONT_END,
+    TALL_STRIDE,
+    FilterMember,
+    LogMelCnnConfig,
+    MemberConfig,
+    band_normalised,
+    build_logmel_cnn,
+    narrowed,
+)
 from model.network import Tagger
 from model.train import FINE_TUNING, Progress, Recipe, load_recipe, train
 from tests import collections_of_music as music
@@ -22,7 +31,11 @@ SMALL = Recipe(
     batch=8,
     learning_rate=5e-3,
     average=0.9,
-    network=LogMelCnnConfig(channels=(8, 16), stem_stride=(4, 4), balance=(0.0, 0.5)),
+    network=LogMelCnnConfig(
+        channels=(8, 16),
+        stem_stride=(4, 4),
+        members=(MemberConfig(balance=0.0), MemberConfig(balance=0.5, band_norm=0.5)),
+    ),
 )
 BRIEF = SMALL.model_copy(update={"passes": 2})
 
@@ -185,7 +198,11 @@ def test_members_together_say_the_mean_of_what_each_says(dataset: Dataset, tmp_p
     torch.testing.assert_close(joint["genre"], torch.stack(apart).mean(0))
 
 
-WIDE = LogMelCnnConfig(channels=(8, 72), stem_stride=(8, 8), balance=(0.0, 1.0))
+WIDE = LogMelCnnConfig(
+    channels=(8, 72),
+    stem_stride=(8, 8),
+    members=(MemberConfig(), MemberConfig(kind="filters", balance=1.0)),
+)
 
 
 @pytest.mark.parametrize("labels", [3, 300])
@@ -221,13 +238,35 @@ def test_a_wide_network_ends_as_a_bundle_and_can_be_tuned(dataset: Dataset, tmp_
 
 
 def test_the_network_hears_no_difference_in_gain_and_little_in_equalisation() -> None:
-    config = LogMelCnnConfig(balance=(1.0,)).model_dump(mode="json")
+    members = (MemberConfig(balance=1.0), MemberConfig(kind="filters", balance=1.0))
+    config = LogMelCnnConfig(members=members).model_dump(mode="json")
     network = build_logmel_cnn(config, []).eval()
     samples = torch.randn(2, 66_150, generator=torch.Generator().manual_seed(0)) * 0.1
     with torch.inference_mode():
         loud = network.from_logmel(network.front_end(samples)).embedding
         quiet = network.from_logmel(network.front_end(samples * 0.1)).embedding
     np.testing.assert_allclose(loud, quiet, atol=1e-3)
+
+
+def test_filters_hear_the_same_timbre_at_another_pitch() -> None:
+    torch.manual_seed(0)
+    member = FilterMember(LogMelCnnConfig()).eval()
+    low = torch.zeros(1, 1, 72, 128)
+    low[..., 40:50] = torch.randn(72, 10)
+    high = low.roll(3 * TALL_STRIDE[1], 3)
+    heard, heard_higher = (member.tall[0](sound).amax(3) for sound in (low, high))
+    torch.testing.assert_close(heard, heard_higher)
+    assert heard.std() > 0.01
+
+
+@pytest.mark.parametrize(("frames", "bands"), [(1, 8), (71, 100), (187, 96)])
+def test_members_fit_any_front_end(frames: int, bands: int) -> None:
+    front_end = ARCHIVE_FRONT_END.model_copy(update={"frames": frames, "n_mels": bands})
+    config = LogMelCnnConfig(front_end=front_end)
+    network = build_logmel_cnn(config.model_dump(mode="json"), []).eval()
+    with torch.inference_mode():
+        embedding = network.from_logmel(torch.randn(3, frames, bands)).embedding
+    assert embedding.shape == (3, config.embedding_dim)
 
 
 def test_normalising_band_by_band_takes_out_a_bands_gain_and_offset() -> None:
@@ -257,6 +296,10 @@ def test_recipes_from_json_change_only_what_they_name(tmp_path: Path) -> None:
     for content, told in (
         ('{"bacth": 16}', "^the recipe can't be used: bacth: Extra inputs"),
         ('{"augmentation": {"pitch": "high"}}', "augmentation.pitch: Input should be a valid"),
+        (
+            '{"network": {"members": [{"kind": "filters", "band_norm": 0.5}]}}',
+            "network.members.0: .*no blocks for band_norm",
+        ),
         ("[1]", "must be a JSON object"),
         ("{", "can't be read as JSON"),
     ):
