@@ -6,10 +6,10 @@ the cost is: a member at the defaults takes up to 0.1 GFLOP for a window of 3 s.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -49,27 +49,18 @@ class MemberConfig(BaseModel):
     """One of the networks side by side.
 
     `balance` is how much of each band's mean over the window is taken out before it looks, from 0,
-    where the recording's equalisation stays, to 1, where none of it is left. A `residual` member
-    with a `band_norm` also normalises by it, band by band, what its blocks give.
+    where the recording's equalisation stays, to 1, where none of it is left.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["residual", "filters"] = "residual"
     balance: Share = 0.5
-    band_norm: Share | None = None
-
-    @model_validator(mode="after")
-    def _only_blocks_are_normalised(self) -> Self:
-        if self.kind == "filters" and self.band_norm is not None:
-            raise ValueError("a member of kind filters has no blocks for band_norm to normalise")
-        return self
 
 
 DEFAULT_MEMBERS = (
     MemberConfig(balance=0.5),
     MemberConfig(balance=1.0),
-    MemberConfig(balance=1.0, band_norm=0.5),
     MemberConfig(kind="filters", balance=0.5),
     MemberConfig(kind="filters", balance=1.0),
 )
@@ -108,14 +99,10 @@ class LogMelCnnConfig(BaseModel):
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut; `stride` 2 halves time and frequency.
+    """Two 3 x 3 convolutions beside a shortcut; `stride` 2 halves time and frequency."""
 
-    What comes out is normalised by `band_normalised`, unless `band_norm` is None.
-    """
-
-    def __init__(self, channels: int, filters: int, stride: int, band_norm: float | None) -> None:
+    def __init__(self, channels: int, filters: int, stride: int) -> None:
         super().__init__()
-        self.band_norm = band_norm
         self.first = _convolution(channels, filters, (3, 3), (stride, stride))
         self.second = _convolution(filters, filters, (3, 3), (1, 1))
         self.shortcut = (
@@ -129,31 +116,7 @@ class Block(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         inside = self.second(functional.relu(self.first(features)))
-        heard = functional.relu(inside + self.shortcut(features))
-        return heard if self.band_norm is None else band_normalised(heard, self.band_norm)
-
-
-def band_normalised(features: Tensor, share: float) -> Tensor:
-    """`(windows, channels, frames, bands)` normalised: by `share` every band of a window by itself,
-    and for the rest the window as a whole.
-
-    It takes out what a recording's equalisation and dynamics leave in each band, which is why it
-    helps on artists that were not heard. Kim, Yang, Kim and Chang: Domain generalization with
-    relaxed instance frequency-wise normalization for multi-device acoustic scene classification,
-    2022.
-    """
-    exact = features.float()  # under autocast too
-    mean, square = (x.mean((1, 2), keepdim=True) for x in (exact, exact.square()))
-    whole_mean, whole_square = mean.mean(3, keepdim=True), square.mean(3, keepdim=True)
-    by_band = share * _inverse_deviation(mean, square)
-    by_whole = (1 - share) * _inverse_deviation(whole_mean, whole_square)
-    # Both normalisations in one scale and one shift a band, as this is most of what a block costs.
-    shift = by_band * mean + by_whole * whole_mean
-    return (exact * (by_band + by_whole) - shift).to(features.dtype)
-
-
-def _inverse_deviation(mean: Tensor, square: Tensor) -> Tensor:
-    return (square - mean.square()).clamp_min(0).add(1e-5).rsqrt()
+        return functional.relu(inside + self.shortcut(features))
 
 
 class ResidualMember(nn.Module):
@@ -163,13 +126,13 @@ class ResidualMember(nn.Module):
     Ren and Sun: Deep residual learning for image recognition, 2016.
     """
 
-    def __init__(self, config: LogMelCnnConfig, band_norm: float | None) -> None:
+    def __init__(self, config: LogMelCnnConfig) -> None:
         super().__init__()
         widths = config.channels
         self.stem = _convolution(1, widths[0], (5, 7), config.stem_stride)
         self.blocks = nn.Sequential(
             *(
-                Block(before, after, 1 if index == 0 else 2, band_norm)
+                Block(before, after, 1 if index == 0 else 2)
                 for index, (before, after) in enumerate(
                     zip((widths[0], *widths), widths, strict=False)
                 )
@@ -239,9 +202,7 @@ class LogMelCnn(nn.Module):
         super().__init__()
         self.balance = [member.balance for member in config.members]
         self.members = nn.ModuleList(
-            FilterMember(config)
-            if member.kind == "filters"
-            else ResidualMember(config, member.band_norm)
+            FilterMember(config) if member.kind == "filters" else ResidualMember(config)
             for member in config.members
         )
         self.side_by_side = len(config.members) if config.narrowed_dim is None else 1

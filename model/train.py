@@ -53,7 +53,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    passes: float = Field(200, gt=0)
+    passes: float = Field(250, gt=0)
     batch: int = Field(64, ge=2)
     learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.5, ge=0)

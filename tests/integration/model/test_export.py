@@ -14,7 +14,7 @@ from tests import collections_of_music as music
 from tests.integration.model.command import done, refused
 from worker.decode.decoder import decode_samples
 
-MEMBERS = [{"balance": 0.75, "band_norm": 0.5}, {"kind": "filters", "balance": 0.5}]
+MEMBERS = [{"balance": 0.75}, {"kind": "filters", "balance": 0.5}]
 RECIPE = {"batch": 8, "network": {"channels": [8, 16], "members": MEMBERS}}
 
 

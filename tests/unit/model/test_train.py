@@ -17,7 +17,6 @@ from model.logmel_cnn import (
     FilterMember,
     LogMelCnnConfig,
     MemberConfig,
-    band_normalised,
     build_logmel_cnn,
     narrowed,
 )
@@ -34,7 +33,7 @@ SMALL = Recipe(
     network=LogMelCnnConfig(
         channels=(8, 16),
         stem_stride=(4, 4),
-        members=(MemberConfig(balance=0.0), MemberConfig(balance=0.5, band_norm=0.5)),
+        members=(MemberConfig(balance=0.0), MemberConfig(kind="filters")),
     ),
 )
 BRIEF = SMALL.model_copy(update={"passes": 2})
@@ -269,23 +268,6 @@ def test_members_fit_any_front_end(frames: int, bands: int) -> None:
     assert embedding.shape == (3, config.embedding_dim)
 
 
-def test_normalising_band_by_band_takes_out_a_bands_gain_and_offset() -> None:
-    features = torch.randn(2, 8, 12, 16, generator=torch.Generator().manual_seed(0))
-    equalised = features * torch.linspace(1, 3, 16) + torch.linspace(-1, 1, 16)
-    by_band, halfway, whole = (
-        [band_normalised(x, share) for x in (features, equalised)] for share in (1.0, 0.5, 0.0)
-    )
-    torch.testing.assert_close(by_band[0], by_band[1], atol=1e-2, rtol=0)
-    torch.testing.assert_close(
-        by_band[0].var((1, 2), correction=0), torch.ones(2, 16), atol=1e-2, rtol=0
-    )
-    torch.testing.assert_close(
-        whole[1].var((1, 2, 3), correction=0), torch.ones(2), atol=1e-2, rtol=0
-    )
-    assert (whole[0] - whole[1]).abs().max() > 1
-    torch.testing.assert_close(halfway[1], (by_band[1] + whole[1]) / 2)
-
-
 def test_recipes_from_json_change_only_what_they_name(tmp_path: Path) -> None:
     path = tmp_path / "recipe.json"
     path.write_text('{"batch": 16, "augmentation": {"pitch": 0.0}}')
@@ -296,10 +278,7 @@ def test_recipes_from_json_change_only_what_they_name(tmp_path: Path) -> None:
     for content, told in (
         ('{"bacth": 16}', "^the recipe can't be used: bacth: Extra inputs"),
         ('{"augmentation": {"pitch": "high"}}', "augmentation.pitch: Input should be a valid"),
-        (
-            '{"network": {"members": [{"kind": "filters", "band_norm": 0.5}]}}',
-            "network.members.0: .*no blocks for band_norm",
-        ),
+        ('{"network": {"members": [{"balance": 2.0}]}}', "network.members.0.balance: Input should"),
         ("[1]", "must be a JSON object"),
         ("{", "can't be read as JSON"),
     ):
