@@ -149,10 +149,9 @@ class FilterMember(nn.Module):
     """`(windows, 1, frames, mels)` to its part `(windows, member_dim)` by filters made for music.
 
     Tall filters hear timbre at any pitch, since of their places along frequency the loudest counts;
-    long ones hear how ranges of bands go on. Three layers over time follow, of which the
-    last two are residual, and mean and maximum over time of all of it. Pons, Slizovskaia, Gong,
-    Gomez and Serra: Timbre analysis of music audio signals with convolutional neural networks,
-    2017.
+    long ones hear how ranges of bands go on. Three layers over time follow, of which the last two
+    are residual, and mean and maximum over time of all of it. Pons, Slizovskaia, Gong, Gomez and
+    Serra: Timbre analysis of music audio signals with convolutional neural networks, 2017.
     """
 
     def __init__(self, config: LogMelCnnConfig) -> None:
@@ -172,7 +171,7 @@ class FilterMember(nn.Module):
             _along_time(channels, LAYER_FILTERS, LAYER_TAPS)
             for channels in (front, LAYER_FILTERS, LAYER_FILTERS)
         )
-        self.dense = nn.Linear(2 * (front + 3 * LAYER_FILTERS), config.member_dim)
+        self.dense = nn.Linear(2 * (front + len(self.layers) * LAYER_FILTERS), config.member_dim)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, logmel: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from worker.services.jars import Progress
-from worker.services.local import Addresses, addresses_of, start
+from worker.services.local import Addresses, start
 from worker.services.service import STOP_TIMEOUT_S, Service
 from worker.settings import ServicesSettings, Settings
 
@@ -36,13 +36,13 @@ def up(settings: Settings, progress: Progress = lambda done, total: None) -> tup
     if found is not None and len(_alive(found.processes)) == len(found.processes):
         return found.addresses, False
     down(settings)  # some of them died: begin anew
-    wanted = {"kafka": True, "redis": True}
     with ExitStack() as unless_started:
-        started = start(settings, unless_started, progress, wanted, guarded=False)
+        started, addresses = start(
+            settings, unless_started, progress, {"kafka", "redis"}, guarded=False
+        )
         unless_started.pop_all()
-    addresses = addresses_of(settings, started, wanted)
     _write_state(settings.services, _Detached(addresses, [], []))
-    adopt(settings, started.values())
+    adopt(settings, started)
     return addresses, True
 
 

@@ -4,7 +4,7 @@ Both listen on free loopback ports, keep their data in a temporary folder, and e
 starter.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -48,26 +48,29 @@ def local_services(
     ServicesUnavailable
         A service could not be fetched or started.
     """
+    wanted = {name for name, asked in (("kafka", kafka), ("redis", redis)) if asked}
     with ExitStack() as stack:
-        wanted = {"kafka": kafka, "redis": redis}
-        started = start(settings, stack, progress, wanted, guarded=True)
-        yield addresses_of(settings, started, wanted)
+        _, addresses = start(settings, stack, progress, wanted, guarded=True)
+        yield addresses
 
 
 def start(
     settings: Settings,
     stack: ExitStack,
     progress: Progress,
-    wanted: Mapping[str, bool],
+    wanted: Collection[str],
     *,
     guarded: bool,
-) -> dict[str, Service]:
-    """Start what is wanted and not given, all at once; `stack` removes them again."""
+) -> tuple[Collection[Service], Addresses]:
+    """Start what is wanted and not given, all at once; `stack` removes it again.
+
+    Returns what was started, and where all that is wanted listens.
+    """
     named = given(settings)
     started: dict[str, Service] = {}
-    if wanted["redis"] and named.redis is None:
+    if "redis" in wanted and named.redis is None:
         started["redis"] = Redis(new_folder("redis"), guarded=guarded)
-    if wanted["kafka"] and named.kafka is None:
+    if "kafka" in wanted and named.kafka is None:
         jars = kafka_jars(settings.services.cache_dir / "kafka", progress)
         started["kafka"] = Kafka(new_folder("kafka"), jars, guarded=guarded)
     for service in started.values():
@@ -75,21 +78,10 @@ def start(
         service.launch()
     for service in started.values():
         service.wait_ready()
-    return started
-
-
-def addresses_of(
-    settings: Settings, started: Mapping[str, Service], wanted: Mapping[str, bool]
-) -> Addresses:
-    """Where the wanted services listen, be they started or given."""
-    named = given(settings)
-    return Addresses(
-        kafka=started["kafka"].address
-        if "kafka" in started
-        else (named.kafka if wanted["kafka"] else None),
-        redis=started["redis"].address
-        if "redis" in started
-        else (named.redis if wanted["redis"] else None),
+    addresses = {"kafka": named.kafka, "redis": named.redis}
+    addresses |= {name: service.address for name, service in started.items()}
+    return started.values(), Addresses(
+        **{name: address if name in wanted else None for name, address in addresses.items()}
     )
 
 

@@ -222,6 +222,10 @@ def free_ports(count: int) -> list[int]:
 
 
 def package_file(package: str, *parts: str) -> Path:
+    """A file that comes with an installed package, without importing that.
+
+    Raises ServicesUnavailable where the package is not installed.
+    """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ServicesUnavailable(

@@ -119,6 +119,17 @@ def test_importing_gives_a_bundle_with_its_licence(wheel: Path, tmp_path: Path) 
     assert "Universitat Pompeu Fabra" in (tmp_path / "msd" / "README.md").read_text()
 
 
+@pytest.mark.usefixtures("wheel")
+def test_importing_overwrites_no_folder_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+
+    assert refused("import", "musicnn", "--out", tmp_path) == (
+        f"timbre: {tmp_path} is no bundle's folder, and its README.md would be overwritten: "
+        "name another\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
 def test_without_a_package_index_a_sentence_is_said(tmp_path: Path) -> None:
     told = refused(
         "import", "musicnn", "--out", tmp_path / "msd", PIP_NO_INDEX="1", PIP_FIND_LINKS=""
