@@ -306,7 +306,7 @@ class FailureReason(Part):
     message: str
     """A sentence that says what to do"""
     stage: str
-    """The stage that failed: intake, fetch, decode, batch, vote or publish"""
+    """What failed: intake, fetch, decode, batch, vote, publish, or the track where it is none"""
     retryable: bool
     """Whether the same event may pass later"""
 
@@ -372,7 +372,7 @@ class DeadLetterHeaders(Part):
     retryable: Literal["true", "false"]
     """Whether the same event may pass later"""
     stage: str
-    """The stage that failed: intake, fetch, decode, batch, vote or publish"""
+    """What failed: intake, fetch, decode, batch, vote, publish, or the track where it is none"""
     attempts: Annotated[str, Field(pattern=r"^[0-9]+$")]
     """Attempts made"""
     origin_topic: str

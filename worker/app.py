@@ -33,14 +33,10 @@ from worker.errors import (
     BundleInvalid,
     ConsumerLost,
     DeadlineExceeded,
-    DecodeFailed,
     FetchFailed,
-    InferenceFailed,
     PublishFailed,
-    ResultTooLarge,
     SettingsInvalid,
-    TimbreError,
-    TrackSilent,
+    TrackFailed,
     Unexpected,
     WorkerStopping,
 )
@@ -55,13 +51,6 @@ from worker.tagger import Tagger, Timings
 
 log = logging.getLogger(__name__)
 
-STAGES = (
-    (FetchFailed, "fetch"),
-    (DecodeFailed, "decode"),
-    (InferenceFailed, "batch"),
-    (TrackSilent, "vote"),
-    (ResultTooLarge, "publish"),
-)
 PUBLISH_BACKOFF_S = (0.2, 10.0)
 ATTEMPTS_BEFORE_A_WARNING = 3
 LOST_DEADLINE_S = 5.0
@@ -182,7 +171,7 @@ class Worker:
             await self._handle_track(record, track, rest, message)
             self.consumer.progressed()  # the next may take as long again
         if announced.fault is not None:
-            await self._dead_letter(record, announced.fault, stage="intake")
+            await self._dead_letter(record, announced.fault)
 
     async def _handle_track(
         self, record: Record, track: NewTrack, rest: Rest, message: Timings
@@ -190,23 +179,16 @@ class Worker:
         started_s = time.perf_counter()
         timings = Timings()
         priority = self._priority(record, track)
-        attempts = 1
-
-        def count(state: RetryCallState) -> None:
-            nonlocal attempts
-            attempts = state.attempt_number
-            if attempts > 1:
-                self.consumer.progressed()
-
+        retrying = self._retrying(rest)
         try:
             self._begin_in_time(message)
             async with message.measure("analysis"):
-                analysis, cached = await self._analyse(track, priority, timings, count, rest)
+                analysis, cached = await self._analyse(track, priority, timings, retrying, rest)
             processing = Processing(
                 processed_at=datetime.now(UTC),
                 timings_s={stage: round(s, 6) for stage, s in timings.seconds.items()},
                 cached=cached,
-                attempt=attempts,
+                attempt=_attempts(retrying),
             )
             tags, features = publish.results(track, analysis, self._tagger.model, processing)
             if not cached:
@@ -216,6 +198,7 @@ class Worker:
         except WorkerStopping:
             raise  # not the track's fault: it stays unacknowledged
         except Exception as error:
+            attempts = _attempts(retrying)
             if isinstance(error, FetchFailed):
                 attempts += error.attempts - 1
             await self._dead_letter(record, _typed(error), attempts=attempts, track=track)
@@ -227,8 +210,11 @@ class Worker:
         self._count(record, priority, analysis, cached, timings)
 
     def _begin_in_time(self, message: Timings) -> None:
-        """Refuse a track whose message has used up its time, or one of slow tracks would hold its
-        partition for a deadline each. What Kafka took to accept results is not held against it."""
+        """Refuse a track once its message has used up its time.
+
+        Otherwise a message of many slow tracks would hold its partition for one deadline each. The
+        time that Kafka takes to accept results does not count.
+        """
         deadline_s = self._settings.worker.track_deadline_s
         if message.seconds.get("analysis", 0.0) >= deadline_s:
             raise DeadlineExceeded(
@@ -243,7 +229,7 @@ class Worker:
         track: NewTrack,
         priority: Priority,
         timings: Timings,
-        count: Callable[[RetryCallState], None],
+        retrying: AsyncRetrying,
         rest: Rest,
     ) -> tuple[Analysis, bool]:
         """The analysis and whether it came from the cache; retried where that can help."""
@@ -273,17 +259,24 @@ class Worker:
                 sleep=rest,
             )
 
+        return await retrying(attempt), found
+
+    def _retrying(self, rest: Rest) -> AsyncRetrying:
+        """The attempts at one track."""
         options = self._settings.worker
-        retrying = AsyncRetrying(
+        return AsyncRetrying(
             retry=retry_if_exception(_tried_again),
             stop=stop_after_attempt(options.attempts),
             wait=wait_random_exponential(options.backoff_initial_s, options.backoff_max_s),
             sleep=rest,
-            before=count,
+            before=self._note_attempt,
             before_sleep=self._count_retry,
             reraise=True,
         )
-        return await retrying(attempt), found
+
+    def _note_attempt(self, state: RetryCallState) -> None:
+        if state.attempt_number > 1:
+            self.consumer.progressed()
 
     async def _until_delivered(self, send: Callable[[], Awaitable[None]]) -> None:
         """Repeat until Kafka has confirmed: there is no other place for a result."""
@@ -300,7 +293,7 @@ class Worker:
     async def _dead_letter(
         self,
         record: Record,
-        error: TimbreError,
+        error: TrackFailed,
         *,
         stage: str | None = None,
         attempts: int = 1,
@@ -310,7 +303,7 @@ class Worker:
             lambda: self._publisher.dead_letter(
                 record,
                 error,
-                stage=stage or _stage(error),
+                stage=stage or error.stage,
                 attempts=attempts,
                 track_id=track.track_id if track else None,
                 model=self._tagger.model,
@@ -327,8 +320,9 @@ class Worker:
 
     def _count_retry(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        assert isinstance(error, TimbreError)  # nothing else is retried
-        self.metrics.retries.labels(_stage(error), error.code).inc()
+        assert isinstance(error, TrackFailed | PublishFailed)  # nothing else is retried
+        stage = "publish" if isinstance(error, PublishFailed) else error.stage
+        self.metrics.retries.labels(stage, error.code).inc()
         if isinstance(error, PublishFailed) and state.attempt_number == ATTEMPTS_BEFORE_A_WARNING:
             log.warning("%s Trying again until it does.", error.message)
 
@@ -368,21 +362,20 @@ class Worker:
 def _tried_again(error: BaseException) -> bool:
     """Whether to try a track again at once. A fetch makes its own attempts, and knows how long the
     server asked it to stay away."""
-    return isinstance(error, TimbreError) and error.retryable and not isinstance(error, FetchFailed)
+    return isinstance(error, TrackFailed) and error.retryable and not isinstance(error, FetchFailed)
 
 
-def _typed(error: Exception) -> TimbreError:
+def _attempts(retrying: AsyncRetrying) -> int:
+    """Attempts begun so far, the one at hand included; one where the cache answered."""
+    return int(retrying.statistics.get("attempt_number", 1))
+
+
+def _typed(error: Exception) -> TrackFailed:
     """The error itself, or, for a fault of our own, one that must not hold up the partition."""
-    if isinstance(error, TimbreError):
+    if isinstance(error, TrackFailed):
         return error
     log.error("Unexpected failure", exc_info=error)
     return Unexpected(f"Timbre failed unexpectedly ({type(error).__name__}); see its log.")
-
-
-def _stage(error: TimbreError) -> str:
-    if isinstance(error, PublishFailed):
-        return "publish"
-    return next((stage for kind, stage in STAGES if isinstance(error, kind)), "track")
 
 
 class _BatchMetrics:

@@ -152,7 +152,7 @@ class Cache:
     analysis_key
         Says which model and which settings made an analysis; others' are not found.
     bundle
-        The model; what others than it left under its key is made anew.
+        The model; an analysis that it can't have made is passed over.
     """
 
     def __init__(
@@ -223,8 +223,8 @@ class Cache:
             self._miss(result)
 
     async def _get(self, key: str, max_bytes: int) -> bytes | None:
-        """The beginning of a value, which may be anybody's and of any length; None of an empty
-        one, which is the same to Redis as none.
+        """The first `max_bytes` of a value, which anybody may have written; None where it is empty
+        or missing.
         """
         if self._is_avoided():
             return None
@@ -311,7 +311,7 @@ class Cache:
         return False
 
     def _failed(self, error: Exception) -> bool:
-        """Count a failure; whether Redis is down, and not only a key of ours somebody else's."""
+        """Count a failure: True where Redis is down, False where this key is another program's."""
         self._metrics.cache.labels("error").inc()
         if isinstance(error, ResponseError) and "WRONGTYPE" in str(error):
             log.warning("Redis holds something that is not Timbre's under a key of Timbre's")

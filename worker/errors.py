@@ -17,15 +17,21 @@ class TimbreError(Exception):
         self.message = message
 
 
-def failure_codes() -> list[str]:
-    """All codes there are."""
-    kinds = [TimbreError]
+class TrackFailed(TimbreError):
+    """A failure that makes a dead letter of a track or its event; `stage` is where it happens."""
+
+    stage: ClassVar[str] = "track"
+
+
+def dead_letter_codes() -> list[str]:
+    """Every reason that a dead letter may have."""
+    kinds: list[type[TimbreError]] = [TrackFailed]
     for kind in kinds:  # grows while it is walked
         kinds += kind.__subclasses__()
-    return sorted({kind.code for kind in kinds})
+    return sorted({kind.code for kind in kinds[1:]})
 
 
-class Unexpected(TimbreError):
+class Unexpected(TrackFailed):
     """A fault in Timbre itself: the message carries the exception's type, the log its traceback."""
 
     code = "internal_error"
@@ -40,31 +46,35 @@ class SettingsInvalid(TimbreError):
 # Intake -------------------------------------------------------------------------------------
 
 
-class EventMalformed(TimbreError):
+class EventMalformed(TrackFailed):
     """The message is not a new-track event in any accepted form."""
 
     code = "event_malformed"
+    stage = "intake"
 
 
-class EventTooLarge(TimbreError):
+class EventTooLarge(TrackFailed):
     """The message is larger than an event may be."""
 
     code = "event_too_large"
+    stage = "intake"
 
 
-class EventVersionUnknown(TimbreError):
+class EventVersionUnknown(TrackFailed):
     """The event names a specification version this worker doesn't read."""
 
     code = "event_version_unknown"
+    stage = "intake"
 
 
 # Fetch --------------------------------------------------------------------------------------
 
 
-class FetchFailed(TimbreError):
+class FetchFailed(TrackFailed):
     """The audio could not be fetched, in so many `attempts`."""
 
     code = "fetch_failed"
+    stage = "fetch"
     attempts: int = 1
 
 
@@ -154,10 +164,11 @@ class SpoolFull(FetchFailed):
 # Decode -------------------------------------------------------------------------------------
 
 
-class DecodeFailed(TimbreError):
+class DecodeFailed(TrackFailed):
     """The audio could not be decoded."""
 
     code = "decode_failed"
+    stage = "decode"
 
 
 class AudioUnreadable(DecodeFailed):
@@ -200,10 +211,11 @@ class DecoderKilled(DecoderCrashed):
 # Batch and vote -----------------------------------------------------------------------------
 
 
-class InferenceFailed(TimbreError):
+class InferenceFailed(TrackFailed):
     """The network could not be run over the track's windows, not even alone."""
 
     code = "inference_failed"
+    stage = "batch"
 
 
 class DeviceOutOfMemory(InferenceFailed):
@@ -234,13 +246,14 @@ class TrackCancelled(TimbreError):
     retryable = True
 
 
-class TrackSilent(TimbreError):
+class TrackSilent(TrackFailed):
     """Every window is silent, so none votes."""
 
     code = "track_silent"
+    stage = "vote"
 
 
-class DeadlineExceeded(TimbreError):
+class DeadlineExceeded(TrackFailed):
     """The track did not meet its own deadline."""
 
     code = "deadline_exceeded"
@@ -280,10 +293,11 @@ class ConsumerLost(TimbreError):
     retryable = True
 
 
-class ResultTooLarge(TimbreError):
+class ResultTooLarge(TrackFailed):
     """Kafka takes no message of the result's size."""
 
     code = "result_too_large"
+    stage = "publish"
 
 
 class DeadLetterNotFound(TimbreError):

@@ -10,7 +10,8 @@ LARGEST_KEPT_BYTES = 32 << 20
 def keep_freed_memory(most_bytes: int) -> None:
     """Let malloc keep up to `most_bytes` of what is freed, rather than give it back at once.
 
-    What takes and frees pieces of some MB would have the kernel map and zero each of them anew.
+    Otherwise the kernel maps and zeroes every block of some MB anew for code that takes and frees
+    such blocks all the time.
     Other C libraries have no such knobs and are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

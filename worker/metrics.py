@@ -19,7 +19,7 @@ from prometheus_client import (
 )
 
 from schemas.events import Priority
-from worker.errors import failure_codes
+from worker.errors import dead_letter_codes
 
 OUTCOMES = ("tagged", "cached", "dead_letter")
 LOOKUPS = ("hit", "miss", "error")
@@ -56,7 +56,7 @@ class Metrics:
         self.dead_letters = Counter(
             "timbre_dead_letters", "Dead letters by reason code", ["code"], registry=registry
         )
-        for code in failure_codes():
+        for code in dead_letter_codes():
             self.dead_letters.labels(code)
         self.retries = Counter(
             "timbre_retries", "Attempts repeated, by stage and reason code", ["stage", "code"],
@@ -72,7 +72,8 @@ class Metrics:
             "timbre_redis_backlog", "Results waiting to be stored in Redis", registry=registry
         )
         self.redis_dropped = Counter(
-            "timbre_redis_dropped", "Results never stored in Redis (backlog full)",
+            "timbre_redis_dropped",
+            "Results never stored in Redis: backlog full, or their key is another program's",
             registry=registry,
         )  # fmt: skip
         self.stage_seconds = Histogram(

@@ -95,15 +95,15 @@ class FetchSettings(Section):
     connect_timeout_s: float = Field(10.0, gt=0, description="Seconds to connect")
     max_redirects: int = Field(5, ge=0, description="Redirects followed")
     attempts: int = Field(
-        8, ge=1, description="Attempts for what can pass; at a server that stalls two at most"
+        8, ge=1, description="Attempts at one fetch; two at most where the server stalls"
     )
     backoff_initial_s: float = Field(0.25, gt=0, description="First wait between attempts")
     backoff_max_s: float = Field(20.0, gt=0, description="Longest wait between attempts")
     max_wait_s: float = Field(
         60.0,
         gt=0,
-        description="Waits between attempts, all together; who asks for more, by "
-        "Retry-After, is not asked again",
+        description="Seconds of waiting between the attempts at one fetch, all together; a server "
+        "whose Retry-After asks for more is not tried again",
     )
     ambient_credentials: bool = Field(
         False, description="Without keys, use the machine's (an IAM role, a workload identity)"
@@ -186,8 +186,8 @@ class BatchSettings(Section):
     )
     max_windows: int = Field(64, ge=1, le=4096, description="Windows in a batch")
     max_delay_s: float = Field(0.05, ge=0, description="Seconds the oldest window waits")
-    queue_windows: int = Field(512, ge=1, description="Windows that wait at most, all tracks")
-    in_flight: int = Field(2, ge=1, le=2, description="Batches on their way through the device")
+    queue_windows: int = Field(512, ge=1, description="Most windows in the queue, of all tracks")
+    in_flight: int = Field(2, ge=1, le=2, description="Batches at once: one copied, one computed")
     backfill_share: float = Field(
         0.1, ge=0, le=1, description="Share of a batch kept for backfill while uploads wait"
     )
@@ -200,8 +200,8 @@ class BatchSettings(Section):
     max_stuck: int = Field(
         7,
         ge=1,
-        description="Hung device threads at which the worker is no longer live; a track that hangs "
-        "the device leaves up to two at every attempt",
+        description="Hung device threads at which `/health/live` fails; a track that hangs the "
+        "device leaves up to two at every attempt",
     )
 
 
@@ -228,7 +228,7 @@ class KafkaSettings(Section):
     topic_backfill: str = Field("tracks.backfill", description="The same at lower priority")
     topic_tags: str = Field("tracks.tags", description="Results")
     topic_features: str = Field("tracks.features", description="Embeddings")
-    topic_dead_letter: str = Field("tracks.dead-letter", description="Events that can't pass")
+    topic_dead_letter: str = Field("tracks.dead-letter", description="Dead letters")
     max_event_bytes: int = Field(MIB, gt=0, description="Bytes of one event")
     session_timeout_s: float = Field(
         20.0, ge=6, description="Seconds until the group takes over a dead worker's partitions"
@@ -238,10 +238,10 @@ class KafkaSettings(Section):
         "PLAINTEXT", description="With TLS, with a password, or both"
     )
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
-        "SCRAM-SHA-512", description="How the password is shown to the broker"
+        "SCRAM-SHA-512", description="SASL mechanism"
     )
-    sasl_username: str | None = Field(None, description="User, where SASL is spoken")
-    sasl_password: SecretStr | None = Field(None, description="The user's password")
+    sasl_username: str | None = Field(None, description="SASL user name")
+    sasl_password: SecretStr | None = Field(None, description="SASL password")
     ssl_ca_file: FilePath | None = Field(None, description="CA certificates; unset: the system's")
     ssl_cert_file: FilePath | None = Field(None, description="Client certificate")
     ssl_key_file: FilePath | None = Field(None, description="Client key")
@@ -333,12 +333,12 @@ class WorkerSettings(Section):
     stalled_after_s: float = Field(
         120.0,
         gt=0,
-        description="Seconds without progress, while there is lag, until not live; "
+        description="Seconds without progress, while there is lag, until `/health/live` fails; "
         "with events in flight at least TRACK_DEADLINE_S and BACKOFF_MAX_S together",
     )
     log_format: Literal["text", "json"] = Field("text", description="Form of the log's lines")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="What the log holds at least"
+        "info", description="Lowest level that is logged"
     )
 
 

@@ -1,4 +1,4 @@
-"""The default network: the folded reference at half the frame rate and fewer positions, taught to
+"""The network of `fast`: the folded reference at half the frame rate and fewer positions, taught to
 answer as the reference does. No label plays a part, so whatever is fitted on its embedding later
 can be cross-validated honestly."""
 

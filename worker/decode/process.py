@@ -201,7 +201,7 @@ def _limit(max_memory_bytes: int) -> None:
 
 
 def _fall_silent() -> None:
-    """What a library prints over a broken file is nobody's to read; a failure to start was."""
+    """Drop what libraries print about broken files; what they print at a failed start is seen."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stderr.fileno())
     os.close(null)

@@ -47,8 +47,8 @@ STALL_ATTEMPTS = 2
 """At a server that stalls: once more, should a connection have been lost. Each attempt holds a
 place in flight for all the time that a stall takes to tell, while other tracks wait for it."""
 LONG_SILENCE = 1 / 2
-"""Of the time that a stall takes to tell: who is silent for so long and then fails has stalled,
-but for an answer that says when to ask again."""
+"""Of `stall_timeout_s`: a server that is silent for at least this share of it and then fails counts
+as stalled, unless its answer says when to ask again."""
 
 
 class Fetcher:
@@ -220,7 +220,7 @@ class _Fetched(NamedTuple):
 
 
 def _late(file: SpoolFile, uri: str) -> FetchFailed:
-    """What the time went by with: waiting for the spool, or for the server."""
+    """The error of a fetch that ran out of time: while it waited for room, or for the server."""
     if file.waits_for_room:
         return SpoolFull(
             f"The spool had no room for {shown(uri)} in time; lower TIMBRE_WORKER__MAX_IN_FLIGHT, "

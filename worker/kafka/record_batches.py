@@ -1,10 +1,9 @@
 """Records out of Kafka's batches, whatever an outsider packed into one.
 
-The broker takes header names that are no text, headers by the million, and batches that unpack to
-thousands of times their size. aiokafka stops at the first for ever, and no partition of that
-consumer goes on; the others take all the time and memory there is, from every worker in turn. Here
-a record that can't be read is given with neither key nor value, and a header (`record.UNREAD`) that
-says so, to end as any bad event does.
+The broker accepts header names that are not text, millions of headers, and batches that unpack to
+thousands of times their size. The first stop aiokafka's consumer for good; the others exhaust the
+time and memory of every worker in turn. Here a record that can't be read is given with neither key
+nor value, and a header (`record.UNREAD`) that says so, to end as any bad event does.
 """
 
 import gzip

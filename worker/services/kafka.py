@@ -117,7 +117,7 @@ class Kafka(Service):
             "controller.listener.names": "CONTROLLER",
             "log.dirs": self.folder / "data",
             "auto.create.topics.enable": "false",
-            # A dead letter carries its original, base64 in JSON.
+            # Taggrams of long tracks; deploy/kafka/create-topics.sh bounds each topic by itself.
             "message.max.bytes": 12 * 1024 * 1024,
             "offsets.topic.num.partitions": 1,
             "offsets.topic.replication.factor": 1,
