@@ -33,6 +33,7 @@ from torch.nn import functional
 
 from model.datasets.dataset import Dataset
 from model.datasets.logmels import LogMelSource, open_source
+from model.device import choose_device
 from model.features import (
     FACTS,
     MFCCS,
@@ -47,7 +48,6 @@ from model.heads import Head
 from model.logmel_cnn import ARCHIVE_FRONT_END, LogMelCnnConfig, MemberConfig, build_logmel_cnn
 from model.pictures import Gallery, canvas
 from model.train import Precision
-from worker.batch.device import choose_device
 from worker.errors import DatasetInvalid
 
 QUICK_CLIPS = 6  # of each label and split

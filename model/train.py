@@ -27,6 +27,7 @@ from model.bundle import Bundle, make_bundle_folder
 from model.calibration import Calibration, fit_temperature, threshold_for_coverage
 from model.datasets.dataset import Dataset
 from model.datasets.logmels import LogMelSource, open_source
+from model.device import choose_device
 from model.folder import make_folder
 from model.frontend import LogMelConfig
 from model.heads import Head
@@ -34,7 +35,6 @@ from model.invalid import first_fault
 from model.logmel_cnn import BATCH, MAX_EMBEDDING_DIM, LogMelCnnConfig, narrowed
 from model.measure import METHODS, Voted, nll, window_accuracy
 from model.network import Tagger, build
-from worker.batch.device import choose_device
 from worker.errors import CheckpointInvalid, DatasetInvalid, SettingsInvalid
 
 Fit = Literal["all", "train"]

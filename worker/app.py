@@ -40,8 +40,9 @@ from worker.errors import (
     Unexpected,
     WorkerStopping,
 )
-from worker.health import Health, HttpServer, LagProbe
+from worker.health import Health, HttpServer
 from worker.kafka.consumer import Consumer, Rest
+from worker.kafka.lag import LagProbe
 from worker.kafka.record_batches import bounded_unpacking
 from worker.metrics import Metrics
 from worker.publish import Publisher

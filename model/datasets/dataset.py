@@ -1,7 +1,6 @@
 """What every layout becomes: clips with labels, a split, and what must not be torn apart by it."""
 
 import hashlib
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,9 +13,6 @@ from numpy.typing import NDArray
 from worker.errors import DatasetInvalid, SplitLeaks
 
 Kind = Literal["single", "multi"]
-AUDIO = re.compile(
-    r"[^.].*\.(aac|aiff?|au|flac|m4a|mka|mp3|mp4|og[ag]|opus|wav|webm|wma)", re.IGNORECASE
-)
 SPLIT_NAMES = {"training": "train", "validation": "valid", "val": "valid", "dev": "valid"}
 MAX_NAMED = 10  # tracks named in one error
 
@@ -192,11 +188,6 @@ def split_name(raw: str) -> str | None:
     """A split's name as used here; None for an empty one."""
     name = raw.strip().lower()
     return SPLIT_NAMES.get(name, name) or None
-
-
-def is_audio(path: Path) -> bool:
-    """Whether the name is one that audio files have; hidden files are none."""
-    return AUDIO.fullmatch(path.name) is not None
 
 
 def recordings(paths: Iterable[Path]) -> dict[Path, str]:

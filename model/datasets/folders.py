@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from model.datasets.dataset import Clip, Dataset, is_audio, recordings, split_name
+from model.datasets.dataset import Clip, Dataset, recordings, split_name
+from worker.audio_files import is_audio
 from worker.errors import DatasetInvalid
 
 SPLITS = frozenset({"train", "valid", "test"})

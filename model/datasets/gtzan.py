@@ -10,7 +10,8 @@ and music adversaries, 2015; clips in none of its lists are left out.
 import re
 from pathlib import Path
 
-from model.datasets.dataset import Clip, Dataset, Skipped, is_audio
+from model.datasets.dataset import Clip, Dataset, Skipped
+from worker.audio_files import is_audio
 from worker.errors import DatasetInvalid
 
 LICENCE = "GTZAN: recordings without copyright clearance, research use by custom"

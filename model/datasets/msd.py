@@ -8,7 +8,8 @@ and a minority genre, between tabs. `unique_tracks.txt` beside it names the arti
 import re
 from pathlib import Path
 
-from model.datasets.dataset import Clip, Dataset, Skipped, is_audio, recordings
+from model.datasets.dataset import Clip, Dataset, Skipped, recordings
+from worker.audio_files import is_audio
 from worker.errors import DatasetInvalid
 
 LICENCE = "MSD: annotations for research use (CC BY-NC-SA 2.0), previews under their owners' rights"

@@ -12,16 +12,9 @@ from urllib.request import url2pathname
 from pydantic import JsonValue, ValidationError
 
 from schemas.events import AudioRef, NewTrack, Priority
+from worker.audio_files import is_audio
 from worker.errors import SourceInvalid
 
-# fmt: off
-AUDIO_SUFFIXES = frozenset({
-    ".aac", ".aif", ".aiff", ".alac", ".amr", ".ape", ".au", ".caf", ".flac", ".m4a", ".m4b",
-    ".mka", ".mp2", ".mp3", ".mp4", ".mpc", ".oga", ".ogg", ".opus", ".ra", ".tta", ".wav",
-    ".weba", ".webm", ".wma", ".wv",
-})
-# fmt: on
-APPLE_DOUBLE = "._"  # macOS keeps what a file system lacks beside the file, under its suffix
 URI_COLUMNS = ("uri", "url", "path")
 SCHEMES = ("http", "https", "s3", "gs", "az", "file")
 FOREIGN_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -86,13 +79,7 @@ def audio_files(folder: Path) -> list[Path]:
     SourceInvalid
         There are none.
     """
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in AUDIO_SUFFIXES
-        and not path.name.startswith(APPLE_DOUBLE)
-        and path.is_file()
-    )
+    found = sorted(path for path in folder.rglob("*") if is_audio(path) and path.is_file())
     if not found:
         raise SourceInvalid(f"{folder} holds no audio files.")
     return found

@@ -28,10 +28,11 @@ from worker import health
 from worker.app import Worker
 from worker.batch.batcher import Batcher
 from worker.errors import DeviceHung, SettingsInvalid
-from worker.health import Health, HttpServer, LagProbe
-from worker.kafka import connection
+from worker.health import Health, HttpServer
+from worker.kafka import connection, lag
 from worker.kafka import consumer as consumer_module
 from worker.kafka.consumer import Consumer, Handle, Rest
+from worker.kafka.lag import LagProbe
 from worker.metrics import Metrics
 from worker.record import Record
 from worker.settings import (
@@ -48,7 +49,7 @@ STALLED_AFTER_S = 1.0
 
 @pytest.fixture(autouse=True)
 def _measure_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "LAG_INTERVAL_S", 0.2)
+    monkeypatch.setattr(lag, "LAG_INTERVAL_S", 0.2)
 
 
 def impatient(own: KafkaSettings, **worker: object) -> Settings:

@@ -20,12 +20,11 @@ from worker.batch.device import (
     WindowOutputs,
     buckets,
     choose_autocast,
-    choose_device,
     cut,
     pad_to_bucket,
     threads_beside_decoders,
 )
-from worker.errors import DeviceHung, DeviceLost, DeviceOutOfMemory, SettingsInvalid
+from worker.errors import DeviceHung, DeviceLost, DeviceOutOfMemory
 from worker.settings import BatchSettings
 
 SAMPLES = 64
@@ -301,13 +300,6 @@ def test_padding_reaches_the_bucket_also_at_the_buffers_end() -> None:
     samples = torch.arange(8.0).unsqueeze(1)
     assert pad_to_bucket(samples, 0, 3, [1, 2, 4, 8])[:, 0].tolist() == [0, 1, 2, 3]
     assert pad_to_bucket(samples, 5, 8, [1, 2, 4, 8])[:, 0].tolist() == [5, 6, 7, 0]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_that_is_absent_is_refused_with_what_to_do() -> None:
-    assert choose_device("auto").type == choose_device("cpu").type == "cpu"
-    with pytest.raises(SettingsInvalid, match="TIMBRE_BATCH__DEVICE, or --device"):
-        choose_device("cuda")
 
 
 def test_a_cpu_computes_in_float32_whatever_the_precision() -> None:
