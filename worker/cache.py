@@ -16,7 +16,6 @@ Redis is never waited for: while it is down, tags still flow, and what it missed
 
 import asyncio
 import logging
-import random
 import ssl
 import time
 from collections import OrderedDict
@@ -35,6 +34,7 @@ from redis.exceptions import RedisError, ResponseError
 from model.bundle import Bundle
 from schemas.events import TrackTags
 from worker.analysis import Analysis
+from worker.backoff import Backoff
 from worker.errors import SettingsInvalid
 from worker.metrics import Metrics
 from worker.settings import MIB, RedisSettings
@@ -342,7 +342,7 @@ class Cache:
 
     async def _catch_up(self) -> None:
         """Store what Redis missed, oldest first, once it answers again."""
-        pause_s, longest_s = CATCH_UP_BACKOFF_S
+        backoff = Backoff(*CATCH_UP_BACKOFF_S)
         while True:
             await self._missing.wait()
             while self._missed:
@@ -350,8 +350,7 @@ class Cache:
                 if await self._try_to_store(missed.result()):
                     self._forget(event_id)
                     self._metrics.redis_backlog.set(len(self._missed))
-                    pause_s = CATCH_UP_BACKOFF_S[0]
+                    backoff.reset()
                 else:
-                    await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
-                    pause_s = min(2 * pause_s, longest_s)
+                    await asyncio.sleep(backoff.next_s())
             self._missing.clear()

@@ -29,6 +29,7 @@ app.add_typer(services_app, name="services")
 app.add_typer(dead_letters_app, name="dead-letters")
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+OURS = ("worker", "model", "schemas")
 
 
 def main() -> None:
@@ -46,6 +47,10 @@ def main() -> None:
         if error.filename is None:
             raise
         fault = f"{error.filename} can't be used: {error.strerror}"
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in OURS:
+            raise
+        fault = f"This command needs the package {error.name}: pip install 'timbre[lab]'."
     else:
         return
     sys.stderr.write(f"timbre: {printable(fault, lines=True)}\n")

@@ -139,7 +139,6 @@ class Tagger:
                             self.fetcher.fetch(
                                 uri,
                                 expected_sha256=expected_sha256,
-                                timeout_s=self._settings.fetch.timeout_s,
                                 sleep=sleep,
                             )
                         )

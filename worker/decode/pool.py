@@ -27,6 +27,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from worker.backoff import Backoff
 from worker.decode import process as decoder_process
 from worker.decode.decoder import DecodedFacts
 from worker.decode.process import MESSAGE_BYTES, Message, Setup
@@ -50,8 +51,7 @@ __all__ = ["Block", "DecodedFacts", "DecoderPool", "Decoding"]
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 30.0
-BACKOFF_INITIAL_S = 0.1
-BACKOFF_MAX_S = 10.0
+START_BACKOFF_S = (0.1, 10.0)
 FACTS = {field.name for field in fields(DecodedFacts)}
 
 # Errors of the audio itself: the process that found them is as good as before.
@@ -216,13 +216,13 @@ class DecoderPool:
 
     async def _keep(self, process: "_Process | None") -> None:
         """See to it that one process lives: when it has ended, bury it and start another."""
-        useless = 0
+        backoff = Backoff(*START_BACKOFF_S)
         while True:
+            useful = False
             try:
                 process = process or await self._start()
             except DecoderCrashed as error:
                 log.warning("%s", error.message)
-                useless += 1
             else:
                 self._idle.put_nowait(process)
                 try:
@@ -231,10 +231,12 @@ class DecoderPool:
                     self._bury(process)
                 if self._on_restart is not None:
                     self._on_restart()
-                useless = 0 if process.tracks else useless + 1
+                useful = process.tracks > 0
                 process = None
-            if useless:
-                await asyncio.sleep(min(BACKOFF_MAX_S, BACKOFF_INITIAL_S * 2 ** min(useless, 10)))
+            if useful:
+                backoff.reset()
+            else:
+                await asyncio.sleep(backoff.next_s())
 
     async def _start(self) -> "_Process":
         try:

@@ -8,7 +8,6 @@ to finish; the rest is given back unacknowledged, and Kafka delivers it again.
 
 import asyncio
 import logging
-import random
 import tempfile
 import time
 from collections import deque
@@ -20,6 +19,7 @@ from typing import Any
 import faust
 from faust.types import TP, EventT
 
+from worker.backoff import Backoff
 from worker.errors import ConsumerLost
 from worker.kafka.connection import faust_credentials
 from worker.kafka.ledger import Ledger
@@ -222,7 +222,7 @@ class Consumer:
         """Handle one record, whatever it takes."""
         self._metrics.events.labels(record.topic).inc()
         gauge = self._metrics.in_flight.labels(record.topic)
-        pause_s, longest_s = RESTART_BACKOFF_S
+        backoff = Backoff(*RESTART_BACKOFF_S)
 
         async def rest_after_an_attempt(duration_s: float) -> None:
             self.progressed()
@@ -238,8 +238,7 @@ class Consumer:
                         "Event %s-%d@%d could not be handled; trying again",
                         record.topic, record.partition, record.offset,
                     )  # fmt: skip
-                    await rest(pause_s * random.uniform(0.5, 1.5))
-                    pause_s = min(2 * pause_s, longest_s)
+                    await rest(backoff.next_s())
 
     def pause(self, tp: TP) -> None:
         """Ask the broker for no more of a partition for now.
@@ -257,7 +256,7 @@ class Consumer:
 
     async def run(self) -> None:
         """Consume until `stop`; a consumer that dies is built anew, with backoff."""
-        pause_s, longest_s = RESTART_BACKOFF_S
+        backoff = Backoff(*RESTART_BACKOFF_S)
         while not self._stop.is_set():
             started_s = time.monotonic()
             clean = await self._run_once()
@@ -269,13 +268,13 @@ class Consumer:
                     "The Kafka consumer died and could not be taken down; the process ends so that "
                     "its supervisor starts a new one. Nothing is lost."
                 )
-            if time.monotonic() - started_s > longest_s:
-                pause_s = RESTART_BACKOFF_S[0]
+            if time.monotonic() - started_s > RESTART_BACKOFF_S[1]:
+                backoff.reset()
+            pause_s = backoff.next_s()
             self._metrics.consumer_restarts.inc()
-            log.warning("The Kafka consumer ended; a new one starts in about %.1f s", pause_s)
+            log.warning("The Kafka consumer ended; a new one starts in %.1f s", pause_s)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), pause_s * random.uniform(0.5, 1.5))
-            pause_s = min(2 * pause_s, longest_s)
+                await asyncio.wait_for(self._stop.wait(), pause_s)
 
     async def _run_once(self) -> bool:
         app = self._app = self._make_app()

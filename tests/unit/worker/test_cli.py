@@ -53,6 +53,16 @@ def test_settings_that_cant_be_used_are_named(
     assert "TIMBRE_BATCH__MAX_WINDOWS" in capsys.readouterr().err
 
 
+def test_a_command_whose_packages_are_not_installed_says_how_to_get_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.delitem(sys.modules, "model.evaluate", raising=False)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    assert run(monkeypatch, "model", "evaluate", "--dataset", str(tmp_path)) == 1
+    assert "pip install 'timbre[lab]'" in capsys.readouterr().err
+
+
 def test_an_unknown_command_is_a_mistake_of_usage(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -478,13 +478,17 @@ def attempt(value: bytes, headers: Any, key: bytes | None) -> None:
 class TestAnyInput:
     @settings(max_examples=800)
     @given(st.binary(max_size=300), HEADERS, st.none() | st.binary(max_size=10))
-    def test_bytes(self, value: bytes, headers: Any, key: bytes | None) -> None:
+    def test_any_bytes_are_read_or_refused_by_a_typed_error(
+        self, value: bytes, headers: Any, key: bytes | None
+    ) -> None:
         attempt(value, headers, key)
 
     @settings(max_examples=1000)
     @given(JSON | ALMOST, HEADERS)
     @example({"specversion": "1.0"}, ())
-    def test_json(self, value: object, headers: Any) -> None:
+    def test_any_json_is_read_or_refused_by_a_typed_error(
+        self, value: object, headers: Any
+    ) -> None:
         attempt(json.dumps(value).encode(), headers, None)
 
     @settings(max_examples=800)
