@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from worker.settings import VoteMethod
+
 Kind = Literal["single", "multi"]
 FLOOR = 1e-3  # a vote of zero windows is no proof of impossibility
 NO_PROOF = 1e-9  # nor is one of all windows, or of none, a proof of a label's yes or no
@@ -18,9 +20,7 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    temperature: dict[Literal["mean", "majority", "weighted"], Temperature] = Field(
-        default_factory=dict
-    )
+    temperature: dict[VoteMethod, Temperature] = Field(default_factory=dict)
 
     def apply(self, voted: np.ndarray, *, kind: Kind, method: str) -> np.ndarray:
         """Calibrated scores of `voted` `(..., labels)`; a method without a fit is left as it is."""

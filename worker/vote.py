@@ -14,11 +14,12 @@ ICASSP 2003.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from model.calibration import Kind
 from worker.errors import TrackSilent
 from worker.settings import VoteMethod
 
@@ -33,7 +34,7 @@ class Head(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def kind(self) -> Literal["single", "multi"]: ...
+    def kind(self) -> Kind: ...
     @property
     def labels(self) -> tuple[str, ...]: ...
     @property
@@ -111,7 +112,7 @@ def vote(
     return Verdict(tags=[tag for tags in results for tag in tags], uncertain=best < uncertain_below)
 
 
-def confidence(probabilities: Floats, kind: Literal["single", "multi"]) -> Floats:
+def confidence(probabilities: Floats, kind: Kind) -> Floats:
     """One less the normalised entropy of each window: 0 knows nothing, 1 is sure.
 
     A single-label head's window is one distribution over K labels, of at most log K nats. A
@@ -157,7 +158,7 @@ def _vote_head(head: Head, probabilities: Floats, method: VoteMethod) -> list[Vo
     ]
 
 
-def _votes(probabilities: Floats, kind: Literal["single", "multi"]) -> Floats:
+def _votes(probabilities: Floats, kind: Kind) -> Floats:
     """Who votes for what, as 0 and 1: (windows, labels). A tie goes to the earlier label."""
     votes: Floats = np.eye(probabilities.shape[1])[probabilities.argmax(axis=1)]
     if kind == "multi":

@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from model.calibration import Kind
 from worker.errors import DatasetInvalid, SplitLeaks
 
-Kind = Literal["single", "multi"]
 SPLIT_NAMES = {"training": "train", "validation": "valid", "val": "valid", "dev": "valid"}
 MAX_NAMED = 10  # tracks named in one error
 

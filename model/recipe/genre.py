@@ -8,7 +8,7 @@ that exists in both forms says what their embeddings would have been of the audi
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from model.calibration import (
 )
 from model.frontend import LogMel
 from model.heads import Head
+from model.measure import METHODS, Scores, Voted
 from model.network import Musicnn, Tagger
 from model.recipe.coarse import (
     ARCHIVE_FPS,
@@ -42,11 +43,8 @@ from model.recipe.coarse import (
 )
 from model.recipe.music import Recording
 from model.recipe.student import BATCH, clip_window, halved
-from worker.vote import vote
 
 Ints = NDArray[np.int64]
-Method = Literal["mean", "majority", "weighted"]
-METHODS: tuple[Method, ...] = ("mean", "majority", "weighted")
 COVERAGE = 0.7
 ARCHIVE_WEIGHT = 2.0  # of a window that is only known blurred
 RIDGE = 300.0
@@ -220,9 +218,7 @@ def learn(audio: Windows, archive: Windows, head: Head) -> Genres:
     tracks = np.flatnonzero(held)
     truth = audio.genres[tracks]
     said = [fitted.probabilities(audio.embeddings[audio.owner == track]) for track in tracks]
-    voted = {
-        method: np.stack([_voted(windows, head, method) for windows in said]) for method in METHODS
-    }
+    voted = {method: Voted.of(said, head, method).scores for method in METHODS}
     calibration = Calibration(
         temperature={
             method: round(fit_temperature(scores, truth), 4) for method, scores in voted.items()
@@ -308,15 +304,7 @@ def _accuracy(fitted: Linear, windows: Windows, tracks: Ints) -> float:
     return float(np.mean(np.array(best) == windows.genres[tracks]))
 
 
-def _voted(said: Floats, head: Head, method: Method) -> Floats:
-    """Voted scores in the head's order; `head` has no calibration yet."""
-    everyone = np.ones(len(said), bool)
-    verdict = vote({head.name: said}, everyone, [head], method=method, uncertain_below=0)
-    scores = {tag.label: tag.score for tag in verdict.tags}
-    return np.array([scores[label] for label in head.labels], dtype=np.float32)
-
-
-def _cross_calibrated(scores: Floats, truth: Ints, songs: NDArray[np.str_]) -> Floats:
+def _cross_calibrated(scores: Scores, truth: Ints, songs: NDArray[np.str_]) -> Scores:
     """Scores of each half of the songs at the temperature of the other half."""
     half = np.array([sum(name.encode()) % 2 for name in songs])
     result = np.empty_like(scores)
