@@ -17,7 +17,9 @@ from model.bundle import Bundle
 from schemas.events import AudioFacts, ModelRef, Priority, Tag, WindowCounts
 from worker.analysis import Analysis
 from worker.batch.batcher import Batcher, BatchObserver, Ticket, WindowOutputs
-from worker.decode.pool import Block, DecodedFacts, DecoderPool
+from worker.decode.decoder import DecodedFacts
+from worker.decode.handle import Block
+from worker.decode.pool import DecoderPool
 from worker.errors import DeadlineExceeded
 from worker.fetch.fetcher import Fetcher, Sleep, SpooledAudio
 from worker.settings import Settings

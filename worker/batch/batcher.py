@@ -27,7 +27,7 @@ from worker.settings import BatchSettings
 
 __all__ = ["BatchObserver", "Batcher", "Ticket", "WindowOutputs"]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 END_GRACE_S = 1.0
 
@@ -268,7 +268,7 @@ class Batcher:
         except Exception as error:
             told = InferenceFailed(f"The batch could not be run: {type(error).__name__}: {error}")
             self._fail_all(pieces, "failed", told)
-            logger.exception("A batch failed outside the network")
+            log.exception("A batch failed outside the network")
         finally:
             self._in_flight.release()
 
@@ -300,10 +300,10 @@ class Batcher:
             if len({p.piece.request.ticket for p in wanted}) == 1:
                 raise
             self._observer.on_fault("hung")
-            logger.warning("A batch hung; its tracks are run one by one")
+            log.warning("A batch hung; its tracks are run one by one")
             await self._compute_each(buffer, wanted)
         except Exception as error:
-            logger.warning("A batch failed; its tracks are run one by one", exc_info=error)
+            log.warning("A batch failed; its tracks are run one by one", exc_info=error)
             await self._compute_each(buffer, wanted)
         else:
             for p in wanted:
@@ -336,7 +336,7 @@ class Batcher:
             except TimbreError as error:
                 p.piece.request.fail(error)
             except Exception as error:
-                logger.warning("The network failed on a track", exc_info=error)
+                log.warning("The network failed on a track", exc_info=error)
                 self._fail(
                     p.piece,
                     "failed",
@@ -375,6 +375,6 @@ class Batcher:
 
     def _fail_all(self, pieces: list[Piece], kind: str, error: TimbreError) -> None:
         self._observer.on_fault(kind)
-        logger.error("A batch of %d pieces of tracks is lost: %s", len(pieces), error.message)
+        log.error("A batch of %d pieces of tracks is lost: %s", len(pieces), error.message)
         for piece in pieces:
             piece.request.fail(type(error)(error.message))

@@ -1,23 +1,14 @@
-"""The device engine: runs the network over a batch in threads of its own, away from the event loop.
+"""The device engine: runs the network over a batch in threads of its own, beside the event loop."""
 
-A thread can't be ended from outside. One that does not come back is left behind and counted, and
-new ones take its place; all are daemons, so that none holds up the exit of the process.
-"""
-
-import asyncio
 import logging
 import math
 import os
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.device import choose_device
-from worker.errors import DeviceHung, DeviceLost, DeviceOutOfMemory
+from worker.batch.threads import Crew
+from worker.errors import DeviceLost, DeviceOutOfMemory
 from worker.malloc import keep_freed_memory
 from worker.settings import BatchSettings
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Floats = NDArray[np.float32]
 
 # On a CPU a batch is cut into chunks that stay in its cache; docs/batching.md has the figures.
@@ -101,84 +92,6 @@ class Buffer:
         self.samples = self.host.to(device)
         self.ready = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
         self.view: Floats = self.host.numpy()
-
-
-class Crew:
-    """A few threads that share a queue of calls and are replaced when a call hangs."""
-
-    def __init__(self, name: str, threads: int) -> None:
-        self._name = name
-        self._threads = threads
-        self._left_behind: list[threading.Thread] = []
-        self._recruit()
-
-    @property
-    def stuck(self) -> int:
-        """Threads left behind that have not come back since."""
-        self._left_behind = [thread for thread in self._left_behind if thread.is_alive()]
-        return len(self._left_behind)
-
-    async def run(self, calls: Sequence[Callable[[], T]], timeout_s: float) -> list[T]:
-        """Results of all calls, in their order, or the first error once all have ended.
-
-        Raises DeviceHung when some have not ended after `timeout_s`; new threads then take over.
-        """
-        futures = [asyncio.wrap_future(self._submit(call)) for call in calls]
-        done, late = await asyncio.wait(futures, timeout=timeout_s)
-        if late:
-            for future in late:
-                future.cancel()
-            for future in done:
-                future.exception()  # seen; what hung is the error
-            self._replace()
-            raise DeviceHung(
-                f"The device did not finish within {timeout_s:g} s; if it is only slow, "
-                "raise TIMBRE_BATCH__TIMEOUT_S."
-            )
-        errors = [error for future in futures if (error := future.exception())]
-        if errors:
-            raise errors[0]
-        return [future.result() for future in futures]
-
-    def close(self) -> None:
-        """Let the threads end once they are through with what was submitted."""
-        for _ in self._crew:
-            self._calls.put(None)
-
-    def _recruit(self) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._crew = [
-            threading.Thread(target=_work, args=(self._calls,), name=self._name, daemon=True)
-            for _ in range(self._threads)
-        ]
-        for thread in self._crew:
-            thread.start()
-
-    def _replace(self) -> None:
-        """Leave the threads behind: those that are not stuck end by themselves."""
-        self.close()
-        self._left_behind += self._crew
-        self._recruit()
-
-    def _submit(self, call: Callable[[], T]) -> "Future[T]":
-        future: Future[T] = Future()
-
-        def settle() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(call())
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._calls.put(settle)
-        return future
-
-
-def _work(calls: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
-    while (call := calls.get()) is not None:
-        call()
-        del call  # or its arguments would live on until the next one
 
 
 class Engine:
@@ -285,7 +198,7 @@ class Engine:
         (window_s,) = await self._runners.run([self._time_a_window], START_TIMEOUT_S)
         cores = len(os.sched_getaffinity(0))
         self._threads = threads_beside_decoders(window_s, cores)
-        logger.info(
+        log.info(
             "The network takes %.2f ms a window and gets %d of %d cores",
             1000 * window_s,
             self._threads,
@@ -380,7 +293,7 @@ class Engine:
                 "use a smaller model."
             )
         self._fits, self._passes = windows // 2, 0
-        logger.warning("%s is out of memory at %d windows; halved", self._device, windows)
+        log.warning("%s is out of memory at %d windows; halved", self._device, windows)
 
     def _grow(self) -> None:
         """After a while without running out, try twice as many again."""

@@ -7,30 +7,18 @@ memory: what an abandoned decoder still writes, nobody reads.
 """
 
 import asyncio
-import json
 import logging
-import mmap
-import os
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import asdict, fields
-from functools import partial
-from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol, Self
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Protocol, Self
 
 from worker.backoff import Backoff
-from worker.decode import process as decoder_process
 from worker.decode.decoder import DecodedFacts
-from worker.decode.process import MESSAGE_BYTES, Message, Setup
+from worker.decode.handle import Block, DecoderProcess
+from worker.decode.process import Setup
 from worker.errors import (
     AudioEmpty,
     AudioTooLong,
@@ -44,15 +32,10 @@ from worker.errors import (
     Unexpected,
 )
 from worker.settings import DecodeSettings, WindowSettings
-from worker.windows import Windows
-
-__all__ = ["Block", "DecodedFacts", "DecoderPool", "Decoding"]
 
 log = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 30.0
 START_BACKOFF_S = (0.1, 10.0)
-FACTS = {field.name for field in fields(DecodedFacts)}
 
 # Errors of the audio itself: the process that found them is as good as before.
 OF_THE_AUDIO: dict[str, type[TimbreError]] = {
@@ -60,7 +43,7 @@ OF_THE_AUDIO: dict[str, type[TimbreError]] = {
 }
 
 
-class Hearing(Protocol):
+class AudioFormat(Protocol):
     """What of a model decides how audio is decoded for it."""
 
     @property
@@ -68,31 +51,6 @@ class Hearing(Protocol):
 
     @property
     def window_samples(self) -> int: ...
-
-
-class Block:
-    """Some consecutive windows of a track, in place in shared memory.
-
-    Attributes
-    ----------
-    windows : np.ndarray [shape=(windows, window_samples), dtype=float32]
-        A view; not to be touched once released.
-    silent : np.ndarray [shape=(windows,), dtype=bool]
-        Windows that don't vote.
-    """
-
-    def __init__(
-        self, windows: Windows, silent: NDArray[np.bool_], release: Callable[[], None]
-    ) -> None:
-        self.windows = windows
-        self.silent = silent
-        self._release: Callable[[], None] | None = release
-
-    def release(self) -> None:
-        """Give the memory back to the decoder, from the event loop's thread; twice is once."""
-        if self._release is not None:
-            self._release()
-            self._release = None
 
 
 class DecoderPool:
@@ -116,7 +74,7 @@ class DecoderPool:
         self,
         settings: DecodeSettings,
         windows: WindowSettings,
-        model: Hearing,
+        model: AudioFormat,
         *,
         on_restart: Callable[[], None] | None = None,
     ) -> None:
@@ -134,13 +92,13 @@ class DecoderPool:
             slots=settings.slots,
             slot_windows=settings.slot_windows,
         )
-        self._idle: asyncio.Queue[_Process] = asyncio.Queue()
+        self._idle: asyncio.Queue[DecoderProcess] = asyncio.Queue()
         self._turn = asyncio.Lock()  # tracks are served in the order they came, a queue's aren't
-        self._living: set[_Process] = set()
+        self._living: set[DecoderProcess] = set()
         self._keepers: list[asyncio.Task[None]] = []
         # One thread starts and buries all processes, in order. It lives as long as the pool, which
         # matters: Linux counts a child's parent as gone when the thread that started it ends.
-        self._undertaker = ThreadPoolExecutor(1, "decoder-processes")
+        self._reaper = ThreadPoolExecutor(1, "decoder-processes")
 
     async def __aenter__(self) -> Self:
         try:
@@ -159,8 +117,8 @@ class DecoderPool:
             keeper.cancel()
         ends = await asyncio.gather(*self._keepers, return_exceptions=True)
         for process in tuple(self._living):  # of keepers that had not even begun
-            self._bury(process)
-        await asyncio.to_thread(self._undertaker.shutdown)
+            self._reap(process)
+        await asyncio.to_thread(self._reaper.shutdown)
         for end in ends:
             if isinstance(end, Exception):
                 raise end
@@ -208,14 +166,14 @@ class DecoderPool:
             else:
                 process.kill()
 
-    async def _free_process(self) -> "_Process":
+    async def _free_process(self) -> DecoderProcess:
         async with self._turn:
             while (process := await self._idle.get()).ended.is_set():
                 pass  # died while idle: its keeper starts another
             return process
 
-    async def _keep(self, process: "_Process | None") -> None:
-        """See to it that one process lives: when it has ended, bury it and start another."""
+    async def _keep(self, process: DecoderProcess | None) -> None:
+        """See to it that one process lives: when it has ended, reap it and start another."""
         backoff = Backoff(*START_BACKOFF_S)
         while True:
             useful = False
@@ -228,7 +186,7 @@ class DecoderPool:
                 try:
                     await process.ended.wait()
                 finally:
-                    self._bury(process)
+                    self._reap(process)
                 if self._on_restart is not None:
                     self._on_restart()
                 useful = process.tracks > 0
@@ -238,30 +196,30 @@ class DecoderPool:
             else:
                 await asyncio.sleep(backoff.next_s())
 
-    async def _start(self) -> "_Process":
+    async def _start(self) -> DecoderProcess:
         try:
-            process = _Process(self._setup)
+            process = DecoderProcess(self._setup)
         except OSError as error:
             raise DecoderCrashed(f"A decoder's memory can't be had: {error.strerror}.") from error
         try:
-            await process.start(self._undertaker)
+            await process.start(self._reaper)
         except BaseException:
-            self._bury(process)
+            self._reap(process)
             raise
         self._living.add(process)
         return process
 
-    def _bury(self, process: "_Process") -> None:
+    def _reap(self, process: DecoderProcess) -> None:
         self._living.discard(process)
-        process.deafen()
-        self._undertaker.submit(process.bury)
+        process.disconnect()
+        self._reaper.submit(process.reap)
 
 
 class Decoding:
     """One track being decoded: an asynchronous iterator over its blocks, in order."""
 
     def __init__(
-        self, process: "_Process", path: Path, deadline: "_Deadline", work_s: float
+        self, process: DecoderProcess, path: Path, deadline: "_Deadline", work_s: float
     ) -> None:
         self.ended = False
         self._process_sound = True
@@ -304,7 +262,7 @@ class Decoding:
         raise StopAsyncIteration
 
     async def _death(self) -> TimbreError:
-        if self._process.astray:
+        if self._process.spoke_nonsense:
             return DecoderCrashed(
                 "The decoder process said what no decoder says and was ended: the file may be made "
                 "to take it over."
@@ -324,202 +282,6 @@ class Decoding:
         return DecoderCrashed(f"The decoder process died {how}: the file may be damaged.")
 
 
-class _Process:
-    """A decoder process, the socket to it, and the memory shared with it.
-
-    `ended` is set when it has died; `released` while the worker holds no block of it.
-    """
-
-    def __init__(self, setup: Setup) -> None:
-        self.inbox: asyncio.Queue[Message | None] = asyncio.Queue()
-        self.ended = asyncio.Event()
-        self.released = asyncio.Event()
-        self.released.set()
-        self.status: Future[int] = Future()
-        self.tracks = 0
-        self.overdue = False
-        self.astray = False
-        self._setup = setup
-        self._ready = False
-        self._held: set[int] = set()
-        self._clock: _Clock | None = None
-        self._popen: subprocess.Popen[bytes] | None = None
-        self._loop = asyncio.get_running_loop()
-        self._control, self._its_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control.setblocking(False)
-        # A file without a name: nothing is left behind however the worker ends.
-        self._memory_file = FileIO(os.memfd_create("timbre-windows"), "r+")
-        self._memory_file.truncate(setup.memory_bytes)
-        memory = mmap.mmap(self._memory_file.fileno(), setup.memory_bytes)
-        self._memory = np.frombuffer(memory, np.float32).reshape(setup.shape)
-
-    @property
-    def pid(self) -> int:
-        assert self._popen is not None, "it has been started"
-        return self._popen.pid
-
-    async def start(self, thread: ThreadPoolExecutor) -> None:
-        """Start it on `thread` and wait until it can decode."""
-        try:
-            await self._loop.run_in_executor(thread, self._spawn)
-            self._loop.add_reader(self._control, self._on_message)
-            self._send(asdict(self._setup))
-            async with asyncio.timeout(START_TIMEOUT_S):
-                ready = await self.inbox.get()
-        except (OSError, TimeoutError) as error:
-            raise DecoderCrashed(f"A decoder process can't be started: {error!r}.") from error
-        if ready is None:
-            raise DecoderCrashed("A decoder process died while it started: see its output above.")
-
-    def begin(self, path: Path, work_s: float) -> None:
-        """Give it a track; from now on it has `work_s` of its own time."""
-        self.tracks += 1
-        self._clock = _Clock(work_s, self._on_overdue)
-        self._clock.run()
-        self._send({"path": str(path)})
-
-    def block(self, message: Message) -> Block:
-        slot = message["slot"]
-        return Block(
-            windows=self._memory[slot, : message["windows"]],
-            silent=np.array([flag == "1" for flag in message["silent"]], np.bool_),
-            release=partial(self._release, slot),
-        )
-
-    def kill(self) -> None:
-        if self._popen is not None:
-            self._popen.kill()
-
-    def deafen(self) -> None:
-        """Stop listening to it: it has ended, or is about to be."""
-        if self.ended.is_set():
-            return
-        self._end_clock()
-        self._loop.remove_reader(self._control)
-        self.ended.set()
-        self.inbox.put_nowait(None)
-
-    def bury(self) -> None:
-        """Kill it, wait until it is gone, and keep its exit status."""
-        for file in (self._control, self._its_control, self._memory_file):
-            file.close()
-        if self._popen is not None:
-            self._popen.kill()
-            self.status.set_result(self._popen.wait())
-
-    def _spawn(self) -> None:
-        fds = (self._its_control.fileno(), self._memory_file.fileno())
-        command = (sys.executable, "-S", "-P", "-m", decoder_process.__name__, *map(str, fds))
-        try:
-            self._popen = subprocess.Popen(  # noqa: S603  # all of it is ours
-                command,
-                env=_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=fds,
-            )
-        finally:
-            self._its_control.close()
-            self._memory_file.close()
-
-    def _on_message(self) -> None:
-        try:
-            data = self._control.recv(MESSAGE_BYTES)
-        except BlockingIOError:
-            return
-        except ConnectionResetError:
-            data = b""
-        if not data:
-            self.deafen()
-            return
-        try:
-            message: Message = json.loads(data)
-        except (ValueError, RecursionError):
-            message = {}
-        if not self._is_due(message):
-            self._go_astray()
-            return
-        if "slot" in message:
-            self._held.add(message["slot"])
-            self.released.clear()
-            if len(self._held) == self._setup.slots and self._clock is not None:
-                self._clock.stop()  # it waits for us
-        else:
-            self._ready = True
-            self._end_clock()
-        self.inbox.put_nowait(message)
-
-    def _is_due(self, message: Any) -> bool:
-        """Whether a decoder of ours may say that now; one taken over by its input says anything."""
-        works = self._clock is not None
-        match message:
-            case {"slot": int(slot), "windows": int(windows), "silent": str(silent)}:
-                free = set(range(self._setup.slots)) - self._held
-                is_free = type(slot) is int and slot in free  # True is a number, but no index
-                fits = 0 < windows == len(silent) <= self._setup.slot_windows
-                return works and is_free and fits
-            case {"facts": dict(facts)}:
-                return works and facts.keys() == FACTS
-            case {"error": {"code": str(), "message": str(), "traceback": str()}}:
-                return works
-            case {"ready": True}:
-                return not self._ready
-        return False
-
-    def _go_astray(self) -> None:
-        self.astray = True
-        self.kill()
-
-    def _release(self, slot: int) -> None:
-        self._held.remove(slot)
-        if not self._held:
-            self.released.set()
-        if self.ended.is_set():
-            return
-        if self._clock is not None:
-            self._clock.run()
-        self._send({"release": slot})
-
-    def _send(self, message: Message) -> None:
-        try:
-            self._control.send(json.dumps(message).encode())
-        except (BrokenPipeError, ConnectionResetError):
-            return  # it has died, which `_on_message` is about to be told
-        except BlockingIOError:  # it hears nothing
-            self._go_astray()
-
-    def _end_clock(self) -> None:
-        if self._clock is not None:
-            self._clock.stop()
-            self._clock = None
-
-    def _on_overdue(self) -> None:
-        self.overdue = True
-        self.kill()
-
-
-class _Clock:
-    """Counts seconds down while it runs, and calls back once none is left."""
-
-    def __init__(self, seconds: float, on_end: Callable[[], None]) -> None:
-        self._left_s = seconds
-        self._on_end = on_end
-        self._loop = asyncio.get_running_loop()
-        self._since_s = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-
-    def run(self) -> None:
-        if self._timer is None:
-            self._since_s = self._loop.time()
-            self._timer = self._loop.call_later(self._left_s, self._on_end)
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-            self._left_s = max(0.0, self._left_s - (self._loop.time() - self._since_s))
-
-
 class _Deadline:
     """A point in time by which waiting ends."""
 
@@ -537,17 +299,6 @@ class _Deadline:
                 f"The track was not decoded within {self._timeout_s:g} s, its waiting for a "
                 "decoder and for the network included."
             ) from None
-
-
-def _environment() -> dict[str, str]:
-    """The decoder's whole environment: our modules, one thread, none of our secrets."""
-    root = str(Path(decoder_process.__file__).parents[2])
-    return {
-        "PYTHONPATH": os.pathsep.join((root, *filter(None, sys.path))),
-        "PYTHONUTF8": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
 
 
 def _error(told: dict[str, str]) -> TimbreError:

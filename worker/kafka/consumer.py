@@ -62,7 +62,7 @@ class _Places:
 
     def __init__(self, count: int) -> None:
         self.free = asyncio.Semaphore(count)
-        self.couches = asyncio.Semaphore(MAX_RESTING)
+        self.resting = asyncio.Semaphore(MAX_RESTING)
 
 
 class _Place:
@@ -76,10 +76,10 @@ class _Place:
     async def rest(self, duration_s: float) -> None:
         """Sleep, and let others have the place for that long, unless too many rest already."""
         self.resting = True
-        if self._places.couches.locked():
+        if self._places.resting.locked():
             await asyncio.sleep(duration_s)
         else:
-            async with self._places.couches:
+            async with self._places.resting:
                 self.leave()
                 await asyncio.sleep(duration_s)
                 await self._places.free.acquire()

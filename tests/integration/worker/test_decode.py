@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from tests.audio import ENCODINGS, encode, encode_as, noise, tone, wav
 from worker.decode import process as decoder_process
-from worker.decode.decoder import decode_windows
-from worker.decode.pool import Block, DecodedFacts, DecoderPool, Decoding
+from worker.decode.decoder import DecodedFacts, decode_windows
+from worker.decode.handle import Block
+from worker.decode.pool import DecoderPool, Decoding
 from worker.errors import (
     AudioTooLong,
     AudioUnreadable,

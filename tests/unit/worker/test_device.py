@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from worker.batch.device import (
     DECODE_S_PER_WINDOW,
-    Crew,
     Engine,
     WindowOutputs,
     buckets,
@@ -24,6 +23,7 @@ from worker.batch.device import (
     pad_to_bucket,
     threads_beside_decoders,
 )
+from worker.batch.threads import Crew
 from worker.errors import DeviceHung, DeviceLost, DeviceOutOfMemory
 from worker.settings import BatchSettings
 
@@ -218,7 +218,7 @@ async def test_a_hung_thread_is_left_behind_and_others_go_on() -> None:
 def test_a_hung_thread_does_not_hold_up_the_end_of_the_process() -> None:
     program = """
 import asyncio, threading
-from worker.batch.device import Crew
+from worker.batch.threads import Crew
 from worker.errors import DeviceHung
 
 async def main():
