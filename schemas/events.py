@@ -203,6 +203,8 @@ class AudioFacts(Part):
     """Channels before mixing down"""
     duration_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """Seconds of audio decoded, whatever the container claims"""
+    damaged_packets: Count = 0
+    """Packets that could not be decoded and were skipped"""
 
 
 class Tag(Part):

@@ -114,3 +114,16 @@ def wav(signal: Signal, rate_hz: int) -> bytes:
         for name, body in ((b"fmt ", form), (b"data", data))
     )
     return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
+
+
+def damaged(path: Path, *, share: float) -> Path:
+    """Overwrite the middle of the audio in a new m4a file, this share of it."""
+    encode(path, noise(8.0, 44_100), 44_100, muxer="ipod", codec="aac")
+    data = bytearray(path.read_bytes())
+    audio = data.index(b"mdat")
+    size = int.from_bytes(data[audio - 4 : audio])
+    length = int(size * share)
+    start = audio + (size - length) // 2
+    data[start : start + length] = np.random.default_rng(0).bytes(length)
+    path.write_bytes(data)
+    return path

@@ -243,6 +243,7 @@ class Tagger:
                 sample_rate_hz=facts.sample_rate_hz,
                 channels=facts.channels,
                 duration_s=round(facts.duration_s, 3),
+                damaged_packets=facts.damaged_packets,
             ),
             tags=tags,
             uncertain=verdict.uncertain,

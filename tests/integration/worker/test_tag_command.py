@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.audio import encode, tone
+from tests.audio import damaged, encode, tone
 from worker.commands.tag import CSV_COLUMNS, tag_tracks
 from worker.demo.music import Sample
 from worker.errors import SourceInvalid
@@ -45,6 +45,14 @@ def test_json_has_a_line_for_each_file_in_the_order_given(files: list[str]) -> N
     assert broken["error"].keys() == {"code", "message"}
     assert absent["error"]["code"] == "source_invalid"
     assert done.returncode == 1
+
+
+def test_packets_that_were_skipped_are_told(
+    given_settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = damaged(tmp_path / "scratched.m4a", share=0.2)
+    assert tag_tracks(given_settings, [str(file)], form="json") == 0
+    assert json.loads(capsys.readouterr().out)["audio"]["damaged_packets"] > 5
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 
-from tests.audio import ENCODINGS, LOSSLESS, encode, encode_as, noise, tone, wav
+from tests.audio import ENCODINGS, LOSSLESS, damaged, encode, encode_as, noise, tone, wav
 from worker.decode.decoder import Decoder, decode_samples, decode_windows
 from worker.errors import (
     AudioEmpty,
@@ -210,19 +210,6 @@ def test_a_change_of_format_half_way_is_followed(tmp_path: Path) -> None:
     assert amplitude_db(samples[: 2 * RATE_HZ], 440.0) == pytest.approx(0.0, abs=0.6)
     assert amplitude_db(samples[-2 * RATE_HZ :], 440.0) == pytest.approx(0.0, abs=0.6)
     assert (decoder.facts.sample_rate_hz, decoder.facts.channels) == (44_100, 2)
-
-
-def damaged(path: Path, *, share: float) -> Path:
-    """Overwrite the middle of the audio in a new m4a file, this share of it."""
-    encode(path, noise(8.0, 44_100), 44_100, muxer="ipod", codec="aac")
-    data = bytearray(path.read_bytes())
-    audio = data.index(b"mdat")
-    size = int.from_bytes(data[audio - 4 : audio])
-    length = int(size * share)
-    start = audio + (size - length) // 2
-    data[start : start + length] = np.random.default_rng(0).bytes(length)
-    path.write_bytes(data)
-    return path
 
 
 def test_damage_in_the_middle_is_skipped_and_counted(tmp_path: Path) -> None:
