@@ -41,7 +41,7 @@ from worker.errors import (
     WorkerStopping,
 )
 from worker.health import Health, HttpServer
-from worker.kafka.consumer import Consumer, Rest
+from worker.kafka.consumer import Consumer, Place
 from worker.kafka.lag import LagProbe
 from worker.kafka.record_batches import bounded_unpacking
 from worker.metrics import Metrics
@@ -160,8 +160,8 @@ class Worker:
     def _progressed(self) -> None:
         self.consumer.progressed()
 
-    async def handle(self, record: Record, rest: Rest) -> None:
-        """Take one record to its end; what is to be tried again waits by `rest`."""
+    async def handle(self, record: Record, place: Place) -> None:
+        """Take one record to its end."""
         try:
             announced = intake.read(record, max_bytes=self._settings.kafka.max_event_bytes)
         except Exception as error:
@@ -169,22 +169,22 @@ class Worker:
             return
         message = Timings()  # of all its tracks together
         for track in announced.tracks:
-            await self._handle_track(record, track, rest, message)
+            await self._handle_track(record, track, place, message)
             self.consumer.progressed()  # the next may take as long again
         if announced.fault is not None:
             await self._dead_letter(record, announced.fault)
 
     async def _handle_track(
-        self, record: Record, track: NewTrack, rest: Rest, message: Timings
+        self, record: Record, track: NewTrack, place: Place, message: Timings
     ) -> None:
         started_s = time.perf_counter()
         timings = Timings()
         priority = self._priority(record, track)
-        retrying = self._retrying(rest)
+        retrying = self._retrying(place)
         try:
             self._begin_in_time(message)
             async with message.measure("analysis"):
-                analysis, cached = await self._analyse(track, priority, timings, retrying, rest)
+                analysis, cached = await self._analyse(track, priority, timings, retrying, place)
             processing = Processing(
                 processed_at=datetime.now(UTC),
                 timings_s={stage: round(s, 6) for stage, s in timings.seconds.items()},
@@ -194,6 +194,7 @@ class Worker:
             tags, features = publish.results(track, analysis, self._tagger.model, processing)
             if not cached:
                 await self._cache.remember(tags.event_id, analysis)
+            await place.turn()
             async with timings.measure("publish"):
                 await self._until_delivered(lambda: self._publisher.publish(tags, features))
         except WorkerStopping:
@@ -231,7 +232,7 @@ class Worker:
         priority: Priority,
         timings: Timings,
         retrying: AsyncRetrying,
-        rest: Rest,
+        place: Place,
     ) -> tuple[Analysis, bool]:
         """The analysis and whether it came from the cache; retried where that can help."""
         known = await self._cache.by_event(publish.event_id(track, self._tagger.model))
@@ -257,19 +258,19 @@ class Worker:
                 expected_sha256=track.audio.sha256,
                 timings=timings,
                 lookup=lookup,
-                sleep=rest,
+                sleep=place.rest,
             )
 
         return await retrying(attempt), found
 
-    def _retrying(self, rest: Rest) -> AsyncRetrying:
+    def _retrying(self, place: Place) -> AsyncRetrying:
         """The attempts at one track."""
         options = self._settings.worker
         return AsyncRetrying(
             retry=retry_if_exception(_tried_again),
             stop=stop_after_attempt(options.attempts),
             wait=wait_random_exponential(options.backoff_initial_s, options.backoff_max_s),
-            sleep=rest,
+            sleep=place.rest,
             before=self._note_attempt,
             before_sleep=self._count_retry,
             reraise=True,

@@ -148,6 +148,35 @@ async def test_the_same_event_and_the_same_audio_again_are_answered_from_the_cac
     assert second["event_id"] != one["event_id"]
 
 
+async def test_a_track_uploaded_again_ends_with_the_tags_of_its_new_audio(
+    topics: MakeTopics, redis_url: str, redis_prefix: str, tracks: dict[str, Path], tmp_path: Path
+) -> None:
+    own = await topics(partitions=1)
+
+    async def slowly(_: web.Request) -> web.FileResponse:
+        await asyncio.sleep(3)
+        return web.FileResponse(tracks["mp3"])
+
+    app = web.Application()
+    app.router.add_get("/slow.mp3", slowly)
+    settings = environment(
+        own,
+        redis_url,
+        redis_prefix,
+        TIMBRE_FETCH__FILE_ROOTS=json.dumps([str(tracks["mp3"].parent)]),
+    )
+    async with running(app) as http, running_worker(settings, tmp_path / "worker.log"):
+        await send(
+            own,
+            event("again", f"{http}/slow.mp3", uploaded_at="2026-01-01T00:00:00Z"),
+            event("again", tracks["flac"].as_uri(), uploaded_at="2026-01-02T00:00:00Z"),
+        )
+        results = [json.loads(one.value) for one in await receive(own, own.topic_tags, 2)]
+        stored = await Redis.from_url(redis_url).hget(f"{redis_prefix}track:again", "result")
+    assert [result["audio"]["codec"] for result in results] == ["mp3", "flac"]
+    assert json.loads(stored or b"{}")["audio"]["codec"] == "flac"
+
+
 async def test_cloudevents_of_both_modes_are_tagged(
     topics: MakeTopics, redis_url: str, redis_prefix: str, tracks: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,6 @@ HEARTBEATS_PER_SESSION = 6
 CANCEL_TIMEOUT_S = 2.0
 MAX_RESTING = 512  # their messages are in memory
 
-Rest = Callable[[float], Awaitable[None]]
-Handle = Callable[[Record, Rest], Awaitable[None]]
-
 
 class _App(faust.App):
     """A faust app that gives back what doesn't finish in time instead of waiting for it."""
@@ -65,25 +63,53 @@ class _Places:
         self.resting = asyncio.Semaphore(MAX_RESTING)
 
 
-class _Place:
-    """A place in flight, already taken by whoever makes this."""
+class Place:
+    """An event's place in flight, as its handler knows it; already taken by whoever makes this.
 
-    def __init__(self, places: _Places) -> None:
+    `earlier` works on the event before it of the same key.
+    """
+
+    def __init__(
+        self,
+        places: _Places,
+        earlier: "asyncio.Task[None] | None",
+        progressed: Callable[[], None],
+    ) -> None:
         self._places = places
+        self._earlier = earlier
+        self._progressed = progressed
         self._held = True
         self.resting = False
 
+    async def turn(self) -> None:
+        """Wait until no earlier event of the same key is in flight: a track's results are published
+        in the order of its events, so that the last is the newest. Others have the place meanwhile.
+        """
+        if self._earlier is not None:
+            await self._lend(asyncio.wait({self._earlier}))
+            self._earlier = None
+
     async def rest(self, duration_s: float) -> None:
+        """Sleep between two attempts; the first of them is progress."""
+        self._progressed()
+        await self.wait(duration_s)
+
+    async def wait(self, duration_s: float) -> None:
         """Sleep, and let others have the place for that long, unless too many rest already."""
-        self.resting = True
-        if self._places.resting.locked():
-            await asyncio.sleep(duration_s)
-        else:
+        if not self._places.resting.locked():
             async with self._places.resting:
-                self.leave()
-                await asyncio.sleep(duration_s)
-                await self._places.free.acquire()
-                self._held = True
+                await self._lend(asyncio.sleep(duration_s))
+            return
+        self.resting = True
+        await asyncio.sleep(duration_s)
+        self.resting = False
+
+    async def _lend(self, wait: Awaitable[object]) -> None:
+        self.resting = True
+        self.leave()
+        await wait
+        await self._places.free.acquire()
+        self._held = True
         self.resting = False
 
     def leave(self) -> None:
@@ -93,6 +119,9 @@ class _Place:
             self._places.free.release()
 
 
+Handle = Callable[[Record, Place], Awaitable[None]]
+
+
 class _Partition:
     """One assigned partition: events waiting, events in flight, and the ledger over both."""
 
@@ -100,7 +129,8 @@ class _Partition:
         self.tp = tp
         self.ledger = Ledger(consumer.settings.worker.max_ahead)
         self.waiting: deque[EventT[Any]] = deque()
-        self.running: dict[asyncio.Task[None], _Place] = {}
+        self.running: dict[asyncio.Task[None], Place] = {}
+        self._latest: dict[bytes, asyncio.Task[None]] = {}  # of those running, by key
         self.paused = False
         self.last_offset = -1
         self._consumer = consumer
@@ -124,21 +154,32 @@ class _Partition:
                 await self._places.free.acquire()
                 event = self.waiting.popleft()
                 self.ledger.open(event.message.offset, event.ack)
-                place = _Place(self._places)
-                task = asyncio.create_task(self._work(event, place))
-                self.running[task] = place
-                task.add_done_callback(self.running.pop)
+                self._start(_record(event))
                 if self.paused and len(self.waiting) < RESUME_BELOW:
                     self.paused = False
                     self._consumer.resume(self.tp)
             self._wake.clear()
 
-    async def _work(self, event: EventT[Any], place: _Place) -> None:
+    def _start(self, record: Record) -> None:
+        earlier = self._latest.get(record.key) if record.key else None
+        place = Place(self._places, earlier, self._consumer.progressed)
+        task = asyncio.create_task(self._work(record, place))
+        self.running[task] = place
+        if record.key:
+            self._latest[record.key] = task
+        task.add_done_callback(partial(self._ended, record.key))
+
+    def _ended(self, key: bytes | None, task: asyncio.Task[None]) -> None:
+        del self.running[task]
+        if key and self._latest[key] is task:
+            del self._latest[key]
+
+    async def _work(self, record: Record, place: Place) -> None:
         try:
-            await self._consumer.work(_record(event), place.rest)
+            await self._consumer.work(record, place)
         finally:
             place.leave()
-        self.ledger.finish(event.message.offset)
+        self.ledger.finish(record.offset)
         self._consumer.progressed()
 
     async def give_back(self, grace_s: float) -> None:
@@ -170,8 +211,7 @@ class Consumer:
         Topics, group, and the limits in flight.
     handle
         Works on one record to its end, tags or dead letter. Whatever it raises, short of being
-        cancelled, it is called again: an event may be given back, never dropped. Beside the record
-        it is given a sleep that leaves the event's place in flight to others.
+        cancelled, it is called again: an event may be given back, never dropped.
     """
 
     def __init__(self, settings: Settings, handle: Handle, metrics: Metrics) -> None:
@@ -218,27 +258,22 @@ class Consumer:
         """Events being worked on."""
         return sum(len(partition.running) for partition in self._partitions.values())
 
-    async def work(self, record: Record, rest: Rest) -> None:
+    async def work(self, record: Record, place: Place) -> None:
         """Handle one record, whatever it takes."""
         self._metrics.events.labels(record.topic).inc()
         gauge = self._metrics.in_flight.labels(record.topic)
         backoff = Backoff(*RESTART_BACKOFF_S)
-
-        async def rest_after_an_attempt(duration_s: float) -> None:
-            self.progressed()
-            await rest(duration_s)
-
         with gauge.track_inprogress():
             while True:
                 try:
-                    return await self._handle(record, rest_after_an_attempt)
+                    return await self._handle(record, place)
                 except Exception:
                     self._metrics.retries.labels("handle", "internal_error").inc()
                     log.exception(
                         "Event %s-%d@%d could not be handled; trying again",
                         record.topic, record.partition, record.offset,
                     )  # fmt: skip
-                    await rest(backoff.next_s())
+                    await place.wait(backoff.next_s())
 
     def pause(self, tp: TP) -> None:
         """Ask the broker for no more of a partition for now.

@@ -14,7 +14,7 @@ from tests.conftest import MakeTopics
 from tests.worker_process import environment
 from worker.kafka import connection
 from worker.kafka import consumer as consumer_module
-from worker.kafka.consumer import MAX_RESTING, Consumer, Handle, Rest
+from worker.kafka.consumer import MAX_RESTING, Consumer, Handle, Place
 from worker.metrics import Metrics
 from worker.record import Record
 from worker.settings import KafkaSettings, Settings, WorkerSettings
@@ -70,7 +70,7 @@ async def test_every_event_is_handled_once_and_committed_at_a_graceful_stop(
     own = await topics(partitions=3)
     seen = Counter[bytes | None]()
 
-    async def handle(record: Record, _: Rest) -> None:
+    async def handle(record: Record, _: Place) -> None:
         await asyncio.sleep(random.uniform(0, 0.02))
         assert record.headers == (("n", record.key),)
         seen[record.value] += 1
@@ -87,12 +87,12 @@ async def test_what_hangs_at_a_stop_is_given_back_and_delivered_again(topics: Ma
     own = await topics(partitions=1)
     first, second = list[bytes | None](), list[bytes | None]()
 
-    async def hang_on_the_tenth(record: Record, _: Rest) -> None:
+    async def hang_on_the_tenth(record: Record, _: Place) -> None:
         if record.offset == 10:
             await asyncio.Event().wait()
         first.append(record.value)
 
-    async def handle(record: Record, _: Rest) -> None:
+    async def handle(record: Record, _: Place) -> None:
         second.append(record.value)
 
     await send(own, 50)
@@ -113,7 +113,7 @@ async def test_a_partition_may_run_ahead_of_its_oldest_event_only_so_far(
     release = asyncio.Event()
     done = list[int]()
 
-    async def hang_on_the_first(record: Record, _: Rest) -> None:
+    async def hang_on_the_first(record: Record, _: Place) -> None:
         if record.offset == 0:
             await release.wait()
         done.append(record.offset)
@@ -132,7 +132,7 @@ async def test_backfill_that_hangs_does_not_hold_back_uploads(topics: MakeTopics
     own = await topics(partitions=1)
     uploads = list[int]()
 
-    async def handle(record: Record, _: Rest) -> None:
+    async def handle(record: Record, _: Place) -> None:
         if record.topic == own.topic_backfill:
             await asyncio.Event().wait()
         uploads.append(record.offset)
@@ -148,10 +148,10 @@ async def test_events_that_rest_leave_their_places_to_others(topics: MakeTopics)
     own = await topics(partitions=1)
     done, working, most = list[int](), 0, 0
 
-    async def rest_at_first(record: Record, rest: Rest) -> None:
+    async def rest_at_first(record: Record, place: Place) -> None:
         nonlocal working, most
         if record.offset < 20:
-            await rest(2.0)
+            await place.rest(2.0)
         working += 1
         most = max(most, working)
         await asyncio.sleep(0.01)
@@ -166,14 +166,39 @@ async def test_events_that_rest_leave_their_places_to_others(topics: MakeTopics)
     assert await committed(own, 1) == 60
 
 
+async def test_events_of_one_key_take_their_turn_and_hold_no_place_meanwhile(
+    topics: MakeTopics,
+) -> None:
+    own = await topics(partitions=1)
+    first_may_end = asyncio.Event()
+    done = list[int]()
+
+    async def the_first_is_slow(record: Record, place: Place) -> None:
+        if record.offset == 0:
+            await first_may_end.wait()
+        await place.turn()
+        done.append(record.offset)
+
+    for _ in range(3):
+        await send(own, 10)
+    async with consuming(settings_of(own, max_in_flight=2), the_first_is_slow):
+        await until(lambda: len(done) == 27)
+        await asyncio.sleep(0.5)
+        assert not {0, 10, 20} & set(done), "key 0 came thrice, and the first is not done"
+        first_may_end.set()
+        await until(lambda: len(done) == 30)
+    assert done[27:] == [0, 10, 20]
+    assert await committed(own, 1) == 30
+
+
 async def test_events_that_rest_are_given_back_at_once_at_a_stop(topics: MakeTopics) -> None:
     own = await topics(partitions=1)
     resting = list[int]()
 
-    async def handle(record: Record, rest: Rest) -> None:
+    async def handle(record: Record, place: Place) -> None:
         if record.offset >= 5:
             resting.append(record.offset)
-            await rest(600.0)
+            await place.rest(600.0)
 
     await send(own, 10)
     async with consuming(settings_of(own, stop_deadline_s=50.0), handle):
@@ -187,9 +212,9 @@ async def test_events_that_rest_do_not_hold_up_a_rebalance(topics: MakeTopics) -
     own = await topics(partitions=2)
     resting = list[int]()
 
-    async def handle(record: Record, rest: Rest) -> None:
+    async def handle(record: Record, place: Place) -> None:
         resting.append(record.offset)
-        await rest(600.0)
+        await place.rest(600.0)
 
     await send(own, 5)
     settings = settings_of(own, rebalance_grace_s=50.0)
@@ -206,7 +231,7 @@ async def test_a_stop_does_not_wait_for_a_new_consumer(
     own = await topics(partitions=1)
     metrics = Metrics()
 
-    async def handle(record: Record, _: Rest) -> None: ...
+    async def handle(record: Record, _: Place) -> None: ...
 
     async def die(_: object) -> None: ...
 
@@ -222,9 +247,9 @@ async def test_only_so_many_events_rest_at_once(topics: MakeTopics) -> None:
     own = await topics(partitions=1)
     resting = list[int]()
 
-    async def handle(record: Record, rest: Rest) -> None:
+    async def handle(record: Record, place: Place) -> None:
         resting.append(record.offset)
-        await rest(600.0)
+        await place.rest(600.0)
 
     await send(own, MAX_RESTING + 20)
     settings = settings_of(own, max_ahead=2 * MAX_RESTING, stop_deadline_s=2.0)
@@ -238,7 +263,7 @@ async def test_an_event_whose_handling_raises_is_tried_again(topics: MakeTopics)
     own = await topics(partitions=1)
     attempts = Counter[int]()
 
-    async def fail_twice(record: Record, _: Rest) -> None:
+    async def fail_twice(record: Record, _: Place) -> None:
         attempts[record.offset] += 1
         if record.offset == 3 and attempts[3] < 3:
             raise RuntimeError("not this time")
@@ -256,7 +281,7 @@ async def test_a_consumer_that_dies_is_built_anew_and_goes_on_where_it_was(
     done = Counter[int]()
     dying = list[asyncio.Task[object]]()
 
-    async def die_at_the_tenth(record: Record, _: Rest) -> None:
+    async def die_at_the_tenth(record: Record, _: Place) -> None:
         if record.offset == 10 and not dying:
             await until(lambda: all(done[offset] for offset in range(10)))
             assert consumer._app is not None
@@ -319,7 +344,7 @@ async def test_workers_that_join_and_leave_lose_nothing(topics: MakeTopics) -> N
     own = await topics(partitions=6)
     seen = set[bytes | None]()
 
-    async def handle(record: Record, _: Rest) -> None:
+    async def handle(record: Record, _: Place) -> None:
         await asyncio.sleep(random.uniform(0, 0.1))
         seen.add(record.value)
 

@@ -31,7 +31,7 @@ from worker.errors import DeviceHung, SettingsInvalid
 from worker.health import Health, HttpServer
 from worker.kafka import connection, lag
 from worker.kafka import consumer as consumer_module
-from worker.kafka.consumer import Consumer, Handle, Rest
+from worker.kafka.consumer import Consumer, Handle, Place
 from worker.kafka.lag import LagProbe
 from worker.metrics import Metrics
 from worker.record import Record
@@ -80,7 +80,7 @@ async def test_a_worker_is_live_while_it_progresses_and_not_when_it_hangs_with_l
     hang = asyncio.Event()
     handled = 0
 
-    async def handle(record: Record, rest: Rest) -> None:
+    async def handle(record: Record, place: Place) -> None:
         nonlocal handled
         handled += 1
         if hang.is_set():
@@ -118,7 +118,7 @@ async def test_an_event_sent_in_a_transaction_leaves_no_lag_behind(topics: MakeT
     seen = asyncio.Event()
     handled = list[int]()
 
-    async def handle(record: Record, rest: Rest) -> None:
+    async def handle(record: Record, place: Place) -> None:
         await seen.wait()
         handled.append(record.offset)
 
@@ -174,7 +174,7 @@ async def test_an_event_that_is_slow_may_take_until_its_deadline(topics: MakeTop
     settings = impatient(own, track_deadline_s=6.0, stop_deadline_s=2.0)
     started_s = list[float]()
 
-    async def handle(record: Record, rest: Rest) -> None:
+    async def handle(record: Record, place: Place) -> None:
         started_s.append(time.monotonic())
         await asyncio.Event().wait()
 
@@ -244,10 +244,10 @@ async def test_an_event_may_begin_after_others_have_rested_for_long(topics: Make
     settings = impatient(own, max_in_flight=1, track_deadline_s=3.0, stop_deadline_s=2.0)
     done = list[int]()
 
-    async def handle(record: Record, rest: Rest) -> None:
+    async def handle(record: Record, place: Place) -> None:
         await asyncio.sleep(2.5)
         if record.offset < 2:
-            await rest(60.0)
+            await place.rest(60.0)
         done.append(record.offset)
 
     async with watched(settings, handle) as state:
@@ -269,7 +269,7 @@ async def test_a_worker_whose_consumer_dies_again_and_again_is_not_live(
     def restarts() -> float:
         return metrics.registry.get_sample_value("timbre_consumer_restarts_total") or 0
 
-    async def handle(record: Record, rest: Rest) -> None:
+    async def handle(record: Record, place: Place) -> None:
         await asyncio.Event().wait()
 
     settings = impatient(own, rebalance_grace_s=0.1, stop_deadline_s=5.0)
@@ -298,7 +298,7 @@ async def test_a_worker_without_partitions_is_live_while_the_others_lag(
     own = await topics(partitions=1)
     settings = impatient(own, rebalance_grace_s=0.1, stop_deadline_s=2.0)
 
-    async def handle(record: Record, rest: Rest) -> None:
+    async def handle(record: Record, place: Place) -> None:
         await asyncio.Event().wait()
 
     await send(own, 5)
@@ -330,7 +330,7 @@ async def test_a_worker_on_whose_device_batches_hang_is_not_live(topics: MakeTop
     metrics = Metrics()
     network = Hanging()
 
-    async def handle(record: Record, rest: Rest) -> None: ...
+    async def handle(record: Record, place: Place) -> None: ...
 
     async with batcher_of(network, timeout_s=0.3, max_stuck=1) as batcher:
         consumer = Consumer(settings, handle, metrics)
@@ -353,7 +353,7 @@ async def test_the_port_serves_metrics_and_health_and_nothing_else(topics: MakeT
     settings = settings_of(own)
     metrics = Metrics()
 
-    async def handle(record: Record, rest: Rest) -> None: ...
+    async def handle(record: Record, place: Place) -> None: ...
 
     async with (
         Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher,
@@ -384,7 +384,7 @@ async def test_connections_that_never_ask_leave_room_for_others(topics: MakeTopi
     settings = settings_of(await topics())
     metrics = Metrics()
 
-    async def handle(record: Record, rest: Rest) -> None: ...
+    async def handle(record: Record, place: Place) -> None: ...
 
     async with Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher:
         consumer = Consumer(settings, handle, metrics)
@@ -414,7 +414,7 @@ async def test_a_port_that_cannot_be_had_is_a_fault_of_the_settings(
     settings = settings_of(await topics())
     metrics = Metrics()
 
-    async def handle(record: Record, rest: Rest) -> None: ...
+    async def handle(record: Record, place: Place) -> None: ...
 
     async with Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher:
         consumer = Consumer(settings, handle, metrics)
