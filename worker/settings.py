@@ -321,7 +321,7 @@ class WorkerSettings(Section):
     track_deadline_s: float = Field(
         600.0,
         gt=0,
-        description="Seconds one attempt at a track may take, "
+        description="Seconds one attempt at a track may take, waiting for a decoder left out, "
         "and within which the last track of a message must begin",
     )
     attempts: int = Field(

@@ -146,8 +146,7 @@ class Tagger:
                         )
                     if lookup is not None and (known := await lookup(spooled.sha256)):
                         return known
-                    ticket = Ticket(uri, asyncio.get_running_loop().time() + deadline_s)
-                    heard = await self._listen(spooled.path, ticket, priority, timings)
+                    heard = await self._listen(spooled.path, uri, scope, priority, timings)
                 async with timings.measure("vote"):
                     return self._conclude(uri, spooled, heard)
         except TimeoutError:
@@ -159,17 +158,27 @@ class Tagger:
             ) from None
 
     async def _listen(
-        self, path: Path, ticket: Ticket, priority: Priority, timings: Timings
+        self, path: Path, uri: str, scope: asyncio.Timeout, priority: Priority, timings: Timings
     ) -> "_Heard":
-        """Decode and predict block by block, so that memory doesn't grow with the track."""
+        """Decode and predict block by block, so that memory doesn't grow with the track.
+
+        The deadline in `scope` stands still while others hold the decoders: a worker with much to
+        do is late, and no reason to give a track up.
+        """
+        loop = asyncio.get_running_loop()
+        left_s = (scope.when() or loop.time()) - loop.time()
         pending: deque[asyncio.Task[_BlockOutputs]] = deque()
         outputs: list[_BlockOutputs] = []
         try:
             async with AsyncExitStack() as stack:
+                scope.reschedule(None)
                 async with timings.measure("wait"):  # for a free decoder
                     decoding = await stack.enter_async_context(
-                        self.decoders.decode(path, timeout_s=self._settings.worker.track_deadline_s)
+                        self.decoders.decode(path, timeout_s=left_s, priority=priority)
                     )
+                deadline = loop.time() + left_s
+                scope.reschedule(deadline)
+                ticket = Ticket(uri, deadline)
                 blocks = aiter(decoding)
                 while True:
                     async with timings.measure("decode"):

@@ -66,6 +66,7 @@ class DecoderProcess:
         self.released.set()
         self.status: Future[int] = Future()
         self.tracks = 0
+        self.windows = 0  # of the present track
         self.overdue = False
         self.spoke_nonsense = False
         self._setup = setup
@@ -103,6 +104,7 @@ class DecoderProcess:
     def begin(self, path: Path, work_s: float) -> None:
         """Give it a track; from now on it has `work_s` of its own time."""
         self.tracks += 1
+        self.windows = 0
         self._clock = _Clock(work_s, self._on_overdue)
         self._clock.run()
         self._send({"path": str(path)})
@@ -170,6 +172,7 @@ class DecoderProcess:
             return
         if "slot" in message:
             self._held.add(message["slot"])
+            self.windows += message["windows"]
             self.released.clear()
             if len(self._held) == self._setup.slots and self._clock is not None:
                 self._clock.stop()  # it waits for us

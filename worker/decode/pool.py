@@ -15,9 +15,11 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Protocol, Self
 
+from schemas.events import Priority
 from worker.backoff import Backoff
 from worker.decode.decoder import DecodedFacts
 from worker.decode.handle import Block, DecoderProcess
+from worker.decode.line import Line
 from worker.decode.process import Setup
 from worker.errors import (
     AudioEmpty,
@@ -36,6 +38,7 @@ from worker.settings import DecodeSettings, WindowSettings
 log = logging.getLogger(__name__)
 
 START_BACKOFF_S = (0.1, 10.0)
+LONG_WINDOWS = 200  # ten minutes of three seconds each
 
 # Errors of the audio itself: the process that found them is as good as before.
 OF_THE_AUDIO: dict[str, type[TimbreError]] = {
@@ -92,10 +95,10 @@ class DecoderPool:
             slots=settings.slots,
             slot_windows=settings.slot_windows,
         )
-        self._idle: asyncio.Queue[DecoderProcess] = asyncio.Queue()
-        self._turn = asyncio.Lock()  # tracks are served in the order they came, a queue's aren't
+        self._line = Line(most_backfill=max(1, self._processes - 1))
         self._living: set[DecoderProcess] = set()
-        self._keepers: list[asyncio.Task[None]] = []
+        self._spares: set[DecoderProcess] = set()
+        self._keepers: set[asyncio.Task[None]] = set()
         # One thread starts and buries all processes, in order. It lives as long as the pool, which
         # matters: Linux counts a child's parent as gone when the thread that started it ends.
         self._reaper = ThreadPoolExecutor(1, "decoder-processes")
@@ -106,16 +109,17 @@ class DecoderPool:
         except BaseException:
             await self.__aexit__()
             raise
-        self._keepers = [
+        self._keepers = {
             asyncio.create_task(self._keep(process), name="decoder process")
             for process in (first, *[None] * (self._processes - 1))
-        ]
+        }
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        for keeper in self._keepers:
+        keepers = tuple(self._keepers)
+        for keeper in keepers:
             keeper.cancel()
-        ends = await asyncio.gather(*self._keepers, return_exceptions=True)
+        ends = await asyncio.gather(*keepers, return_exceptions=True)
         for process in tuple(self._living):  # of keepers that had not even begun
             self._reap(process)
         await asyncio.to_thread(self._reaper.shutdown)
@@ -128,8 +132,12 @@ class DecoderPool:
         """Ids of the processes that live now, for whoever watches their memory."""
         return {process.pid for process in self._living}
 
-    def decode(self, path: Path, *, timeout_s: float) -> AbstractAsyncContextManager["Decoding"]:
+    def decode(
+        self, path: Path, *, timeout_s: float, priority: Priority = "upload"
+    ) -> AbstractAsyncContextManager["Decoding"]:
         """Decode the file at `path`: enter the result, then iterate over its blocks.
+
+        Entering waits for a free process, however long others hold them.
 
         Leaving before the end abandons the track; leaving after it waits until all blocks are
         released.
@@ -137,8 +145,8 @@ class DecoderPool:
         Parameters
         ----------
         timeout_s
-            For everything from now on, the waiting for a free process and for blocks to be
-            released included. The decoder's own work is limited by `decode.timeout_s`.
+            For everything from then on, the waiting for blocks to be released included. The
+            decoder's own work is limited by `decode.timeout_s`.
 
         Raises
         ------
@@ -147,14 +155,15 @@ class DecoderPool:
         DeadlineExceeded
             `timeout_s` has passed.
         """
-        return self._decode(path, timeout_s)
+        return self._decode(path, timeout_s, priority)
 
     @asynccontextmanager
-    async def _decode(self, path: Path, timeout_s: float) -> AsyncIterator["Decoding"]:
+    async def _decode(
+        self, path: Path, timeout_s: float, priority: Priority
+    ) -> AsyncIterator["Decoding"]:
+        process = await self._line.take(priority)
         deadline = _Deadline(timeout_s)
-        async with deadline.scope():
-            process = await self._free_process()
-        decoding = Decoding(process, path, deadline, self._timeout_s)
+        decoding = Decoding(process, path, deadline, self._timeout_s, self._help_out)
         try:
             yield decoding
             if decoding.ended:
@@ -162,15 +171,46 @@ class DecoderPool:
                     await process.released.wait()
         finally:
             if decoding.ended_in_order and process.released.is_set():
-                self._idle.put_nowait(process)
+                self._give(process)
             else:
                 process.kill()
+            self._line.leave(priority)
 
-    async def _free_process(self) -> DecoderProcess:
-        async with self._turn:
-            while (process := await self._idle.get()).ended.is_set():
-                pass  # died while idle: its keeper starts another
-            return process
+    def _give(self, process: DecoderProcess) -> None:
+        """Let the next track have the process; a spare that nobody waits for ends."""
+        if process in self._spares and not self._line.waiting:
+            process.kill()
+        else:
+            self._line.give(process)
+
+    def _help_out(self) -> None:
+        """Start a spare process where a track waits and long tracks hold all that there are.
+
+        A long track is held back by the network, not by its decoder, so that a spare costs memory
+        and hardly any time. There are as many spares as processes at most.
+        """
+        if (
+            self._line.waiting
+            and len(self._living) == len(self._keepers) < 2 * self._processes
+            and all(process.windows >= LONG_WINDOWS for process in self._living)
+        ):
+            keeper = asyncio.create_task(self._keep_spare(), name="spare decoder process")
+            self._keepers.add(keeper)
+            keeper.add_done_callback(self._keepers.discard)
+
+    async def _keep_spare(self) -> None:
+        try:
+            process = await self._start()
+        except DecoderCrashed as error:
+            log.warning("%s", error.message)
+            return
+        self._spares.add(process)
+        self._give(process)
+        try:
+            await process.ended.wait()
+        finally:
+            self._spares.discard(process)
+            self._reap(process)
 
     async def _keep(self, process: DecoderProcess | None) -> None:
         """See to it that one process lives: when it has ended, reap it and start another."""
@@ -182,7 +222,7 @@ class DecoderPool:
             except DecoderCrashed as error:
                 log.warning("%s", error.message)
             else:
-                self._idle.put_nowait(process)
+                self._line.give(process)
                 try:
                     await process.ended.wait()
                 finally:
@@ -219,7 +259,12 @@ class Decoding:
     """One track being decoded: an asynchronous iterator over its blocks, in order."""
 
     def __init__(
-        self, process: DecoderProcess, path: Path, deadline: "_Deadline", work_s: float
+        self,
+        process: DecoderProcess,
+        path: Path,
+        deadline: "_Deadline",
+        work_s: float,
+        on_block: Callable[[], None],
     ) -> None:
         self.ended = False
         self._process_sound = True
@@ -227,6 +272,7 @@ class Decoding:
         self._process = process
         self._deadline = deadline
         self._work_s = work_s
+        self._on_block = on_block
         process.begin(path, work_s)
 
     @property
@@ -249,6 +295,7 @@ class Decoding:
         async with self._deadline.scope():
             message = await self._process.inbox.get()
         if message is not None and "slot" in message:
+            self._on_block()
             return self._process.block(message)
         self.ended = True
         if message is None:
@@ -296,8 +343,8 @@ class _Deadline:
                 yield
         except TimeoutError:
             raise DeadlineExceeded(
-                f"The track was not decoded within {self._timeout_s:g} s, its waiting for a "
-                "decoder and for the network included."
+                f"The track was not decoded within {self._timeout_s:g} s, its waiting for the "
+                "network included."
             ) from None
 
 

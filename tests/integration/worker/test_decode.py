@@ -17,7 +17,9 @@ import psutil
 import pytest
 from numpy.typing import NDArray
 
+from schemas.events import Priority
 from tests.audio import ENCODINGS, encode, encode_as, noise, tone, wav
+from worker.decode import pool as pool_module
 from worker.decode import process as decoder_process
 from worker.decode.decoder import DecodedFacts, decode_windows
 from worker.decode.handle import Block
@@ -58,10 +60,12 @@ def pool_of(processes: int = 1, **limits: float) -> DecoderPool:
     return DecoderPool(settings, WindowSettings(), Model())
 
 
-async def hear(pool: DecoderPool, path: Path, *, timeout_s: float = 60.0) -> Heard:
+async def hear(
+    pool: DecoderPool, path: Path, *, timeout_s: float = 60.0, priority: Priority = "upload"
+) -> Heard:
     """Decode a track, giving each block back as soon as it is copied."""
     windows, silent = [np.empty((0, WINDOW), np.float32)], [np.empty(0, np.bool_)]
-    async with pool.decode(path, timeout_s=timeout_s) as decoding:
+    async with pool.decode(path, timeout_s=timeout_s, priority=priority) as decoding:
         async for block in decoding:
             windows.append(block.windows.copy())
             silent.append(block.silent)
@@ -348,10 +352,6 @@ async def test_a_track_has_a_deadline_of_its_own(song: Path) -> None:
     async with pool_of(slots=2, slot_windows=3) as pool:
         with pytest.raises(DeadlineExceeded):
             await hold_all(pool, song, timeout_s=0.3)
-        async with pool.decode(song, timeout_s=60) as decoding:
-            await anext(decoding)
-            with pytest.raises(DeadlineExceeded):
-                await hear(pool, song, timeout_s=0.3)
 
 
 async def test_a_decoder_that_takes_too_much_memory_ends_its_track_alone(
@@ -737,3 +737,64 @@ async def test_a_decoder_that_speaks_without_a_track_is_ended(
         async with pool.decode(song, timeout_s=60) as decoding:
             await drain(decoding)
         await until(lambda: bool(pool.pids) and before.isdisjoint(pool.pids))
+
+
+async def test_uploads_go_before_backfill_which_leaves_them_one_decoder(song: Path) -> None:
+    async with pool_of(processes=2) as pool:
+        async with pool.decode(song, timeout_s=60, priority="backfill") as first:
+            await anext(first)
+            second = asyncio.create_task(hear(pool, song, priority="backfill"))
+            await asyncio.wait_for(hear(pool, song), 10)
+            assert not second.done(), "it has no second decoder, though that is free"
+        assert (await second).facts.duration_s == 60.0
+
+
+async def test_backfill_has_its_turn_while_uploads_never_end(tmp_path: Path) -> None:
+    path = tmp_path / "short"
+    path.write_bytes(wav(tone(0.1, RATE_HZ), RATE_HZ))
+    served: list[Priority] = []
+
+    async def served_with(pool: DecoderPool, priority: Priority) -> None:
+        await hear(pool, path, priority=priority)
+        served.append(priority)
+
+    async with pool_of() as pool:
+        await asyncio.gather(
+            served_with(pool, "backfill"), *(served_with(pool, "upload") for _ in range(30)),
+            served_with(pool, "backfill"),
+        )  # fmt: skip
+    assert served.index("backfill") == 0, "nobody else had come"
+    assert served.index("backfill", 1) == 10
+
+
+async def test_a_short_track_waits_for_no_long_ones_that_hold_every_decoder(
+    song: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "LONG_WINDOWS", 6)
+    async with pool_of(slots=2, slot_windows=3) as pool:
+        async with pool.decode(song, timeout_s=60) as long:
+            blocks = [await anext(long)]
+            short = asyncio.create_task(hear(pool, song))
+            await asyncio.sleep(0.5)
+            assert len(pool.pids) == 1, "what it has given is not long yet"
+            blocks.append(await anext(long))
+            assert (await asyncio.wait_for(short, 10)).facts.duration_s == 60.0
+            await until(lambda: len(pool.pids) == 1)
+            for block in blocks:
+                block.release()
+            await drain(long)
+        assert (await hear(pool, song)).facts.duration_s == 60.0
+
+
+async def test_a_track_that_gives_up_its_place_in_the_line_takes_no_decoder_with_it(
+    song: Path,
+) -> None:
+    async with pool_of() as pool:
+        async with pool.decode(song, timeout_s=60) as holding:
+            await anext(holding)
+            given_up = [asyncio.create_task(hear(pool, song)) for _ in range(3)]
+            await asyncio.sleep(0.1)
+            given_up[0].cancel()
+        await asyncio.sleep(0)
+        given_up[1].cancel()  # it may have been served by now
+        assert (await given_up[2]).facts.duration_s == 60.0
