@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 
@@ -45,7 +45,7 @@ from worker.kafka.consumer import Consumer, Place
 from worker.kafka.lag import LagProbe
 from worker.kafka.record_batches import bounded_unpacking
 from worker.metrics import Metrics
-from worker.publish import Publisher
+from worker.publish import Failure, Publisher
 from worker.record import Record
 from worker.settings import Settings
 from worker.tagger import Tagger, Timings
@@ -161,22 +161,29 @@ class Worker:
         self.consumer.progressed()
 
     async def handle(self, record: Record, place: Place) -> None:
-        """Take one record to its end."""
+        """Take one record to its end: tags of each of its tracks, and of those that failed, and
+        what can't be read, one dead letter."""
         try:
             announced = intake.read(record, max_bytes=self._settings.kafka.max_event_bytes)
         except Exception as error:
-            await self._dead_letter(record, _typed(error), stage="intake")
+            await self._dead_letter(record, [Failure(_typed(error))])
             return
         message = Timings()  # of all its tracks together
+        failures = []
         for track in announced.tracks:
-            await self._handle_track(record, track, place, message)
+            failure = await self._handle_track(record, track, place, message)
+            if failure is not None:
+                failures.append(failure)
             self.consumer.progressed()  # the next may take as long again
         if announced.fault is not None:
-            await self._dead_letter(record, announced.fault)
+            failures.append(Failure(announced.fault))
+        if failures:
+            await self._dead_letter(record, failures)
 
     async def _handle_track(
         self, record: Record, track: NewTrack, place: Place, message: Timings
-    ) -> None:
+    ) -> Failure | None:
+        """Tag a track and publish what was found; how it failed, if it did."""
         started_s = time.perf_counter()
         timings = Timings()
         priority = self._priority(record, track)
@@ -203,13 +210,13 @@ class Worker:
             attempts = _attempts(retrying)
             if isinstance(error, FetchFailed):
                 attempts += error.attempts - 1
-            await self._dead_letter(record, _typed(error), attempts=attempts, track=track)
             self._observe(timings)
-            return
+            return Failure(_typed(error), attempts, track)
         async with timings.measure("store"):
             await self._cache.store(tags, analysis)
         timings.seconds["total"] = time.perf_counter() - started_s
         self._count(record, priority, analysis, cached, timings)
+        return None
 
     def _begin_in_time(self, message: Timings) -> None:
         """Refuse a track once its message has used up its time.
@@ -292,28 +299,14 @@ class Worker:
             with attempt:
                 await send()
 
-    async def _dead_letter(
-        self,
-        record: Record,
-        error: TrackFailed,
-        *,
-        stage: str | None = None,
-        attempts: int = 1,
-        track: NewTrack | None = None,
-    ) -> None:
+    async def _dead_letter(self, record: Record, failures: Sequence[Failure]) -> None:
         await self._until_delivered(
-            lambda: self._publisher.dead_letter(
-                record,
-                error,
-                stage=stage or error.stage,
-                attempts=attempts,
-                track_id=track.track_id if track else None,
-                model=self._tagger.model,
-            )
+            lambda: self._publisher.dead_letter(record, failures, self._tagger.model)
         )
-        priority = self._priority(record, track)
-        self.metrics.dead_letters.labels(error.code).inc()
-        self.metrics.tracks.labels("dead_letter", priority).inc()
+        for failure in failures:
+            self.metrics.dead_letters.labels(failure.error.code).inc()
+            priority = self._priority(record, failure.track)
+            self.metrics.tracks.labels("dead_letter", priority).inc()
 
     def _priority(self, record: Record, track: NewTrack | None) -> Priority:
         if record.topic == self._settings.kafka.topic_backfill:

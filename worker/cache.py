@@ -48,6 +48,13 @@ GENRE_HEAD = "genre"
 MAX_BYTES = 16 * MIB  # of an analysis; with the taggram of six hours it has 3 MiB
 SHA256_CHARS = 64
 OUTLIVED_AT_ONCE = 100  # tracks taken out of a genre as one comes in
+# By Redis itself, since a member may be anybody's and of any length.
+FORGET_OUTLIVED = """
+for _, track in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], 0, ARGV[1], 'LIMIT', 0, ARGV[2])) do
+    redis.call('ZREM', KEYS[1], track)
+    redis.call('ZREM', KEYS[2], track)
+end
+"""
 
 
 def connect(settings: RedisSettings) -> Redis:
@@ -161,6 +168,8 @@ class Cache:
         self._settings = settings
         self._analysis_key = analysis_key
         self._bundle = bundle
+        named = [head for head in bundle.heads if head.name == GENRE_HEAD]
+        self._genre_head = (*named, *bundle.heads)[0]
         self._metrics = metrics
         self._keys = Keys(settings.prefix)
         self._redis = connect(settings)
@@ -253,18 +262,18 @@ class Cache:
     async def _write(self, result: _Result) -> None:
         event, analysis, keys = result.event, result.analysis, self._keys
         settings = self._settings
-        genre = next((tag for tag in event.tags if tag.head == GENRE_HEAD), event.tags[0])
+        genre = next(tag for tag in event.tags if tag.head == self._genre_head.name)
         track_key = keys.track(event.track_id)
         genre_key, since_key = keys.genre(genre.label), keys.genre_since(genre.label)
-        before = cast(bytes | None, await self._redis.hget(track_key, "genre"))
-        outlived = await self._outlived(since_key)
         async with self._redis.pipeline(transaction=True) as commands:
-            if before is not None and (left := before.decode(errors="replace")) != genre.label:
-                commands.zrem(keys.genre(left), event.track_id)
-                commands.zrem(keys.genre_since(left), event.track_id)
-            if outlived:
-                commands.zrem(genre_key, *outlived)
-                commands.zrem(since_key, *outlived)
+            for label in self._genre_head.labels:  # it may have been in another one before
+                commands.zrem(keys.genre(label), event.track_id)
+                commands.zrem(keys.genre_since(label), event.track_id)
+            if settings.genre_ttl_s:
+                oldest_s = time.time() - settings.genre_ttl_s
+                commands.eval(
+                    FORGET_OUTLIVED, 2, since_key, genre_key, str(oldest_s), str(OUTLIVED_AT_ONCE)
+                )
             commands.hset(
                 track_key,
                 mapping={
@@ -285,14 +294,6 @@ class Cache:
                 commands.expire(genre_key, settings.genre_ttl_s)
                 commands.expire(since_key, settings.genre_ttl_s)
             await commands.execute()
-
-    async def _outlived(self, since_key: str) -> list[bytes]:
-        """Some of the tracks that have been in a genre for longer than they may."""
-        if not (life_s := self._settings.genre_ttl_s):
-            return []
-        oldest_s = time.time() - life_s
-        found = await self._redis.zrangebyscore(since_key, 0, oldest_s, 0, OUTLIVED_AT_ONCE)
-        return cast(list[bytes], found)
 
     def _add_analysis(self, commands: Pipeline, event_id: str, analysis: Analysis) -> None:
         life_s = self._settings.cache_ttl_s or None

@@ -4,11 +4,17 @@ import json
 import logging
 from datetime import UTC, datetime
 
+from aiohttp.http_exceptions import HttpProcessingError
+
 from worker.printable import printable
 from worker.settings import WorkerSettings
 
 # What these tell while they reconnect and rebalance is no news: failures that matter are raised.
 QUIET = {"faust": logging.ERROR, "mode": logging.ERROR, "aiokafka": logging.CRITICAL}
+
+# Not even `debug` tells more: these write down each request to a broker, and one of them holds the
+# password.
+SECRETIVE = {"aiokafka.conn": logging.INFO}
 
 # What faust says of partitions that a rebalance has just brought: it counts from the worker's start
 # and not from theirs. The worker watches its own progress (worker/health.py).
@@ -17,6 +23,11 @@ FALSE_ALARM = "Aiokafka has not sent fetch request"
 
 def _is_news(record: logging.LogRecord) -> bool:
     return FALSE_ALARM not in record.getMessage()
+
+
+def _is_of_ours(record: logging.LogRecord) -> bool:
+    """Not what aiohttp says, with a traceback, of nonsense that somebody asked of our port."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 class JsonFormatter(logging.Formatter):
@@ -52,7 +63,10 @@ def configure(settings: WorkerSettings) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level.upper())
+    handler.addFilter(_is_of_ours)
+    levels = SECRETIVE
     if settings.log_level != "debug":
-        for name, level in QUIET.items():
-            logging.getLogger(name).setLevel(level)
+        levels = QUIET
         handler.addFilter(_is_news)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)

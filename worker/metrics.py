@@ -54,7 +54,10 @@ class Metrics:
         for outcome, priority in product(OUTCOMES, get_args(Priority)):
             self.tracks.labels(outcome, priority)
         self.dead_letters = Counter(
-            "timbre_dead_letters", "Dead letters by reason code", ["code"], registry=registry
+            "timbre_dead_letters",
+            "Tracks and events that ended as dead letters, by reason code",
+            ["code"],
+            registry=registry,
         )
         for code in dead_letter_codes():
             self.dead_letters.labels(code)

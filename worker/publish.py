@@ -8,6 +8,8 @@ import asyncio
 import hashlib
 import json
 import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Self
 
@@ -20,7 +22,7 @@ from aiokafka.errors import (
 
 from schemas.events import ModelRef, NewTrack, Processing, TrackFeatures, TrackTags
 from worker.analysis import Analysis
-from worker.errors import PublishFailed, ResultTooLarge, TimbreError
+from worker.errors import PublishFailed, ResultTooLarge, TrackFailed
 from worker.kafka import connection
 from worker.record import Record
 from worker.settings import KafkaSettings
@@ -32,6 +34,15 @@ MAX_KEY_BYTES = 64 * 1024  # of a dead letter that goes without its value
 LAST_TIMESTAMP_S = datetime.max.replace(tzinfo=UTC).timestamp() - 1
 
 Headers = list[tuple[str, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A track that could not be tagged, or an event that could not be read: no `track` then."""
+
+    error: TrackFailed
+    attempts: int = 1
+    track: NewTrack | None = None
 
 
 def event_id(track: NewTrack, model: ModelRef) -> str:
@@ -47,6 +58,8 @@ def event_id(track: NewTrack, model: ModelRef) -> str:
         model.name,
         model.version,
     ]
+    if track.metadata:  # passed through, so a correction of it is another event
+        identity.append(json.dumps(track.metadata, sort_keys=True))
     return str(uuid.uuid5(EVENT_NAMESPACE, json.dumps(identity)))
 
 
@@ -102,7 +115,7 @@ class Publisher:
         await self._producer.stop()
 
     async def publish(self, tags: TrackTags, features: TrackFeatures) -> None:
-        """Deliver a track's tags and embedding.
+        """Deliver a track's tags, then its embedding: none of an event that ends otherwise.
 
         Raises
         ------
@@ -112,22 +125,16 @@ class Publisher:
             Kafka takes no message of that size.
         """
         key = tags.track_id.encode()
-        await asyncio.gather(
-            self._send(self._settings.topic_tags, key, tags.to_bytes()),
-            self._send(self._settings.topic_features, key, features.to_bytes()),
-        )
+        await self._send(self._settings.topic_tags, key, tags.to_bytes())
+        await self._send(self._settings.topic_features, key, features.to_bytes())
 
     async def dead_letter(
-        self,
-        record: Record,
-        error: TimbreError,
-        *,
-        stage: str,
-        attempts: int,
-        track_id: str | None,
-        model: ModelRef,
+        self, record: Record, failures: Sequence[Failure], model: ModelRef
     ) -> None:
         """Deliver the original message, byte for byte, with the reason in added headers.
+
+        It is sent once, however many of its tracks failed: the first gives the reason, which tells
+        of the others by number.
 
         A message that Kafka takes no more with its headers added goes without its value, its own
         headers and a very long key; the headers then give the value's size and hash beside its
@@ -138,12 +145,14 @@ class Publisher:
         PublishFailed
             Kafka did not confirm.
         """
+        first, *others = failures
+        retryable = any(failure.error.retryable for failure in failures)
         reason = {
-            "reason-code": error.code,
-            "reason": error.message,
-            "retryable": str(error.retryable).lower(),
-            "stage": stage,
-            "attempts": str(attempts),
+            "reason-code": first.error.code,
+            "reason": first.error.message + _others(others),
+            "retryable": str(retryable).lower(),
+            "stage": first.error.stage,
+            "attempts": str(first.attempts),
             "origin-topic": record.topic,
             "origin-partition": str(record.partition),
             "origin-offset": str(record.offset),
@@ -151,8 +160,8 @@ class Publisher:
             "failed-at": datetime.now(UTC).isoformat(),
             "model": f"{model.name}@{model.version}",
         }
-        if track_id is not None:
-            reason["track-id"] = track_id
+        if first.track is not None:
+            reason["track-id"] = first.track.track_id
         if record.unread:
             reason["value-omitted-bytes"] = "0"
         kept = [(name, value) for name, value in record.headers if not name.startswith(HEADER)]
@@ -189,6 +198,13 @@ class Publisher:
                 f"Kafka did not confirm a message on {topic} ({type(error).__name__}); "
                 "check the broker, and that the topic exists."
             ) from error
+
+
+def _others(failures: Sequence[Failure]) -> str:
+    if not failures:
+        return ""
+    codes = ", ".join(sorted({failure.error.code for failure in failures}))
+    return f" {len(failures)} more of its message failed ({codes})."
 
 
 def _headers(fields: dict[str, str]) -> Headers:

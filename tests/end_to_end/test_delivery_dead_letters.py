@@ -6,7 +6,7 @@ from schemas.events import ModelRef
 from tests.conftest import MakeTopics
 from worker.dead_letters import list_dead_letters
 from worker.errors import EventMalformed
-from worker.publish import Publisher
+from worker.publish import Failure, Publisher
 from worker.record import Record
 from worker.settings import Settings
 
@@ -30,14 +30,8 @@ async def test_any_message_becomes_a_dead_letter_with_its_origin(
     record = Record(own.topic_new, 3, 14, timestamp_s, key, value, ())
 
     async with Publisher(own) as publisher:
-        await publisher.dead_letter(
-            record,
-            EventMalformed("The event is odd."),
-            stage="intake",
-            attempts=1,
-            track_id=None,
-            model=ModelRef(name="model", version="1"),
-        )
+        failure = Failure(EventMalformed("The event is odd."))
+        await publisher.dead_letter(record, [failure], ModelRef(name="model", version="1"))
     letters = [letter async for _, letter in list_dead_letters(Settings(kafka=own))]
 
     assert [(letter.origin.partition, letter.origin.offset) for letter in letters] == [(3, 14)]

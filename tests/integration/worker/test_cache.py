@@ -161,6 +161,19 @@ async def test_a_track_whose_genre_changes_leaves_the_old_one(
     await redis.aclose()
 
 
+async def test_a_track_leaves_its_old_genre_also_when_its_hash_is_gone(
+    redis_url: str, redis_prefix: str
+) -> None:
+    redis = Redis.from_url(redis_url)
+    async with cache_at(redis_url, redis_prefix) as cache:
+        await store(cache, "t", analysis("jazz"))
+        await redis.delete(f"{redis_prefix}track:t")
+        await store(cache, "t", analysis("rock", 0.5))
+    assert await redis.zrange(f"{redis_prefix}genre:jazz", 0, -1) == []
+    assert await redis.zrange(f"{redis_prefix}genre:rock", 0, -1) == [b"t"]
+    await redis.aclose()
+
+
 async def test_a_damaged_analysis_is_made_anew(redis_url: str, redis_prefix: str) -> None:
     redis = Redis.from_url(redis_url)
     await redis.set(f"{redis_prefix}cache:{SHA256}:key", b"{}")
@@ -219,6 +232,22 @@ async def test_an_enormous_analysis_takes_neither_long_nor_much_memory(
         assert time.perf_counter() - began_s < 1.5, "12 s for 4 MiB with an error for each"
         assert peak_bytes() - peak < 1024 * MIB, "5 GB"
     await redis.delete(f"{redis_prefix}cache:{SHA256}:key")
+    await redis.aclose()
+
+
+async def test_what_others_put_into_a_tracks_hash_and_genres_is_never_read(
+    own_redis: LocalRedis, redis_prefix: str
+) -> None:
+    redis = Redis.from_url(own_redis.address)
+    enormous = b"x" * 32 * MIB
+    await redis.hset(f"{redis_prefix}track:t", "genre", enormous)
+    await redis.zadd(f"{redis_prefix}genre-since:jazz", {enormous: 1.0})
+    sent_before = (await redis.info("stats"))["total_net_output_bytes"]
+    async with cache_at(own_redis.address, redis_prefix) as cache:
+        await store(cache, "t", analysis("jazz"))
+    assert await redis.hget(f"{redis_prefix}track:t", "genre") == b"jazz"
+    assert await redis.zrange(f"{redis_prefix}genre-since:jazz", 0, -1) == [b"t"]
+    assert (await redis.info("stats"))["total_net_output_bytes"] - sent_before < MIB
     await redis.aclose()
 
 

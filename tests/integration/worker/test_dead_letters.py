@@ -4,12 +4,18 @@ from base64 import b64decode
 
 import pytest
 
-from schemas.events import ModelRef
+from schemas.events import AudioRef, ModelRef, NewTrack
 from tests.conftest import MakeTopics
 from tests.worker_process import receive, send
 from worker import dead_letters
-from worker.errors import AudioNotFound, DeadLetterNotFound, EventMalformed, SourceInvalid
-from worker.publish import Publisher
+from worker.errors import (
+    AudioNotFound,
+    DeadLetterNotFound,
+    EventMalformed,
+    FetchTimeout,
+    SourceInvalid,
+)
+from worker.publish import Failure, Publisher
 from worker.record import Record
 from worker.settings import KafkaSettings, Settings
 
@@ -22,19 +28,18 @@ def record(own: KafkaSettings, offset: int, value: bytes) -> Record:
     return Record(own.topic_new, 0, offset, 1_700_000_000.0, b"key", value, headers)
 
 
+def track(track_id: str) -> NewTrack:
+    """Unchecked: an older version may have taken other ids."""
+    return NewTrack.model_construct(track_id=track_id, audio=AudioRef(uri="https://a.example/b"))
+
+
 async def fill(own: KafkaSettings) -> None:
     async with Publisher(own) as publisher:
         for offset, (value, error) in enumerate(
             [(b"\xff\x00", EventMalformed("Not JSON.")), (b"{}", AudioNotFound("Nöthing there."))]
         ):
-            await publisher.dead_letter(
-                record(own, offset, value),
-                error,
-                stage="intake",
-                attempts=2,
-                track_id="t\n1",
-                model=MODEL,
-            )
+            failure = Failure(error, attempts=2, track=track("t\n1"))
+            await publisher.dead_letter(record(own, offset, value), [failure], MODEL)
 
 
 async def test_a_letter_holds_the_original_bytes_and_headers_with_reason_and_origin(
@@ -110,18 +115,33 @@ async def test_a_message_that_timbre_did_not_write_is_listed_all_the_same(
         await dead_letters.retry(Settings(kafka=own), [(0, 0)])
 
 
-async def test_a_message_of_which_two_tracks_failed_is_sent_again_once(topics: MakeTopics) -> None:
+async def test_a_message_of_which_several_tracks_failed_is_one_letter_that_tells_of_all(
+    topics: MakeTopics,
+) -> None:
+    own = await topics()
+    failures = [
+        Failure(AudioNotFound("Nothing there."), track=track("b/a")),
+        Failure(FetchTimeout("Too late."), track=track("b/b")),
+        Failure(AudioNotFound("Nor there."), track=track("b/c")),
+    ]
+    async with Publisher(own) as publisher:
+        await publisher.dead_letter(record(own, 7, b"{}"), failures, MODEL)
+    [(_, letter)] = [item async for item in dead_letters.list_dead_letters(Settings(kafka=own))]
+    assert (letter.track_id, letter.reason.code) == ("b/a", "audio_not_found")
+    assert letter.reason.message == (
+        "Nothing there. 2 more of its message failed (audio_not_found, fetch_timeout)."
+    )
+    assert letter.reason.retryable, "one of them may pass later"
+
+
+async def test_a_message_that_failed_at_two_deliveries_is_sent_again_once(
+    topics: MakeTopics,
+) -> None:
     own = await topics()
     async with Publisher(own) as publisher:
-        for track_id in ("bucket/a.mp3", "bucket/b.mp3"):
-            await publisher.dead_letter(
-                record(own, 7, b"{}"),
-                AudioNotFound("Nothing there."),
-                stage="fetch",
-                attempts=1,
-                track_id=track_id,
-                model=MODEL,
-            )
+        for _ in range(2):
+            failure = Failure(AudioNotFound("Nothing there."))
+            await publisher.dead_letter(record(own, 7, b"{}"), [failure], MODEL)
     assert len(await dead_letters.retry(Settings(kafka=own))) == 1
 
 
@@ -132,14 +152,8 @@ async def test_a_value_too_large_for_the_topic_is_left_out_and_naming_its_letter
 
     value = os.urandom(12 * MIB)  # above the limit of the topic, and random bytes don't compress
     async with Publisher(own) as publisher:
-        await publisher.dead_letter(
-            record(own, 0, value),
-            EventMalformed("Too much."),
-            stage="intake",
-            attempts=1,
-            track_id=None,
-            model=MODEL,
-        )
+        failure = Failure(EventMalformed("Too much."))
+        await publisher.dead_letter(record(own, 0, value), [failure], MODEL)
     [message] = await receive(own, own.topic_dead_letter, 1)
     headers = dict(message.headers)
     assert message.value is None

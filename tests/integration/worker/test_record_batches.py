@@ -18,7 +18,7 @@ from worker import dead_letters, intake
 from worker.errors import EventMalformed, EventTooLarge, SourceInvalid
 from worker.kafka.connection import client_options
 from worker.kafka.record_batches import bounded_unpacking
-from worker.publish import Publisher
+from worker.publish import Failure, Publisher
 from worker.record import UNREAD, Record
 from worker.settings import MIB, Settings
 
@@ -153,9 +153,7 @@ async def test_a_dead_letter_of_a_large_and_empty_event_is_read_whole(topics: Ma
     value = b"x" * 3 * MIB
     record = Record(own.topic_new, 0, 0, 0.0, b"k", value)
     async with Publisher(own) as publisher:
-        await publisher.dead_letter(
-            record, EventTooLarge("It is."), stage="intake", attempts=1, track_id=None, model=MODEL
-        )
+        await publisher.dead_letter(record, [Failure(EventTooLarge("It is."))], MODEL)
     [(_, letter)] = [found async for found in dead_letters.list_dead_letters(Settings(kafka=own))]
     assert letter.original.value_b64 == b64encode(value).decode()
 
@@ -168,9 +166,7 @@ async def test_what_could_not_be_read_is_a_dead_letter_that_is_not_sent_again(
     with pytest.raises(EventMalformed, match="batch") as raised:
         intake.read(record)
     async with Publisher(own) as publisher:
-        await publisher.dead_letter(
-            record, raised.value, stage="intake", attempts=1, track_id=None, model=MODEL
-        )
+        await publisher.dead_letter(record, [Failure(raised.value)], MODEL)
     settings = Settings(kafka=own)
     [(place, letter)] = [found async for found in dead_letters.list_dead_letters(settings)]
     assert (letter.origin.partition, letter.origin.offset) == (2, 7)

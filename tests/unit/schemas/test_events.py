@@ -15,6 +15,7 @@ from schemas import generate
 from schemas.asyncapi import EXAMPLE_CLOUD_EVENT, EXAMPLE_NOTIFICATION, document
 from schemas.compatibility import breaks
 from schemas.events import (
+    AudioRef,
     DeadLetterHeaders,
     ModelRef,
     NewTrack,
@@ -27,7 +28,7 @@ from schemas.events import (
 from tests.audio import audio_facts
 from worker.errors import AudioNotFound, ResultTooLarge
 from worker.intake import read
-from worker.publish import Headers, Publisher
+from worker.publish import Failure, Headers, Publisher
 from worker.record import Record
 from worker.settings import KafkaSettings
 
@@ -218,10 +219,10 @@ async def test_dead_letters_carry_the_headers_that_the_schema_names(
 ) -> None:
     publisher = Captured(refused)
     record = Record("tracks.new", 3, 4, 1.5, b"t", b"value", (("trace", b"x"),))
-    error = AudioNotFound("There is nothing.")
-    await publisher.dead_letter(
-        record, error, stage="fetch", attempts=1, track_id=track_id, model=MODEL
-    )
+    audio = AudioRef(uri="https://a.example/b")
+    track = NewTrack(track_id=track_id, audio=audio) if track_id else None
+    failure = Failure(AudioNotFound("There is nothing."), track=track)
+    await publisher.dead_letter(record, [failure], MODEL)
     ((_, headers),) = publisher.sent
     added = {name: value.decode() for name, value in headers if name.startswith("timbre-")}
     VALIDATORS["dead-letter-headers"].validate(added)

@@ -12,7 +12,7 @@ from worker.settings import WorkerSettings
 def _logging_as_it_was() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    levels = {name: logging.getLogger(name).level for name in logs.QUIET}
+    levels = {name: logging.getLogger(name).level for name in (*logs.QUIET, *logs.SECRETIVE)}
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
@@ -41,3 +41,15 @@ def test_what_others_wrote_steers_no_terminal(
     told = capsys.readouterr().err
     assert r"\u001b[2J\u202e" in told
     assert all(line.isprintable() for line in told.split("\n"))
+
+
+@pytest.mark.parametrize("level", ["debug", "info"])
+def test_what_connections_to_a_broker_send_is_never_told(
+    level: Literal["debug", "info"], capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure(WorkerSettings(log_level=level))
+    logging.getLogger("aiokafka.conn").debug("Request to %s: %s", "broker:9092", b"the password")
+    logging.getLogger("worker").warning("The rest is.")
+    told = capsys.readouterr().err
+    assert "the password" not in told
+    assert "The rest is." in told
