@@ -1,6 +1,7 @@
 """Audio from `http` and `https` addresses."""
 
 import asyncio
+import re
 import socket
 import zlib
 from collections.abc import AsyncIterator
@@ -11,6 +12,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from importlib.metadata import version
 from typing import Self
+from urllib.parse import quote
 
 from aiohttp import (
     ClientConnectorCertificateError,
@@ -50,6 +52,10 @@ MAX_INTERIM = 16  # answers (1xx) before the one that counts
 MAX_HOST_CHARS = 255  # more than DNS has, and what encoding a name takes grows with its square
 MAX_LOOKUPS = 256  # of names at once; most wait, should a name server not answer
 PASSING = {408, 425, 429}
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # yarl would drop some and escape the others
+# What may not stand in a path or query by RFC 3986: a percent sign that begins no escape, and all
+# characters but these.
+UNFIT = re.compile(r"%(?![0-9A-Fa-f]{2})|[^A-Za-z0-9._~:/?@!$&'()*+,;=%-]+")
 UNPACK_BYTES = 16 * 1024  # at once: zlib copies what is left of them at the end of each member
 HEADERS = {
     "Accept": "*/*",
@@ -194,13 +200,34 @@ class Downloads:
         )
 
 
-def _parsed(uri: str) -> URL:
+def _parsed(uri: str, base: URL | None = None) -> URL:
+    """The URL that `uri` names, seen from `base` where it is a reference, without the fragment.
+
+    Path and query stay as they were written, escapes and all, since a signature may be over just
+    these letters; only what may not stand in a request is escaped.
+    """
     try:
-        if len(URL(uri, encoded=True).raw_host or "") > MAX_HOST_CHARS:
+        written = URL(uri, encoded=True)
+        if len(written.raw_host or "") > MAX_HOST_CHARS:
             raise UriUnsupported(f"{shown(uri)} has a host whose name is longer than names can be.")
-        return URL(uri)
+        if CONTROL.search(uri):
+            raise UriUnsupported(f"{shown(uri)} holds a control character, which no URL does.")
+        encoded = URL(uri)
+        if base is not None:
+            written, encoded = _joined(base, written), _joined(base, encoded)
+        return URL.build(
+            scheme=encoded.scheme,
+            authority=encoded.raw_authority,
+            path=_escaped(written.raw_path),
+            query_string=_escaped(written.raw_query_string),
+            encoded=True,
+        )
     except (ValueError, IndexError) as error:  # yarl trips over hosts such as "[::1]x@"
         raise UriUnsupported(f"{shown(uri)} is not a URL; write https://host/path.") from error
+
+
+def _escaped(written: str) -> str:
+    return UNFIT.sub(lambda unfit: quote(unfit[0]), written)
 
 
 def _redirected(response: ClientResponse) -> URL:
@@ -208,8 +235,8 @@ def _redirected(response: ClientResponse) -> URL:
     if not location:
         raise RedirectLimit(f"{shown(str(response.url))} redirects without saying where to.")
     try:
-        target = _joined(response.url, _parsed(location))
-    except (UriUnsupported, ValueError) as error:
+        target = _parsed(location, response.url)
+    except UriUnsupported as error:
         raise RedirectLimit(f"{shown(str(response.url))} redirects to what is no URL.") from error
     if target.scheme not in {"http", "https"}:
         raise AddressRefused(f"A redirect leads to scheme {shown(target.scheme)!r}.")

@@ -268,6 +268,37 @@ class TestWhatArrives:
         assert names == {"Host", "Accept", "Accept-Encoding", "User-Agent", "Connection"}
         assert "Accept-Encoding: identity" in server.requests[-1]
 
+    @pytest.mark.parametrize(
+        ("written", "requested"),
+        [
+            (path, path)
+            for path in (
+                "/a.mp3?sig=x%2Fy%2Bz%3D%3D&X-Amz-Credential=AK%2F2026+b",
+                "/%41%7Eb%2D.mp3",
+                "/%c3%a4/%C3%a4?%c3%a4",
+                "/a/../b/./c//d",
+                "/a;b=c:d@e!$&'()*+,?e/f?g",
+                "/%00%0d%0A?%00%0d%0A",
+            )
+        ]
+        + [
+            ("/ä b?ü c", "/%C3%A4%20b?%C3%BC%20c"),
+            ("/100%?%4&%zz=%25", "/100%25?%254&%25zz=%25"),
+            ('/"<[{|}]>\\^`?[x]', "/%22%3C%5B%7B%7C%7D%5D%3E%5C%5E%60?%5Bx%5D"),
+            ("/a?b#c%2F?d", "/a?b"),
+            ("", "/"),
+            ("?a=%2F", "/?a=%2F"),
+        ],
+    )
+    async def test_the_address_is_told_as_it_was_written(
+        self, server: Server, fetcher: Fetcher, written: str, requested: str
+    ) -> None:
+        """A signature may be over these very letters."""
+        server.answer(requested, whole())
+        url = f"{server.scheme}://127.0.0.1:{server.port}{written}"
+        assert await fetched(fetcher, url) == AUDIO
+        assert await fetched(fetcher, server.answer("/redirect", redirect(url))) == AUDIO
+
     async def test_bytes_and_retries_are_told(
         self, server: Server, configured: Callable[..., FetchSettings]
     ) -> None:
@@ -495,6 +526,11 @@ class TestWhatDoesNotPass:
             "http://exa mple/",
             "http://a..b/",
             "http://\u2100.example/",
+            "http://127.0.0.1/a\r\nHost: h",
+            "http://127.0.0.1/\0",
+            "http://127.0.0.1/a?\tb",
+            "http://127.0.0.1/\x7f",
+            "http://127.0.0.1/\x85",
         ],
     )
     async def test_what_is_no_address(self, fetcher: Fetcher, uri: str) -> None:
@@ -735,6 +771,9 @@ class TestRedirects:
             ("/AC%2FDC%3F/a", "./b?%20", "/AC%2FDC%3F/b?%20"),
             ("/%00//x", "%00//x", "/%00//%00//x"),
             ("/%0D%0AHost:%20h/a", "b", "/%0D%0AHost:%20h/b"),
+            ("/%7e/a", "../%41%2f/b?%c3%a4#c", "/%41%2f/b?%c3%a4"),
+            ("/%7e/a?b", "?%2F", "/%7e/a?%2F"),
+            ("/a", "%7e:b", "/%7e:b"),
         ],
     )
     async def test_are_relative_to_a_path_as_it_was_written(
@@ -755,6 +794,7 @@ class TestRedirects:
             redirect(""),
             redirect("http://[bad/"),
             redirect("http://[::1]x@"),
+            redirect("/\tb"),
             raw(b"HTTP/1.1 302 Found\r\nLocation: http://h\xff/\r\nContent-Length: 0\r\n\r\n"),
         ],
     )
