@@ -74,8 +74,8 @@ class FetchSettings(Section):
         (), description="Networks that may be fetched from although they are not public"
     )
     spool_dir: Path = Field(
-        default_factory=lambda: Path(tempfile.gettempdir()) / "timbre-spool",
-        description="Folder that holds audio between fetch and decode",
+        default_factory=lambda: Path(tempfile.gettempdir()) / f"timbre-spool-{os.geteuid()}",
+        description="Folder that holds audio between fetch and decode; this user's own, no link",
     )
     spool_max_bytes: int = Field(
         8192 * MIB,

@@ -13,6 +13,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,10 +131,11 @@ class Spool:
         Raises
         ------
         SettingsInvalid
-            The spool's folder can't be made or written.
+            The spool's folder can't be made or written, is another user's, or a link.
         """
         try:
             self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _refuse_others(self._root)
             self._folder, self._lock_fd = _claim(self._root)
             _remove_dead(self._root)
         except OSError as error:
@@ -274,6 +276,25 @@ async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
         running.exception()  # seen; the cancellation is what the caller hears of
         raise asyncio.CancelledError
     return running.result()
+
+
+def _refuse_others(root: Path) -> None:
+    """Refuse a folder that another user may have made first, as anybody can in /tmp.
+
+    Its owner could exchange the audio in it, and a link have what lies elsewhere removed as a dead
+    process's. Root is no other: what a container is given as a volume may be root's.
+    """
+    found = root.lstat()
+    if stat.S_ISLNK(found.st_mode):
+        raise SettingsInvalid(
+            f"The spool {root} is a link, which may lead anywhere; "
+            "name the folder itself in TIMBRE_FETCH__SPOOL_DIR."
+        )
+    if found.st_uid not in {os.geteuid(), 0}:
+        raise SettingsInvalid(
+            f"The spool {root} is another user's, who could exchange the audio in it; "
+            "name a folder of your own in TIMBRE_FETCH__SPOOL_DIR."
+        )
 
 
 def _claim(root: Path) -> tuple[Path, int]:

@@ -8,13 +8,11 @@ to finish; the rest is given back unacknowledged, and Kafka delivers it again.
 
 import asyncio
 import logging
-import tempfile
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import faust
@@ -53,6 +51,9 @@ class _App(faust.App):
         # What was given back is never acknowledged here, so faust must not wait for it.
         consumer._unacked_messages.clear()
         await super()._consumer_wait_empty(consumer, logger)
+
+    def _create_directories(self) -> None:
+        """Make none: tables would lie there, and there are no tables."""
 
 
 class _Places:
@@ -379,7 +380,6 @@ class Consumer:
             reply_create_topic=False,
             web_enabled=False,
             store="memory://",
-            datadir=str(Path(tempfile.gettempdir()) / "timbre-faust"),
             loghandlers=[],
         )
         app.before_rebalance = self._give_back

@@ -1,6 +1,7 @@
 import asyncio
 import random
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -81,6 +82,22 @@ async def test_every_event_is_handled_once_and_committed_at_a_graceful_stop(
 
     assert set(seen.values()) == {1}
     assert await committed(own, 3) == EVENTS
+
+
+async def test_nothing_is_written_to_disk(
+    topics: MakeTopics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders with names known to all would be taken by another user's worker, or by anybody."""
+    own = await topics(partitions=1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    async def handle(record: Record, _: Place) -> None:
+        pass
+
+    async with consuming(settings_of(own), handle) as consumer:
+        await until(lambda: consumer.assigned)
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_what_hangs_at_a_stop_is_given_back_and_delivered_again(topics: MakeTopics) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from worker import settings_table
 from worker.errors import SettingsInvalid
-from worker.settings import load
+from worker.settings import FetchSettings, load
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -95,6 +95,12 @@ def test_an_error_does_not_show_the_value_of_a_secret(monkeypatch: pytest.Monkey
     with pytest.raises(SettingsInvalid) as caught:
         load()
     assert "hunter2" not in str(caught.value)
+
+
+def test_every_user_has_a_spool_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = FetchSettings().spool_dir
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    assert FetchSettings().spool_dir != own
 
 
 def test_the_page_of_settings_is_up_to_date() -> None:

@@ -271,6 +271,28 @@ class TestFolders:
         with pytest.raises(SettingsInvalid, match="SPOOL_DIR"):
             spool.open()
 
+    def test_a_folder_of_another_user_is_refused(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        root.mkdir()
+        if os.geteuid() == 0:  # whose folders are nobody else's
+            os.chown(root, 4711, -1)
+        monkeypatch.setattr(os, "geteuid", lambda: 4712)
+        with pytest.raises(SettingsInvalid, match=r"another user's.*SPOOL_DIR"):
+            Spool(root, max_bytes=1, max_file_bytes=1).open()
+        assert list(root.iterdir()) == []
+
+    def test_a_link_is_refused_and_nothing_removed_where_it_leads(
+        self, root: Path, tmp_path: Path
+    ) -> None:
+        project = tmp_path / "project"
+        (project / "Cargo").mkdir(parents=True)
+        (project / "Cargo.lock").touch()
+        root.symlink_to(project)
+        with pytest.raises(SettingsInvalid, match=r"link.*SPOOL_DIR"):
+            Spool(root, max_bytes=1, max_file_bytes=1).open()
+        assert {path.name for path in project.iterdir()} == {"Cargo", "Cargo.lock"}
+
 
 class TestThreads:
     async def test_a_cancelled_caller_leaves_after_its_thread(self) -> None:
