@@ -16,15 +16,17 @@ PARTITIONS = 4
 
 
 def up(settings: Settings) -> None:
-    """Start both services with Timbre's topics, and print what to export."""
+    """Start what is not there yet, with Timbre's topics, and print what to export."""
     remarks = console.err()
     with fetching() as fetched:
         addresses, new = detached.up(settings, fetched)
-    if new:
-        kafka = settings.kafka.model_copy(update={"bootstrap_servers": addresses.kafka})
-        asyncio.run(create_topics(kafka, topics_of(kafka, PARTITIONS)))
-    state = "Kafka and Redis are up" if new else "Kafka and Redis were up already"
-    remarks.print(f"{state}; `timbre services down` ends them. For the shell:", style="dim")
+    kafka = settings.kafka.model_copy(update={"bootstrap_servers": addresses.kafka})
+    asyncio.run(create_topics(kafka, topics_of(kafka, PARTITIONS)))
+    state = "are up" if new else "were up already"
+    remarks.print(
+        f"Kafka and Redis {state}; `timbre services down` ends what was started. For the shell:",
+        style="dim",
+    )
     for name, value in addresses.environment().items():
         sys.stdout.write(f"export {name}={shlex.quote(value)}\n")
 

@@ -137,7 +137,7 @@ def _run(
         unless_kept.callback(worker.stop)
         done(f"Music at {music_server.address}, the worker's metrics at {worker.address}/metrics")
     if keep:
-        detached.adopt(settings, (music_server, worker))
+        detached.adopt(settings, addresses, (music_server, worker))
     began_s = time.monotonic()
     results = asyncio.run(_tag(kafka, out, music, music_server, worker))
     _sum_up(out, results, time.monotonic() - began_s)

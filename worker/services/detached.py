@@ -2,15 +2,16 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
+from worker.errors import ServicesUnavailable
 from worker.services.jars import Progress
-from worker.services.local import Addresses, start
+from worker.services.local import Addresses, given, start
 from worker.services.service import STOP_TIMEOUT_S, Service
 from worker.settings import ServicesSettings, Settings
 
@@ -25,31 +26,34 @@ class _Detached:
 
 
 def up(settings: Settings, progress: Progress = lambda done, total: None) -> tuple[Addresses, bool]:
-    """Start both services to stay; returns their addresses and whether they are new.
+    """Start what the settings don't name, to stay; returns all addresses and whether any is new.
 
     Raises
     ------
     ServicesUnavailable
-        A service could not be fetched or started.
+        A service could not be fetched or started, or what is up can't be told.
     """
     found = _read_state(settings.services)
-    if found is not None and len(_alive(found.processes)) == len(found.processes):
+    if found and found.processes and len(_alive(found.processes)) == len(found.processes):
         return found.addresses, False
     down(settings)  # some of them died: begin anew
-    with ExitStack() as unless_started:
+    with ExitStack() as unless_kept:
         started, addresses = start(
-            settings, unless_started, progress, {"kafka", "redis"}, guarded=False
+            settings, _foreign(settings), unless_kept, progress, {"kafka", "redis"}, guarded=False
         )
-        unless_started.pop_all()
-    _write_state(settings.services, _Detached(addresses, [], []))
-    adopt(settings, started)
-    return addresses, True
+        adopt(settings, addresses, started)
+        unless_kept.pop_all()
+    if started:
+        with _told_file(settings.services).open("a") as told:
+            told.writelines(f"{service.address}\n" for service in started)
+    return addresses, bool(started)
 
 
-def adopt(settings: Settings, services: Iterable[Service]) -> None:
-    """Let `down` end other unguarded services as well."""
-    state = _read_state(settings.services)
-    assert state is not None, "nothing is up"
+def adopt(settings: Settings, addresses: Addresses, services: Collection[Service]) -> None:
+    """Let `down` end these unguarded services as well, which serve or use `addresses`."""
+    if not services:
+        return  # what nothing was started for, `down` has nothing to end of
+    state = _read_state(settings.services) or _Detached(addresses, [], [])
     for service in services:
         state.folders.append(str(service.folder))
         state.processes.append((service.pid, psutil.Process(service.pid).create_time()))
@@ -72,25 +76,49 @@ def down(settings: Settings) -> bool:
     return True
 
 
+def _foreign(settings: Settings) -> Addresses:
+    """What the settings name, less what `up` told before: a shell keeps that after `down`."""
+    named, file = given(settings), _told_file(settings.services)
+    told = file.read_text(errors="replace").splitlines() if file.exists() else []
+    return Addresses(
+        kafka=None if named.kafka in told else named.kafka,
+        redis=None if named.redis in told else named.redis,
+    )
+
+
+def _told_file(services: ServicesSettings) -> Path:
+    """Every address that `up` ever started a service at, a line each."""
+    return services.state_dir / "addresses.txt"
+
+
 def _state_file(services: ServicesSettings) -> Path:
     return services.state_dir / "services.json"
 
 
 def _read_state(services: ServicesSettings) -> _Detached | None:
+    file = _state_file(services)
     try:
-        stored = json.loads(_state_file(services).read_text())
+        stored = json.loads(file.read_text())
+        return _Detached(
+            Addresses(**stored["addresses"]),
+            stored["folders"],
+            [(pid, made) for pid, made in stored["processes"]],
+        )
     except FileNotFoundError:
         return None
-    return _Detached(
-        Addresses(**stored["addresses"]),
-        stored["folders"],
-        [(pid, made) for pid, made in stored["processes"]],
-    )
+    except (ValueError, TypeError, KeyError) as error:
+        raise ServicesUnavailable(
+            f"{file} is damaged, so what `timbre services up` started can't be told: end its "
+            "kafka.Kafka and redis-server by hand where they still run, and remove the file."
+        ) from error
 
 
 def _write_state(services: ServicesSettings, state: _Detached) -> None:
-    services.state_dir.mkdir(parents=True, exist_ok=True)
-    _state_file(services).write_text(json.dumps(asdict(state), indent=2))
+    file = _state_file(services)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".new")
+    unfinished.write_text(json.dumps(asdict(state), indent=2))
+    unfinished.replace(file)
 
 
 def _alive(processes: list[tuple[int, float]]) -> list[psutil.Process]:

@@ -50,23 +50,23 @@ def local_services(
     """
     wanted = {name for name, asked in (("kafka", kafka), ("redis", redis)) if asked}
     with ExitStack() as stack:
-        _, addresses = start(settings, stack, progress, wanted, guarded=True)
+        _, addresses = start(settings, given(settings), stack, progress, wanted, guarded=True)
         yield addresses
 
 
 def start(
     settings: Settings,
+    named: Addresses,
     stack: ExitStack,
     progress: Progress,
     wanted: Collection[str],
     *,
     guarded: bool,
 ) -> tuple[Collection[Service], Addresses]:
-    """Start what is wanted and not given, all at once; `stack` removes it again.
+    """Start what is wanted and not named, all at once; `stack` removes it again.
 
     Returns what was started, and where all that is wanted listens.
     """
-    named = given(settings)
     started: dict[str, Service] = {}
     if "redis" in wanted and named.redis is None:
         started["redis"] = Redis(new_folder("redis"), guarded=guarded)

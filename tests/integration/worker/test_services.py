@@ -1,4 +1,5 @@
 import asyncio
+import json
 import os
 import ssl
 import subprocess
@@ -233,28 +234,89 @@ def test_services_end_with_a_starter_that_is_killed() -> None:
     assert not Path(folder).exists()
 
 
-def test_services_up_stay_until_down_and_nothing_is_left(tmp_path: Path) -> None:
-    def timbre(*arguments: str) -> str:
-        return subprocess.run(
-            [Path(sys.executable).with_name("timbre"), *arguments],
-            env={**os.environ, "TIMBRE_SERVICES__STATE_DIR": str(tmp_path)},
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
+def timbre(
+    state_dir: Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [Path(sys.executable).with_name("timbre"), *arguments],
+        env={**os.environ, "TIMBRE_SERVICES__STATE_DIR": str(state_dir), **environment},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
 
-    exports = timbre("services", "up")
+
+def up(state_dir: Path, **environment: str) -> dict[str, str]:
+    """What `timbre services up` tells the shell to export."""
+    done = timbre(state_dir, "services", "up", **environment)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    return dict(line.removeprefix("export ").split("=", 1) for line in lines)
+
+
+def test_services_up_stay_until_down_and_no_data_is_left(tmp_path: Path) -> None:
+    exports = up(tmp_path)
     try:
-        assert timbre("services", "up") == exports
-        given = dict(line.removeprefix("export ").split("=", 1) for line in exports.splitlines())
-        with redis.Redis.from_url(given["TIMBRE_REDIS__URL"], retry=None) as client:
+        assert up(tmp_path) == exports
+        state = json.loads((tmp_path / "services.json").read_text())
+        with redis.Redis.from_url(exports["TIMBRE_REDIS__URL"], retry=None) as client:
             assert client.ping()
-            timbre("services", "down")
+            timbre(tmp_path, "services", "down")
             with pytest.raises(redis.ConnectionError):
                 client.ping()
     finally:
-        timbre("services", "down")
+        timbre(tmp_path, "services", "down")
+    assert not any(Path(folder).exists() for folder in state["folders"])
+    assert not (tmp_path / "services.json").exists()
+
+
+async def test_up_after_down_in_the_same_shell_starts_anew(tmp_path: Path) -> None:
+    shell = up(tmp_path)
+    try:
+        timbre(tmp_path, "services", "down")
+        anew = up(tmp_path, **shell)
+        assert anew.keys() == shell.keys()
+        assert not anew.items() & shell.items()
+        assert up(tmp_path, **shell) == anew
+        with redis.Redis.from_url(anew["TIMBRE_REDIS__URL"], retry=None) as client:
+            assert client.ping()
+        kafka = KafkaSettings(bootstrap_servers=anew["TIMBRE_KAFKA__BOOTSTRAP_SERVERS"])
+        await send(kafka, kafka.topic_new, b"la")
+    finally:
+        timbre(tmp_path, "services", "down")
+
+
+def test_up_starts_nothing_where_all_is_named_and_down_has_nothing_to_end(
+    tmp_path: Path, kafka: str, redis_url: str
+) -> None:
+    named = {"TIMBRE_KAFKA__BOOTSTRAP_SERVERS": kafka, "TIMBRE_REDIS__URL": redis_url}
+    assert up(tmp_path, **named) == named
     assert list(tmp_path.iterdir()) == []
+    assert "Nothing was up" in timbre(tmp_path, "services", "down").stderr
+
+
+def test_a_state_of_nothing_running_is_not_taken_for_services_that_are_up(
+    tmp_path: Path, kafka: str, redis_url: str
+) -> None:
+    dead = {"kafka": "127.0.0.1:9", "redis": "redis://127.0.0.1:9/0"}
+    state = {"addresses": dead, "folders": [], "processes": []}
+    (tmp_path / "services.json").write_text(json.dumps(state))
+    named = {"TIMBRE_KAFKA__BOOTSTRAP_SERVERS": kafka, "TIMBRE_REDIS__URL": redis_url}
+    assert up(tmp_path, **named) == named
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damaged", ["", '{"addresses": {"kaf', "[]", "{}"])
+@pytest.mark.parametrize("command", ["up", "down"])
+def test_a_damaged_state_is_a_sentence_that_says_what_to_do(
+    tmp_path: Path, command: str, damaged: str
+) -> None:
+    (tmp_path / "services.json").write_text(damaged)
+    done = timbre(tmp_path, "services", command)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"timbre: {tmp_path}/services.json is damaged")
+    assert "remove the file" in done.stderr
 
 
 def test_the_terminals_interrupt_does_not_reach_a_service(tmp_path: Path) -> None:
