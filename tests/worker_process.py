@@ -66,7 +66,8 @@ class WorkerProcess:
         return self.metric("process_resident_memory_bytes")
 
 
-def _start(settings: Mapping[str, str], log: Path) -> "subprocess.Popen[str]":
+def start_worker(settings: Mapping[str, str], log: Path) -> "subprocess.Popen[str]":
+    """A worker that has only just begun to start."""
     with log.open("w") as output:
         return subprocess.Popen(
             [TIMBRE, "worker"], env=dict(settings), stderr=output, stdout=output, text=True
@@ -76,7 +77,7 @@ def _start(settings: Mapping[str, str], log: Path) -> "subprocess.Popen[str]":
 @asynccontextmanager
 async def running_worker(settings: Mapping[str, str], log: Path) -> AsyncIterator[WorkerProcess]:
     """A worker until the context is left, then stopped as an operator would."""
-    process = _start(settings, log)
+    process = start_worker(settings, log)
     try:
         async with asyncio.timeout(START_TIMEOUT_S):
             while not (port := PORT.search(log.read_text())):

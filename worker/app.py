@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
+from typing import Any
 
 from tenacity import (
     AsyncRetrying,
@@ -72,17 +73,27 @@ def run_worker(settings: Settings) -> int:
 
 
 async def _main(settings: Settings, bundle: Bundle) -> None:
-    async with Worker(settings, bundle) as worker:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, worker.stop)
-        try:
-            await worker.run()
-        except ConsumerLost as error:
-            log.error("%s", error.message)  # noqa: TRY400  # the sentence says it
-            # What could not be taken down may hold up the rest as well.
-            _end_process_after(LOST_DEADLINE_S, status=1)
-            raise
+    worker = Worker(settings, bundle)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, worker.stop)
+    try:
+        async with worker:
+            await _run(worker)
+    except asyncio.CancelledError:
+        # Stopped before all was there, and what was there is taken down. PyTorch may still be at
+        # work in a thread, and abort a process that ends by the usual way.
+        os._exit(0)
+
+
+async def _run(worker: "Worker") -> None:
+    try:
+        await worker.run()
+    except ConsumerLost as error:
+        log.error("%s", error.message)  # noqa: TRY400  # the sentence says it
+        # What could not be taken down may hold up the rest as well.
+        _end_process_after(LOST_DEADLINE_S, status=1)
+        raise
 
 
 def _end_process_after(delay_s: float, *, status: int) -> None:
@@ -125,13 +136,16 @@ class Worker:
         )
         self.http = HttpServer(settings.http, self.metrics, self._health)
         self._stack = AsyncExitStack()
+        self._starting: asyncio.Task[Any] | None = None
 
     async def __aenter__(self) -> "Worker":
+        self._starting = asyncio.current_task()
         async with AsyncExitStack() as stack:
             stack.enter_context(bounded_unpacking())
             for part in (self.http, self._publisher, self._cache, self._tagger, self._probe):
                 await stack.enter_async_context(part)
             self._stack = stack.pop_all()
+        self._starting = None
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -148,7 +162,10 @@ class Worker:
         log.info("Stopped")
 
     def stop(self) -> None:
-        """Take nothing new, finish or give back what is in flight, and end inside the deadline."""
+        """Take nothing new, finish or give back what is in flight, and end inside the deadline.
+
+        A worker that is being entered is left at once: the entering task is cancelled.
+        """
         if self._health.stopping:
             return
         log.info("Stopping: no new events; %d in flight", self.consumer.in_flight)
@@ -156,6 +173,8 @@ class Worker:
         self.consumer.stop()
         # What is left by then hangs for good (a device, a socket) and is delivered again.
         _end_process_after(self._settings.worker.stop_deadline_s, status=0)
+        if self._starting is not None:
+            self._starting.cancel()
 
     def _progressed(self) -> None:
         self.consumer.progressed()

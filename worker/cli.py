@@ -2,6 +2,8 @@
 
 import io
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -63,6 +65,9 @@ def worker() -> None:
 
     Configured by the environment: TIMBRE_KAFKA__BOOTSTRAP_SERVERS, TIMBRE_REDIS__URL and others.
     """
+    # What is read and loaded from here on may take long, and leaves nothing to take down.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(0))
     from worker.app import run_worker
 
     raise typer.Exit(run_worker(_settings()))

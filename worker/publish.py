@@ -103,12 +103,14 @@ class Publisher:
         self._producer = connection.producer(self._settings)
         try:
             await self._producer.start()
-        except KafkaError as error:
+        except BaseException as error:
             await self._producer.stop()
-            raise PublishFailed(
-                f"Kafka at {self._settings.bootstrap_servers} can't be reached "
-                f"({type(error).__name__}); check TIMBRE_KAFKA__BOOTSTRAP_SERVERS."
-            ) from error
+            if isinstance(error, KafkaError):
+                raise PublishFailed(
+                    f"Kafka at {self._settings.bootstrap_servers} can't be reached "
+                    f"({type(error).__name__}); check TIMBRE_KAFKA__BOOTSTRAP_SERVERS."
+                ) from error
+            raise
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:

@@ -2,15 +2,19 @@
 
 import asyncio
 import json
+import signal
+import socket
+import subprocess
 from base64 import b64encode
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import boto3
 import numpy as np
+import psutil
 import pytest
 from aiohttp import web
 from moto.server import ThreadedMotoServer
@@ -28,6 +32,7 @@ from tests.worker_process import (
     receive_json,
     running_worker,
     send,
+    start_worker,
 )
 from worker.dead_letters import list_dead_letters, retry
 from worker.services.topics import create_topics
@@ -379,6 +384,66 @@ async def test_timbre_tag_and_the_worker_give_the_same_result(
     for file in files:
         expected, found = scores(alone[file]), scores(results[file.name])
         assert found == pytest.approx(expected, abs=1e-4), file.name
+
+
+def loads_pytorch(worker: psutil.Process, _: Path) -> bool:
+    return any("libtorch" in mapped.path for mapped in worker.memory_maps())
+
+
+def has_opened_its_spool(_: psutil.Process, spool: Path) -> bool:
+    return any(path.is_dir() for path in spool.glob("*"))
+
+
+def starts_a_decoder(worker: psutil.Process, spool: Path) -> bool:
+    return has_opened_its_spool(worker, spool) and bool(worker.children())
+
+
+@pytest.mark.parametrize("reached", [loads_pytorch, has_opened_its_spool, starts_a_decoder])
+async def test_a_worker_stopped_while_it_starts_ends_in_order_and_leaves_nothing(
+    reached: Callable[[psutil.Process, Path], bool],
+    topics: MakeTopics,
+    redis_url: str,
+    redis_prefix: str,
+    tmp_path: Path,
+) -> None:
+    own, spool, log = await topics(partitions=1), tmp_path / "spool", tmp_path / "worker.log"
+    settings = environment(own, redis_url, redis_prefix, TIMBRE_FETCH__SPOOL_DIR=str(spool))
+    with start_worker(settings, log) as process, killed_at_the_end(process):
+        worker = psutil.Process(process.pid)
+        while not reached(worker, spool):
+            assert process.poll() is None, log.read_text()
+            await asyncio.sleep(0.001)
+        decoders = worker.children()
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait, 20) == 0, log.read_text()
+    assert "metrics and health on port" not in log.read_text(), "it was starting still"
+    assert "Traceback" not in log.read_text()
+    assert list(spool.glob("*")) == []
+    assert not any(decoder.is_running() for decoder in decoders)
+
+
+async def test_a_worker_stopped_while_it_waits_for_a_silent_kafka_ends_at_once(
+    redis_url: str, redis_prefix: str, tmp_path: Path
+) -> None:
+    log = tmp_path / "worker.log"
+    with socket.create_server(("127.0.0.1", 0)) as kafka:
+        kafka.settimeout(60)
+        own = KafkaSettings(bootstrap_servers=f"127.0.0.1:{kafka.getsockname()[1]}")
+        settings = environment(own, redis_url, redis_prefix)
+        with start_worker(settings, log) as process, killed_at_the_end(process):
+            connection, _ = await asyncio.to_thread(kafka.accept)
+            with connection:
+                process.send_signal(signal.SIGTERM)
+                assert await asyncio.to_thread(process.wait, 10) == 0, log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+@contextmanager
+def killed_at_the_end(process: "subprocess.Popen[str]") -> Iterator[None]:
+    try:
+        yield
+    finally:
+        process.kill()
 
 
 async def tag_alone(*files: Path) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ from worker.fetch.addresses import shown
 from worker.fetch.downloads import Downloads
 from worker.fetch.local_files import LocalFiles
 from worker.fetch.object_stores import ObjectStores
-from worker.fetch.spool import Spool, SpooledAudio, SpoolFile
+from worker.fetch.spool import Spool, SpooledAudio, SpoolFile, in_thread
 from worker.settings import FetchSettings
 
 __all__ = ["Fetcher", "SpooledAudio"]
@@ -99,8 +99,8 @@ class Fetcher:
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as opening:
-            await asyncio.to_thread(self._spool.open)
-            opening.callback(self._spool.close)
+            opening.callback(self._spool.close)  # also where it is left half open
+            await in_thread(self._spool.open)
             await opening.enter_async_context(self._downloads)
             self._open = opening.pop_all()
         return self
