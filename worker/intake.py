@@ -72,7 +72,7 @@ def read(record: Record, *, max_bytes: int = MIB) -> Announcement:
             f"The message has {len(record.value)} bytes; at most {max_bytes} are read. "
             "Send less metadata, or raise TIMBRE_KAFKA__MAX_EVENT_BYTES."
         )
-    headers = {name.lower(): value for name, value in record.headers}
+    headers = {name.lower(): value or b"" for name, value in record.headers}
     media_type = _text(headers.get("content-type", b"")).partition(";")[0].strip().lower()
     attributes = {name[3:]: _text(value) for name, value in headers.items() if name[:3] == "ce_"}
 
@@ -121,12 +121,13 @@ def _unwrap(envelope: Any) -> tuple[str, Any]:
         raise EventMalformed("A CloudEvent in structured mode is a JSON object.")
     identity = _identity(envelope)
     _must_be_json(envelope.get("datacontenttype") or "")
-    if ("data" in envelope) == ("data_base64" in envelope):
+    data, packed = envelope.get("data"), envelope.get("data_base64")
+    if (data is None) == (packed is None):
         raise EventMalformed("A CloudEvent must carry its track in either data or data_base64.")
-    if "data" in envelope:
-        return identity, envelope["data"]
+    if packed is None:
+        return identity, data
     try:
-        return identity, _parse(b64decode(envelope["data_base64"], validate=True))
+        return identity, _parse(b64decode(packed, validate=True))
     except (TypeError, ValueError, binascii.Error):
         raise EventMalformed("The CloudEvent's data_base64 is not text in base64.") from None
 

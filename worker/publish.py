@@ -33,7 +33,7 @@ HEADER = "timbre-"
 MAX_KEY_BYTES = 64 * 1024  # of a dead letter that goes without its value
 LAST_TIMESTAMP_S = datetime.max.replace(tzinfo=UTC).timestamp() - 1
 
-Headers = list[tuple[str, bytes]]
+Headers = list[tuple[str, bytes | None]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ class Record:
     timestamp_s: float
     key: bytes | None
     value: bytes | None
-    headers: tuple[tuple[str, bytes], ...] = ()
+    headers: tuple[tuple[str, bytes | None], ...] = ()
 
     @property
     def unread(self) -> bool:

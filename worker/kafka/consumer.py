@@ -34,6 +34,7 @@ RESUME_BELOW = 8
 # one partition a worker takes in a second. Their bytes are bounded by the size of a fetch.
 POLL_RECORDS = 512
 COMMIT_INTERVAL_S = 0.5
+METADATA_AGE_S = 10.0  # so soon are topics seen that were made, or given partitions, meanwhile
 RESTART_BACKOFF_S = (0.5, 30.0)
 HEARTBEATS_PER_SESSION = 6
 CANCEL_TIMEOUT_S = 2.0
@@ -373,6 +374,7 @@ class Consumer:
             broker_commit_interval=COMMIT_INTERVAL_S,
             consumer_max_fetch_size=kafka.max_event_bytes + 64 * 1024,
             consumer_auto_offset_reset="earliest",
+            consumer_metadata_max_age_ms=int(METADATA_AGE_S * 1000),
             stream_buffer_maxsize=2 * POLL_RECORDS,
             stream_wait_empty=True,
             topic_allow_declare=False,
@@ -410,7 +412,13 @@ class Consumer:
         (assigned,) = args
         self._assignment = sorted(assigned)
         self.assigned = True
-        log.info("Assigned %d partitions", len(assigned))
+        if assigned:
+            log.info("Assigned %d partitions", len(assigned))
+        else:
+            log.warning(
+                "No partitions: other workers have all, or the topics %s don't exist yet",
+                " and ".join(self._places),
+            )
 
     async def _give_back(self) -> None:
         partitions = list(self._partitions.values())
@@ -435,5 +443,5 @@ def _record(event: EventT[Any]) -> Record:
         timestamp_s=message.timestamp,
         key=message.key,
         value=message.value,
-        headers=tuple((name, value or b"") for name, value in pairs),
+        headers=tuple(pairs),
     )

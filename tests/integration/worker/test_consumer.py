@@ -3,6 +3,7 @@ import random
 import sys
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ from worker.kafka import consumer as consumer_module
 from worker.kafka.consumer import MAX_RESTING, Consumer, Handle, Place
 from worker.metrics import Metrics
 from worker.record import Record
+from worker.services.topics import create_topics
 from worker.settings import KafkaSettings, Settings, WorkerSettings
 
 EVENTS = 200
@@ -98,6 +100,26 @@ async def test_nothing_is_written_to_disk(
     async with consuming(settings_of(own), handle) as consumer:
         await until(lambda: consumer.assigned)
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_topics_made_after_the_start_are_seen_soon(
+    kafka_settings: KafkaSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumer_module, "METADATA_AGE_S", 1.0)
+    ending = uuid.uuid4().hex[:12]
+    own = kafka_settings.model_copy(
+        update={name: f"{name}-{ending}" for name in ("group", "topic_new", "topic_backfill")}
+    )
+    seen = list[bytes | None]()
+
+    async def handle(record: Record, _: Place) -> None:
+        seen.append(record.value)
+
+    async with consuming(settings_of(own), handle) as consumer:
+        await until(lambda: consumer.assigned)
+        await create_topics(own, {own.topic_new: 2})
+        await send(own, 10)
+        await until(lambda: len(seen) == 10, timeout_s=30)
 
 
 async def test_what_hangs_at_a_stop_is_given_back_and_delivered_again(topics: MakeTopics) -> None:

@@ -224,7 +224,7 @@ async def test_dead_letters_carry_the_headers_that_the_schema_names(
     failure = Failure(AudioNotFound("There is nothing."), track=track)
     await publisher.dead_letter(record, [failure], MODEL)
     ((_, headers),) = publisher.sent
-    added = {name: value.decode() for name, value in headers if name.startswith("timbre-")}
+    added = {name: (value or b"").decode() for name, value in headers if name.startswith("timbre-")}
     VALIDATORS["dead-letter-headers"].validate(added)
     assert set(added) <= set(DeadLetterHeaders.model_json_schema()["properties"])
     parsed = DeadLetterHeaders.model_validate(added)

@@ -203,6 +203,12 @@ class TestCloudEvents:
         event = {**CLOUD, "data_base64": base64.b64encode(json.dumps(TRACK).encode()).decode()}
         assert only(read(record(event))).track_id == "t-1"
 
+    @pytest.mark.parametrize("other", ["data", "data_base64"])
+    def test_what_is_null_is_as_good_as_absent(self, other: str) -> None:
+        packed = base64.b64encode(json.dumps(TRACK).encode()).decode()
+        event = {**CLOUD, "data": TRACK, "data_base64": packed, other: None}
+        assert only(read(record(event))).track_id == "t-1"
+
     def test_the_envelope_and_not_the_data_names_the_event(self) -> None:
         event = {**CLOUD, "data": changed(source_event_id="forged")}
         assert only(read(record(event))).source_event_id == "/uploads e-1"
