@@ -394,7 +394,7 @@ class DeadLetterHeaders(Part):
     value_omitted_bytes: Annotated[str, Field(pattern=r"^[0-9]+$")] | None = Field(
         None, exclude_if=_is_none
     )
-    """Bytes of the original value, where Kafka takes no message that holds it and the reason; 0 of
-    a message that could not be read"""
+    """Bytes of the original value, where Kafka takes no message that holds it and the reason; of a
+    message that could not be read its bytes in all, where they are known, or 0"""
     value_omitted_sha256: Sha256 | None = Field(None, exclude_if=_is_none)
     """SHA-256 of the original value, where it is omitted"""

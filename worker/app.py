@@ -141,7 +141,7 @@ class Worker:
     async def __aenter__(self) -> "Worker":
         self._starting = asyncio.current_task()
         async with AsyncExitStack() as stack:
-            stack.enter_context(bounded_unpacking())
+            stack.enter_context(bounded_unpacking(self._settings.kafka.max_message_bytes))
             for part in (self.http, self._publisher, self._cache, self._tagger, self._probe):
                 await stack.enter_async_context(part)
             self._stack = stack.pop_all()

@@ -60,6 +60,12 @@ def read(record: Record, *, max_bytes: int = MIB) -> Announcement:
     EventTooLarge, EventMalformed, EventVersionUnknown
         The message can't be read as a whole.
     """
+    size = record.unread_bytes or len(record.value or b"")
+    if size > max_bytes:
+        raise EventTooLarge(
+            f"The message has {size} bytes; at most {max_bytes} are read. "
+            "Send less metadata, or raise TIMBRE_KAFKA__MAX_EVENT_BYTES."
+        )
     if record.unread:
         raise EventMalformed(
             "The message can't be read: its batch is broken, or unpacks to far more than events "
@@ -67,11 +73,6 @@ def read(record: Record, *, max_bytes: int = MIB) -> Announcement:
         )
     if record.value is None:
         raise EventMalformed("The message has no value; send a JSON event.")
-    if len(record.value) > max_bytes:
-        raise EventTooLarge(
-            f"The message has {len(record.value)} bytes; at most {max_bytes} are read. "
-            "Send less metadata, or raise TIMBRE_KAFKA__MAX_EVENT_BYTES."
-        )
     headers = {name.lower(): value or b"" for name, value in record.headers}
     media_type = _text(headers.get("content-type", b"")).partition(";")[0].strip().lower()
     attributes = {name[3:]: _text(value) for name, value in headers.items() if name[:3] == "ce_"}

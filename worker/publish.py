@@ -165,7 +165,7 @@ class Publisher:
         if first.track is not None:
             reason["track-id"] = first.track.track_id
         if record.unread:
-            reason["value-omitted-bytes"] = "0"
+            reason["value-omitted-bytes"] = str(record.unread_bytes)
         kept = [(name, value) for name, value in record.headers if not name.startswith(HEADER)]
         headers = kept + _headers(reason)
         topic = self._settings.topic_dead_letter

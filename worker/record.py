@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 UNREAD = "timbre-unread"
-"""Header of a record that stands for one which could not be read out of its batch"""
+"""Header of a record that stands for one which could not be read out of its batch; its value is
+that one's bytes, where they are too many"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +26,8 @@ class Record:
     def unread(self) -> bool:
         """Whether it stands for a record that could not be read."""
         return any(name == UNREAD for name, _ in self.headers)
+
+    @property
+    def unread_bytes(self) -> int:
+        """How many bytes it stands for, where that is why they were not read, else 0."""
+        return int(dict(self.headers).get(UNREAD) or 0)

@@ -246,6 +246,11 @@ class KafkaSettings(Section):
     ssl_cert_file: FilePath | None = Field(None, description="Client certificate")
     ssl_key_file: FilePath | None = Field(None, description="Client key")
 
+    @property
+    def max_message_bytes(self) -> int:
+        """An event with its key, its headers and what Kafka adds."""
+        return self.max_event_bytes + 64 * 1024
+
     @field_validator("bootstrap_servers")
     @classmethod
     def _are_servers(cls, value: str) -> str:

@@ -15,6 +15,8 @@ ODD = ROOT.parent / "shared" / "audio" / "odd"
 EVENT_CODES = {"event_malformed", "event_too_large", "event_version_unknown"}
 IN_TIME_S = 10.0
 BOMB_BYTES = 200 << 20
+LARGE, LARGE_BYTES = 100, 1000 << 10
+"""Messages of one batch, each as large as an event may be."""
 CROWD = 60
 MAX_DECODER_BYTES = 160 << 20
 FLAC_INFO_END = 42
@@ -247,10 +249,15 @@ async def unpack_bombs(stand: Stand, quick: bool) -> Outcome:
             await lane.send(lane.tracks([number]))
             sent_s[f"track-{number}"] = now_s()
         await lane.until_answered(26, 60)
+        await lane.send_batch([bytes(LARGE_BYTES)] * LARGE, compression="zstd")
+        await lane.send(lane.tracks([23]))
+        sent_s["track-23"] = now_s()
+        await lane.until_answered(27 + LARGE, 60)
         await _neighbours_in_time(lane, sent_s)
         grown_bytes = worker.peak_bytes() - before_bytes
         require(grown_bytes < BOMB_BYTES // 2, f"memory grew by {grown_bytes >> 20} MiB")
-        require(lane.checker.reasons() == {"event_malformed": 3}, str(lane.checker.reasons()))
+        ends = {"event_too_large": 3, "event_malformed": LARGE}
+        require(lane.checker.reasons() == ends, str(lane.checker.reasons()))
         return await conclude(lane, [])
 
 

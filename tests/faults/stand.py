@@ -294,6 +294,17 @@ class Lane:
                     await producer.flush()
                     await asyncio.sleep(10 / per_s)
 
+    async def send_batch(self, events: Iterable[bytes], *, compression: str) -> None:
+        """Produce all in one batch, however much that is before it is packed."""
+        async with AIOKafkaProducer(
+            **self.stand.connection, max_batch_size=1 << 30, compression_type=compression
+        ) as producer:
+            batch = producer.create_batch()
+            for event in events:
+                batch.append(key=None, value=event, timestamp=None)
+            batch.close()
+            await (await producer.send_batch(batch, self.new, partition=0))
+
     async def until_answered(self, events: int, timeout_s: float, *, unanswered: int = 0) -> None:
         """Read until so many events are there and all but `unanswered` have their answer."""
         checker = self.checker

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 PAUSE_ABOVE = 32
 RESUME_BELOW = 8
 # After a partition is resumed faust asks for it once a second, so this is also how many events of
-# one partition a worker takes in a second. Their bytes are bounded by the size of a fetch.
+# one partition a worker takes in a second. Their bytes are bounded by `record_batches.POLL_BYTES`.
 POLL_RECORDS = 512
 COMMIT_INTERVAL_S = 0.5
 METADATA_AGE_S = 10.0  # so soon are topics seen that were made, or given partitions, meanwhile
@@ -372,7 +372,7 @@ class Consumer:
             broker_request_timeout=max(kafka.request_timeout_s, kafka.session_timeout_s + 5),
             broker_max_poll_records=POLL_RECORDS,
             broker_commit_interval=COMMIT_INTERVAL_S,
-            consumer_max_fetch_size=kafka.max_event_bytes + 64 * 1024,
+            consumer_max_fetch_size=kafka.max_message_bytes,
             consumer_auto_offset_reset="earliest",
             consumer_metadata_max_age_ms=int(METADATA_AGE_S * 1000),
             stream_buffer_maxsize=2 * POLL_RECORDS,
