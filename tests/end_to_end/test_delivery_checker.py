@@ -8,7 +8,7 @@ import pytest
 from aiokafka import AIOKafkaProducer
 
 from tests.conftest import MakeTopics
-from tests.faults.checker import Checker, Topics, Verdict
+from tests.faults.checker import Checker, Topics, Verdict, same_tags
 from worker.kafka import connection
 from worker.settings import KafkaSettings
 
@@ -102,3 +102,46 @@ async def test_an_event_with_tags_and_a_dead_letter_differs(topic: Topic) -> Non
     await topic.dead_letter(offset)
 
     assert (await topic.verdict()).differing == 1
+
+
+def tags(*labelled: tuple[str, float]) -> list[dict[str, Any]]:
+    return [{"head": "genre", "label": label, "score": score} for label, score in labelled]
+
+
+FULL = [(f"label {number}", 0.9 - number / 20) for number in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param([("rock", 0.9)], [("jazz", 0.9)], id="another label"),
+        pytest.param([("rock", 0.9)], [], id="a head is gone"),
+        pytest.param([("rock", 0.9), ("jazz", 0.4)], [("rock", 0.9)], id="the second is gone"),
+        pytest.param([("rock", 0.9), ("jazz", 0.06)], [("rock", 0.9)], id="above the least score"),
+        pytest.param([*FULL, ("rock", 0.1)], FULL, id="the tenth is gone"),
+        pytest.param([*FULL, ("rock", 0.2)], [*FULL, ("jazz", 0.1)], id="another tenth, far off"),
+    ],
+)
+def test_tags_that_are_missing_or_others_contradict(
+    one: list[tuple[str, float]], other: list[tuple[str, float]]
+) -> None:
+    assert not same_tags(tags(*one), tags(*other))
+    assert not same_tags(tags(*other), tags(*one))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param([("rock", 0.9), ("jazz", 0.05002)], [("rock", 0.9)], id="at the least score"),
+        pytest.param(
+            [*FULL, ("rock", 0.10005)],
+            [*FULL, ("jazz", 0.1)],
+            id="two that tie for the tenth place",
+        ),
+    ],
+)
+def test_a_tag_at_the_limit_of_what_is_told_may_be_missing(
+    one: list[tuple[str, float]], other: list[tuple[str, float]]
+) -> None:
+    assert same_tags(tags(*one), tags(*other))
+    assert same_tags(tags(*other), tags(*one))

@@ -15,6 +15,8 @@ from typing import Any, Self
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 TOLERANCE = 1e-4
+MIN_SCORE, MAX_TAGS = 0.05, 10
+"""By default a worker leaves out tags below that score, and what is beyond so many of a head."""
 HEADER = "timbre-"
 PER_FAILURE = ("failed-at", "attempts", "reason")
 POLL_MS = 200
@@ -232,27 +234,17 @@ def same(one: Any, other: Any) -> bool:
 
 
 def same_tags(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
-    """Tags by head and label; only the last of a head may be in one list and not in the other."""
+    """Tags by head and label; only one at the limit of what a list holds may be in one alone."""
     ours, theirs = ({(tag["head"], tag["label"]): tag for tag in tags} for tags in (one, other))
-    return all(
-        same(ours[name], theirs[name])
-        if name in ours and name in theirs
-        else _is_marginal(name, ours, theirs)
-        for name in ours.keys() | theirs.keys()
+    return (
+        all(same(ours[name], theirs[name]) for name in ours.keys() & theirs.keys())
+        and all(_is_marginal(ours[name], other) for name in ours.keys() - theirs.keys())
+        and all(_is_marginal(theirs[name], one) for name in theirs.keys() - ours.keys())
     )
 
 
-def _is_marginal(
-    name: tuple[str, str],
-    ours: dict[tuple[str, str], dict[str, Any]],
-    theirs: dict[tuple[str, str], dict[str, Any]],
-) -> bool:
-    """Whether a tag is missing only since it stands at the limit below which tags are left out."""
-    tag = (ours.get(name) or theirs[name])["score"]
-    lowest = min(
-        entry["score"]
-        for tags in (ours, theirs)
-        for (head, _), entry in tags.items()
-        if head == name[0]
-    )
-    return bool(tag - lowest <= TOLERANCE)
+def _is_marginal(tag: dict[str, Any], others: list[dict[str, Any]]) -> bool:
+    """Whether other tags may be without this one, whose score is the least that is told there."""
+    scores = [other["score"] for other in others if other["head"] == tag["head"]]
+    limits = [MIN_SCORE, min(scores)] if len(scores) == MAX_TAGS else [MIN_SCORE]
+    return any(abs(tag["score"] - limit) <= TOLERANCE for limit in limits)
