@@ -26,14 +26,12 @@ class Topic:
         return int(sent.offset)
 
     async def tags(self, track_id: str, score: float = 0.5, **more: Any) -> None:
-        event = {"event_id": f"event of {track_id}", "track_id": track_id}
         tags = {"tags": [{"head": "genre", "label": "jazz", "score": score}]}
-        for topic, content in (
-            (self.own.topic_tags, event | tags | more),
-            (self.own.topic_features, event | {"embedding": [score, 0.0]}),
-        ):
-            processing = {"processing": {"at": str(id(content))}}
-            await self._producer.send_and_wait(topic, json.dumps(content | processing).encode())
+        await self._result(self.own.topic_tags, track_id, tags | more)
+        await self.features(track_id, score)
+
+    async def features(self, track_id: str, first: float = 0.5) -> None:
+        await self._result(self.own.topic_features, track_id, {"embedding": [first, 0.0]})
 
     async def dead_letter(self, offset: int, code: str = "audio_not_found") -> None:
         headers = {
@@ -47,6 +45,11 @@ class Topic:
             b"{}",
             headers=[(f"timbre-{name}", value.encode()) for name, value in headers.items()],
         )
+
+    async def _result(self, topic: str, track_id: str, content: dict[str, Any]) -> None:
+        event = {"event_id": f"event of {track_id}", "track_id": track_id}
+        result = event | content | {"processing": {"at": str(id(content))}}
+        await self._producer.send_and_wait(topic, json.dumps(result).encode())
 
     async def verdict(self) -> Verdict:
         own = self.own
@@ -102,6 +105,15 @@ async def test_an_event_with_tags_and_a_dead_letter_differs(topic: Topic) -> Non
     await topic.dead_letter(offset)
 
     assert (await topic.verdict()).differing == 1
+
+
+async def test_features_beside_a_dead_letter_differ(topic: Topic) -> None:
+    await topic.dead_letter(await topic.event("failed"))
+    await topic.features("failed")
+
+    verdict = await topic.verdict()
+
+    assert (verdict.lost, verdict.differing) == (0, 1)
 
 
 def tags(*labelled: tuple[str, float]) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ class Verdict:
     """Counts of events and of what answered them.
 
     `tags` and `dead_letters` count events answered so, `duplicates` every further answer to one,
-    `differing` events whose answers contradict each other.
+    `differing` events whose answers contradict each other, as features beside a dead letter do.
     """
 
     events: int
@@ -141,6 +141,7 @@ class Checker:
         lettered = set(self.letters)
         both = sum(event.place in lettered and event.track_id in tagged for event in self.events)
         without_features = sum(event_id not in self.features for event_id in self.tags)
+        without_tags = len(self.features.keys() - self.tags.keys())
         answers = [*self.tags.values(), *self.features.values(), *self.letters.values()]
         duplicates = [*self.tags.values(), *self.letters.values()]
         return Verdict(
@@ -149,7 +150,7 @@ class Checker:
             dead_letters=len(self.letters),
             lost=len(self.unanswered) + without_features,
             duplicates=sum(len(group) - 1 for group in duplicates),
-            differing=both + sum(any(_differing(group)) for group in answers),
+            differing=both + without_tags + sum(any(_differing(group)) for group in answers),
         )
 
     def reasons(self) -> Counter[str]:
