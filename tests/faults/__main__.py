@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -21,7 +22,7 @@ from tests.faults import (  # noqa: F401  # they enter the list
     services,
     stages,
 )
-from tests.faults.scenarios import SCENARIOS, Outcome
+from tests.faults.scenarios import SCENARIOS
 from tests.faults.stand import Failed, Stand
 
 FILE = Path("build/faults.json")
@@ -43,27 +44,34 @@ async def _run(names: list[str], quick: bool) -> int:
     console = Console(width=120) if not sys.stdout.isatty() else Console()
     table = Table("fault", *(column.replace("_", " ") for column in COLUMNS), "took")
     lines: list[dict[str, object]] = []
-    failed: list[str] = []
+    _write(lines)  # or a run that comes to nothing would leave another's
     async with Stand() as stand:
         for name in names:
             started_s = time.monotonic()
             console.print(f"[bold]{name}[/]: {SCENARIOS[name].summary}")
-            try:
-                outcome: Outcome = await SCENARIOS[name].run(stand, quick)
-            except Exception as error:
-                failed.append(name)
-                what = str(error) if isinstance(error, Failed) else traceback.format_exc()
-                console.print("  [red]failed:[/]", Text(what))
-                table.add_row(name, "[red]failed[/]")
-                continue
-            line = outcome.line(name)
+            line = await _try(stand, name, quick)
             lines.append(line)
-            took = f"{time.monotonic() - started_s:.0f} s"
-            table.add_row(name, *(str(line[column]) for column in COLUMNS), took)
             _write(lines)
+            took = f"{time.monotonic() - started_s:.0f} s"
+            if "failed" in line:
+                console.print("  [red]failed:[/]", Text(str(line["failed"])))
+                took = "[red]failed[/]"
+            table.add_row(name, *(str(line.get(column, "")) for column in COLUMNS), took)
     console.print(table)
     console.print(f"Written to {FILE}.")
-    return 1 if failed else 0
+    return 1 if any("failed" in line for line in lines) else 0
+
+
+async def _try(stand: Stand, name: str, quick: bool) -> dict[str, object]:
+    """A fault's line; of one that failed the reason, and the counts as far as they are known."""
+    stand.counted = None
+    try:
+        outcome = await SCENARIOS[name].run(stand, quick)
+    except Exception as error:
+        counts: dict[str, object] = asdict(stand.counted) if stand.counted is not None else {}
+        what = str(error) if isinstance(error, Failed) else traceback.format_exc()
+        return {"fault": name, **counts, "failed": what}
+    return outcome.line(name)
 
 
 def _write(lines: list[dict[str, object]]) -> None:

@@ -399,6 +399,8 @@ class Stand:
     def __init__(self, *, security: Security | None = None) -> None:
         self.security = security
         self.audio = AudioServer()
+        self.counted: Verdict | None = None
+        """On the lane that was left last, as far as its topics were read"""
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -472,6 +474,7 @@ class Stand:
             try:
                 yield lane
             finally:
+                self.counted = checker.verdict()
                 for worker in lane.workers:
                     worker.signal(signal.SIGCONT)
                     worker.kill()
