@@ -12,6 +12,8 @@ from tests.faults.checker import Checker, Topics, Verdict, same_tags
 from worker.kafka import connection
 from worker.settings import KafkaSettings
 
+URI = "https://x.example/1"
+
 
 class Topic:
     """Writes what a worker would."""
@@ -20,15 +22,21 @@ class Topic:
         self.own = own
         self._producer = producer
 
-    async def event(self, track_id: str) -> int:
-        value = json.dumps({"track_id": track_id, "audio": {"uri": "https://x.example/1"}})
+    async def event(self, track_id: str, uri: str = URI) -> int:
+        value = json.dumps({"track_id": track_id, "audio": {"uri": uri}})
         sent = await self._producer.send_and_wait(self.own.topic_new, value.encode())
         return int(sent.offset)
 
-    async def tags(self, track_id: str, score: float = 0.5, **more: Any) -> None:
-        tags = {"tags": [{"head": "genre", "label": "jazz", "score": score}]}
+    async def tags(
+        self, track_id: str, score: float = 0.5, *, features: bool = True, **more: Any
+    ) -> None:
+        tags = {
+            "audio": {"uri": URI},
+            "tags": [{"head": "genre", "label": "jazz", "score": score}],
+        }
         await self._result(self.own.topic_tags, track_id, tags | more)
-        await self.features(track_id, score)
+        if features:
+            await self.features(track_id, score)
 
     async def features(self, track_id: str, first: float = 0.5) -> None:
         await self._result(self.own.topic_features, track_id, {"embedding": [first, 0.0]})
@@ -76,6 +84,36 @@ async def test_an_event_without_an_answer_is_lost(topic: Topic) -> None:
 
     assert (verdict.events, verdict.tags, verdict.dead_letters) == (3, 1, 1)
     assert (verdict.lost, verdict.duplicates, verdict.differing) == (1, 0, 0)
+
+
+async def test_of_several_events_of_a_track_each_needs_its_answer(topic: Topic) -> None:
+    await topic.event("track")
+    await topic.event("track", "https://x.example/2")
+    await topic.tags("track")
+    await topic.event("again")
+    await topic.event("again")
+    await topic.tags("again")
+
+    verdict = await topic.verdict()
+
+    assert (verdict.events, verdict.lost, verdict.differing) == (4, 2, 0)
+
+
+async def test_a_dead_letter_and_then_tags_of_the_same_event_sent_again_agree(topic: Topic) -> None:
+    await topic.dead_letter(await topic.event("again"))
+    await topic.event("again")
+    await topic.tags("again")
+
+    verdict = await topic.verdict()
+
+    assert (verdict.lost, verdict.differing) == (0, 0)
+
+
+async def test_an_event_with_tags_and_no_features_is_lost(topic: Topic) -> None:
+    await topic.event("halved")
+    await topic.tags("halved", features=False)
+
+    assert (await topic.verdict()).lost == 1
 
 
 async def test_a_second_answer_that_says_the_same_is_a_duplicate(topic: Topic) -> None:

@@ -23,6 +23,8 @@ POLL_MS = 200
 
 Place = tuple[str, int, int]
 """Topic, partition and offset."""
+Identity = tuple[str, str]
+"""Track id and address of the audio: what results repeat of the event that they answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Verdict:
 @dataclass
 class _Event:
     place: Place
-    track_id: str | None
+    identity: Identity | None
 
 
 @dataclass
@@ -127,20 +129,28 @@ class Checker:
 
     @property
     def unanswered(self) -> list[Place]:
-        """Events that are in neither place yet."""
-        tagged = self._tagged()
-        return [
-            event.place
-            for event in self.events
-            if event.place not in self.letters and event.track_id not in tagged
-        ]
+        """Events that have neither a dead letter nor both of their results yet.
+
+        Of events of one identity those come first that were sent first, and as many are answered
+        as there are answers.
+        """
+        left = self._answers()
+        places = []
+        for event in self.events:
+            if event.place in self.letters:
+                continue
+            if event.identity is not None and left[event.identity]:
+                left[event.identity] -= 1
+            else:
+                places.append(event.place)
+        return places
 
     def verdict(self) -> Verdict:
         """Counts over all that was read."""
-        tagged = self._tagged()
-        lettered = set(self.letters)
-        both = sum(event.place in lettered and event.track_id in tagged for event in self.events)
-        without_features = sum(event_id not in self.features for event_id in self.tags)
+        sent = Counter(event.identity for event in self.events)
+        lettered = Counter(event.identity for event in self.events if event.place in self.letters)
+        tagged = Counter(_identity(group[0]) for group in self.tags.values())
+        both = sum(max(0, n + lettered[name] - sent[name]) for name, n in tagged.items())
         without_tags = len(self.features.keys() - self.tags.keys())
         answers = [*self.tags.values(), *self.features.values(), *self.letters.values()]
         duplicates = [*self.tags.values(), *self.letters.values()]
@@ -148,7 +158,7 @@ class Checker:
             events=len(self.events),
             tags=len(self.tags),
             dead_letters=len(self.letters),
-            lost=len(self.unanswered) + without_features,
+            lost=len(self.unanswered),
             duplicates=sum(len(group) - 1 for group in duplicates),
             differing=both + without_tags + sum(any(_differing(group)) for group in answers),
         )
@@ -165,14 +175,17 @@ class Checker:
         ]
         return round(max(waits, default=0.0), 2)
 
-    def _tagged(self) -> set[str]:
-        return {group[0]["track_id"] for group in self.tags.values()}
+    def _answers(self) -> Counter[Identity]:
+        """How often tags and features are both there."""
+        answers = Counter[Identity]()
+        for event_id, group in self.tags.items():
+            answers[_identity(group[0])] += min(len(group), len(self.features.get(event_id, ())))
+        return answers
 
     def _note(self, message: Any, now_s: float) -> None:
         place = (message.topic, message.partition, message.offset)
         if message.topic in self.topics.new:
-            named = track_id(message.value)
-            self.events.append(_Event(place, named.decode() if named else None))
+            self.events.append(_Event(place, _announced(message.value)))
         elif message.topic == self.topics.dead_letter:
             letter = _letter(message)
             origin = (
@@ -199,6 +212,20 @@ def track_id(value: bytes | None) -> bytes | None:
         return named.encode() if isinstance(named, str) else None
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
+
+
+def _announced(value: bytes | None) -> Identity | None:
+    """What results of a plain event repeat; None where it can't be told."""
+    try:
+        event = json.loads(value or b"")
+        named, uri = event["track_id"], event["audio"]["uri"]
+        return (named, uri) if isinstance(named, str) and isinstance(uri, str) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _identity(tags: dict[str, Any]) -> Identity:
+    return tags["track_id"], tags["audio"]["uri"]
 
 
 def _letter(message: Any) -> dict[str, Any]:
