@@ -46,8 +46,7 @@ async def redelivery(stand: Stand, quick: bool) -> Outcome:
                 async with lane.redis() as client:
                     await client.flushall()
             await lane.send(events)
-            while sum(len(group) for group in answers.values()) < times * tracks:
-                await lane.checker.poll()
+            await lane.until_answered(times * tracks, 60)
             if times == 2:
                 require(
                     all(first == second for first, second in answers.values()),
@@ -137,9 +136,7 @@ async def sigterm(stand: Stand, quick: bool) -> Outcome:
         moments = []
         for number in range(stops):
             (worker,) = await lane.ready()
-            seen = len(lane.checker.answered_s)
-            while len(lane.checker.answered_s) < seen + 10:
-                await lane.checker.poll()
+            await lane.until_more(10, 60)
             asked_s = now_s()
             require(await worker.stop() == 0, "SIGTERM ends with 0")
             moments.append(now_s())
