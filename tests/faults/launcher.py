@@ -3,7 +3,7 @@
 A device that hangs or fails can't be had from outside, so the bundle's network is wrapped; all else
 is the worker as it ships. Marked tracks are those of the audio server's `marked` fault: louder than
 any music. The tricks: `hang` for ever at every marked window, `hang-once` a process, `fail` at
-every one.
+every one. What hangs says `HANGS` in the log.
 """
 
 import sys
@@ -17,6 +17,7 @@ from worker.app import run_worker
 from worker.settings import load
 
 MARK = 0.9
+HANGS = "the device hangs on a marked window"
 
 
 class Faulty(nn.Module):
@@ -32,6 +33,7 @@ class Faulty(nn.Module):
         if self.left and bool((samples.abs().mean(dim=1) > MARK).any()):
             self.left -= 1
             if self.kind == "hang":
+                print(HANGS, flush=True)
                 threading.Event().wait()
             raise RuntimeError("the device failed on a marked window")
         return self.network(samples)

@@ -367,14 +367,18 @@ class Lane:
                 raise Failed(f"{found} of {tracks} tracks in Redis after {timeout_s:g} s")
             await asyncio.sleep(0.3)
 
-    async def committed(self) -> int:
-        """Committed offsets of the group, added up over the topic of new tracks."""
+    async def offsets(self) -> list[int]:
+        """Committed offsets of the group, by partition of the topic of new tracks."""
         tps = [TopicPartition(self.new, number) for number in range(self.partitions)]
         async with AIOKafkaConsumer(
             **self.stand.connection, group_id=self.group, enable_auto_commit=False
         ) as reader:
             reader.assign(tps)
-            return sum([await reader.committed(tp) or 0 for tp in tps])
+            return [await reader.committed(tp) or 0 for tp in tps]
+
+    async def committed(self) -> int:
+        """Committed offsets, added up."""
+        return sum(await self.offsets())
 
     async def verdict(self) -> Verdict:
         """Stop the workers, read all there is, and judge it."""
