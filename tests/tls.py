@@ -1,6 +1,11 @@
-"""A server that can be trusted, for tests of TLS."""
+"""Servers that can be trusted, for tests of TLS."""
 
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import cast
 
 import trustme
 from cryptography.hazmat.primitives.serialization import (
@@ -10,7 +15,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from worker.services.service import Security
+from worker.services.redis import Redis
+from worker.services.service import HOST, Security
 
 
 def issue_security(folder: Path, user: str, password: str) -> Security:
@@ -23,3 +29,49 @@ def issue_security(folder: Path, user: str, password: str) -> Security:
     (folder / "server.pem").write_bytes(pkcs8 + chain)
     authority.cert_pem.write_to_path(str(folder / "ca.pem"))
     return Security(user, password, folder / "server.pem", folder / "ca.pem")
+
+
+class GuardedRedis(Redis):
+    """A Redis that asks for a password; over TLS by `tls_proxy`, which its binary can't do."""
+
+    def __init__(self, folder: Path, password: str) -> None:
+        super().__init__(folder)
+        self._password = password
+
+    def _configuration(self) -> Iterator[tuple[str, object]]:
+        yield from super()._configuration()
+        yield "requirepass", self._password
+
+
+@asynccontextmanager
+async def tls_proxy(port: int, security: Security) -> AsyncIterator[int]:
+    """A port that speaks TLS and nothing else, before one of this machine that can't."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(security.certificate_file)
+    connections: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, out: asyncio.StreamWriter) -> None:
+        connections.add(task := cast(asyncio.Task[None], asyncio.current_task()))
+        task.add_done_callback(connections.discard)
+        with suppress(OSError):  # a side that has gone needs no farewell
+            inner_reader, inner_out = await asyncio.open_connection(HOST, port)
+            await asyncio.gather(_pass_on(reader, inner_out), _pass_on(inner_reader, out))
+
+    server = await asyncio.start_server(serve, HOST, 0, ssl=context)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for connection in connections:
+            connection.cancel()
+        await asyncio.gather(*connections, return_exceptions=True)
+
+
+async def _pass_on(reader: asyncio.StreamReader, out: asyncio.StreamWriter) -> None:
+    """What one side sends, to the other, until its end."""
+    try:
+        while data := await reader.read(1 << 16):
+            out.write(data)
+            await out.drain()
+    finally:
+        out.close()

@@ -11,7 +11,8 @@ from tests.faults.stand import Lane, Stand, Worker, until
 from tests.tls import issue_security
 from worker.services.service import Security
 
-USER, PASSWORD = "alice", "correct-horse-battery"
+USER, PASSWORD, WRONG = "alice", "correct-horse-battery", "wrong-password"
+MECHANISMS = ("PLAIN", "SCRAM-SHA-512")
 SERVED = ("/metrics", "/health/live", "/health/ready")
 FAUST_SERVES = (
     "/", "/stats", "/stats/", "/router", "/router/", "/table", "/table/", "/graph", "/graph/",
@@ -46,12 +47,13 @@ async def port(stand: Stand, quick: bool) -> Outcome:
 
 @scenario
 async def secrets(stand: Stand, quick: bool) -> Outcome:
-    """Kafka over TLS and SASL, Redis over TLS with a password: from files, and told nowhere."""
+    """Kafka over TLS and SASL, Redis over TLS: passwords come from files and are told nowhere."""
     del quick
     folder = stand.folder / f"tls-{os.urandom(4).hex()}"
     folder.mkdir()
     async with Stand(security=security(folder)) as secured, secured.lane("secrets") as lane:
-        await lane.ready(**_options(secured), worker__log_level="debug")
+        for mechanism in MECHANISMS:
+            await lane.ready(**_options(secured, mechanism, folder / "secrets"))
         events = [*lane.tracks(range(5)), b"no event", lane.event("http://127.0.0.1:1/x.mp3")]
         await lane.send(events)
         await lane.until_answered(len(events), 60)
@@ -60,11 +62,12 @@ async def secrets(stand: Stand, quick: bool) -> Outcome:
         outcome = await conclude(lane, [])
         require(outcome.verdict.tags == 5, f"tracks are tagged: {outcome.verdict}")
         (wrong := folder / "wrong").mkdir()
-        (wrong / "kafka__sasl_password").write_text("wrong-password")
-        stranger = lane.worker(**_options(secured) | {"secrets_dir": wrong})
-        require(await _ends(stranger) == 1, f"a wrong password ends it: {stranger.tail()}")
-        require("Traceback" not in stranger.text(), f"with a sentence: {stranger.text()}")
-        require("wrong-password" not in stranger.text(), "a wrong password is told nowhere")
+        (wrong / "kafka__sasl_password").write_text(WRONG)
+        for mechanism in MECHANISMS:
+            stranger = lane.worker(**_options(secured, mechanism, wrong))
+            require(await _ends(stranger) == 1, f"a wrong password ends it: {stranger.tail()}")
+            require("Traceback" not in stranger.text(), f"with a sentence: {stranger.text()}")
+            require(WRONG not in stranger.text(), f"a wrong password is told nowhere: {mechanism}")
         return outcome
 
 
@@ -76,12 +79,14 @@ def security(folder: Path) -> Security:
     return issue_security(folder, USER, PASSWORD)
 
 
-def _options(stand: Stand) -> dict[str, Any]:
+def _options(stand: Stand, mechanism: str, secrets_dir: Path) -> dict[str, Any]:
     assert stand.security is not None
     ca_file = stand.security.ca_file
     return {
-        "secrets_dir": ca_file.parent / "secrets",
+        "secrets_dir": secrets_dir,
+        "worker__log_level": "debug",
         "kafka__security_protocol": "SASL_SSL",
+        "kafka__sasl_mechanism": mechanism,
         "kafka__sasl_username": USER,
         "kafka__ssl_ca_file": ca_file,
         "redis__ssl_ca_file": ca_file,
@@ -90,16 +95,16 @@ def _options(stand: Stand) -> dict[str, Any]:
 
 async def _untold(lane: Lane) -> None:
     """No password in a log line, a metric, a command line, a dead letter or a result."""
-    (worker,) = lane.workers
-    _, metrics = await worker.get("/metrics")
-    places = {
-        "the log": worker.text(),
-        "the metrics": metrics,
-        "a command line": str([process.cmdline() for process in worker.tree()]),
-        "a decoder's environment": str([process.environ() for process in worker.decoders()]),
-        "a dead letter": str(lane.checker.letters),
-        "a result": str(lane.checker.tags),
-    }
+    places = {"a dead letter": str(lane.checker.letters), "a result": str(lane.checker.tags)}
+    for worker, mechanism in zip(lane.workers, MECHANISMS, strict=True):
+        _, metrics = await worker.get("/metrics")
+        decoders = [process.environ() for process in worker.decoders()]
+        places |= {
+            f"the log, by {mechanism}": worker.text(),
+            f"the metrics, by {mechanism}": metrics,
+            f"a command line, by {mechanism}": str([p.cmdline() for p in worker.tree()]),
+            f"a decoder's environment, by {mechanism}": str(decoders),
+        }
     for place, text in places.items():
         require(PASSWORD not in text, f"no password in {place}")
 

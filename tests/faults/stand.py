@@ -28,12 +28,13 @@ from redis.asyncio import Redis as AsyncRedis
 
 from tests.faults.audio_server import AudioServer
 from tests.faults.checker import Checker, Topics, Verdict, track_id
+from tests.tls import GuardedRedis, tls_proxy
 from worker.cache import connect
 from worker.kafka.connection import client_options
 from worker.services.jars import kafka_jars
 from worker.services.kafka import Kafka
 from worker.services.redis import Redis
-from worker.services.service import Security
+from worker.services.service import HOST, Security
 from worker.services.topics import create_topics
 from worker.settings import KafkaSettings, RedisSettings, ServicesSettings
 
@@ -413,12 +414,16 @@ class Stand:
             self.folder = Path(folder)
             jars = kafka_jars(ServicesSettings().cache_dir / "kafka", lambda done, total: None)
             self.kafka = Kafka(self.folder / "kafka", jars, security=self.security)
-            self.redis = Redis(self.folder / "redis", security=self.security)
+            self.redis = self._redis(self.folder / "redis")
             for service in (self.kafka, self.redis):
                 stack.callback(service.remove)
                 service.launch()
             for service in (self.kafka, self.redis):
                 await asyncio.to_thread(service.wait_ready)
+            self.redis_address = self.redis.address
+            if self.security is not None:
+                port = await stack.enter_async_context(tls_proxy(self.redis.port, self.security))
+                self.redis_address = f"rediss://{HOST}:{port}/0"
             await stack.enter_async_context(self.audio)
             self._stack = stack.pop_all()
         return self
@@ -430,8 +435,13 @@ class Stand:
         """By which workers find the services; without passwords."""
         return {
             "TIMBRE_KAFKA__BOOTSTRAP_SERVERS": self.kafka.address,
-            "TIMBRE_REDIS__URL": self.redis.address,
+            "TIMBRE_REDIS__URL": self.redis_address,
         }
+
+    def _redis(self, folder: Path) -> Redis:
+        if self.security is None:
+            return Redis(folder)
+        return GuardedRedis(folder, self.security.password)
 
     @property
     def kafka_settings(self) -> KafkaSettings:
@@ -440,9 +450,9 @@ class Stand:
     @property
     def redis_settings(self) -> RedisSettings:
         if self.security is None:
-            return RedisSettings(url=SecretStr(self.redis.address))
+            return RedisSettings(url=SecretStr(self.redis_address))
         return RedisSettings(
-            url=SecretStr(self.redis.address),
+            url=SecretStr(self.redis_address),
             password=SecretStr(self.security.password),
             ssl_ca_file=self.security.ca_file,
         )
