@@ -1,7 +1,9 @@
 """The checker of the faults sees what it is there to see."""
 
 import json
+import time
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,6 +154,37 @@ async def test_features_beside_a_dead_letter_differ(topic: Topic) -> None:
     verdict = await topic.verdict()
 
     assert (verdict.lost, verdict.differing) == (0, 1)
+
+
+def test_recovery_is_told_of_the_partition_that_waits_longest() -> None:
+    checker = Checker({}, Topics(("new",), "tags", "features", "letters"))
+
+    def note(at_s: float, topic: str, track: str, partition: int = 0, offset: int = 0) -> None:
+        sent = {"track_id": track, "audio": {"uri": URI}}
+        value = json.dumps(sent | {"event_id": track, "processing": {}}).encode()
+        checker._note(
+            SimpleNamespace(
+                topic=topic,
+                partition=partition,
+                offset=offset,
+                timestamp=time.time() * 1000,
+                value=value,
+            ),
+            at_s,
+        )
+
+    note(1, "new", "prompt", partition=0)
+    note(1, "new", "slow", partition=1)
+    note(1, "new", "before", partition=2)
+    note(9, "new", "after", partition=3)
+    for at_s, track in ((2, "before"), (5, "prompt"), (8, "slow"), (20, "after")):
+        note(at_s, "tags", track)
+        note(at_s, "features", track)
+
+    assert checker.recovery_s([]) == 0
+    assert checker.recovery_s([3]) == pytest.approx(5, abs=0.1)
+    assert checker.recovery_s([3, 4.5]) == pytest.approx(5, abs=0.1)
+    assert checker.recovery_s([8.5]) == 0
 
 
 def tags(*labelled: tuple[str, float]) -> list[dict[str, Any]]:

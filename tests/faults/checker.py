@@ -5,6 +5,7 @@ may be there several times, and then must say the same outside of `processing`.
 """
 
 import json
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -60,6 +61,7 @@ class Verdict:
 class _Event:
     place: Place
     identity: Identity | None
+    sent_s: float
 
 
 @dataclass
@@ -82,6 +84,10 @@ class Checker:
     """When answers were first seen (`time.monotonic`), in order"""
     seen_s: dict[str, float] = field(default_factory=dict)
     """By track id, when its tags were first seen"""
+    _seen_s: dict[tuple[str, str | Place], list[float]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    """When each answer was: by topic, and by event id or the event's place"""
 
     async def __aenter__(self) -> Self:
         self._consumer = AIOKafkaConsumer(
@@ -129,21 +135,9 @@ class Checker:
 
     @property
     def unanswered(self) -> list[Place]:
-        """Events that have neither a dead letter nor both of their results yet.
-
-        Of events of one identity those come first that were sent first, and as many are answered
-        as there are answers.
-        """
-        left = self._answers()
-        places = []
-        for event in self.events:
-            if event.place in self.letters:
-                continue
-            if event.identity is not None and left[event.identity]:
-                left[event.identity] -= 1
-            else:
-                places.append(event.place)
-        return places
+        """Events that have neither a dead letter nor both of their results yet."""
+        ended_s = self._ended_s()
+        return [event.place for event in self.events if event.place not in ended_s]
 
     def verdict(self) -> Verdict:
         """Counts over all that was read."""
@@ -167,25 +161,45 @@ class Checker:
         """Dead letters by reason code."""
         return Counter(group[0]["reason-code"] for group in self.letters.values())
 
-    def longest_silence_s(self, moments: list[float]) -> float:
-        """The longest time from one of the moments to the next answer."""
-        waits = [
-            min((at - moment for at in self.answered_s if at > moment), default=0.0)
-            for moment in moments
-        ]
-        return round(max(waits, default=0.0), 2)
+    def recovery_s(self, moments: list[float]) -> float:
+        """The longest time from one of the moments to a partition's next answer.
 
-    def _answers(self) -> Counter[Identity]:
-        """How often tags and features are both there."""
-        answers = Counter[Identity]()
+        Partitions that had nothing to answer then don't count.
+        """
+        ended_s, longest_s = self._ended_s(), 0.0
+        for moment_s in moments:
+            waits_s: dict[int, list[float]] = defaultdict(list)
+            for event in self.events:
+                wait_s = ended_s.get(event.place, math.inf) - moment_s
+                if event.sent_s <= moment_s and wait_s > 0:
+                    waits_s[event.place[1]].append(wait_s)
+            longest_s = max([longest_s, *map(min, waits_s.values())])
+        return round(longest_s, 2)
+
+    def _ended_s(self) -> dict[Place, float]:
+        """When the dead letter of an event was seen, or both of its results.
+
+        Of events of one identity so many count as answered as there are answers, the first sent
+        first.
+        """
+        ended_s = {place: self._seen_s[self.topics.dead_letter, place][0] for place in self.letters}
+        results_s: dict[Identity, list[float]] = defaultdict(list)
         for event_id, group in self.tags.items():
-            answers[_identity(group[0])] += min(len(group), len(self.features.get(event_id, ())))
-        return answers
+            tags_s = self._seen_s[self.topics.tags, event_id]
+            features_s = self._seen_s[self.topics.features, event_id]
+            results_s[_identity(group[0])] += map(max, zip(tags_s, features_s, strict=False))
+        for times_s in results_s.values():
+            times_s.sort(reverse=True)
+        for event in self.events:
+            if event.place not in ended_s and event.identity and results_s[event.identity]:
+                ended_s[event.place] = results_s[event.identity].pop()
+        return ended_s
 
     def _note(self, message: Any, now_s: float) -> None:
         place = (message.topic, message.partition, message.offset)
         if message.topic in self.topics.new:
-            self.events.append(_Event(place, _announced(message.value)))
+            age_s = time.time() - message.timestamp / 1000
+            self.events.append(_Event(place, _announced(message.value), now_s - age_s))
         elif message.topic == self.topics.dead_letter:
             letter = _letter(message)
             origin = (
@@ -194,12 +208,14 @@ class Checker:
                 int(letter["origin-offset"]),
             )
             self.letters[origin].append(letter)
+            self._seen_s[message.topic, origin].append(now_s)
             self.answered_s.append(now_s)
         else:
             content = json.loads(message.value)
             content.pop("processing")
             kept = self.tags if message.topic == self.topics.tags else self.features
             kept[content["event_id"]].append(content)
+            self._seen_s[message.topic, content["event_id"]].append(now_s)
             if kept is self.tags:
                 self.answered_s.append(now_s)
                 self.seen_s.setdefault(content["track_id"], now_s)

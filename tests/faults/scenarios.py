@@ -12,7 +12,8 @@ from tests.faults.stand import Failed, Lane, Stand
 class Outcome:
     """A line of the table.
 
-    `recovery_s` is the longest time from a fault (of a service: from its end) to the next answer.
+    `recovery_s` is the longest time from a fault (of a service: from its end) to the next answer on
+    a partition that had something to answer.
     """
 
     verdict: Verdict
@@ -73,7 +74,7 @@ async def conclude(lane: Lane, moments: list[float], *, duplicates_at_most: int 
         f"at most {duplicates_at_most} duplicates: {verdict}",
     )
     require(not lane.spool.exists() or not spooled(lane), f"the spool is empty: {spooled(lane)}")
-    return Outcome(verdict, lane.checker.longest_silence_s(moments))
+    return Outcome(verdict, lane.checker.recovery_s(moments))
 
 
 def spooled(lane: Lane) -> list[str]:
