@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -105,6 +106,29 @@ def test_an_interrupt_ends_the_demo_and_all_it_started(
     assert started
     _, alive = psutil.wait_procs(started, timeout=15)
     assert alive == []
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.3])
+def test_interrupts_while_something_starts_leave_nothing(tmp_path: Path, delay_s: float) -> None:
+    with subprocess.Popen(
+        [TIMBRE, "demo"],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # what it kills by mistake is not pytest
+    ) as process:
+        deadline = time.monotonic() + TIME_LIMIT_S
+        while not list(tmp_path.glob("timbre-*")) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(delay_s)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        said = process.stdout.read()
+        assert process.wait(60) == 130
+    assert "nothing is left running" in said
+    assert list(tmp_path.glob("timbre-*")) == []
 
 
 def test_a_folder_with_nothing_but_names_of_music_is_an_error(tmp_path: Path) -> None:

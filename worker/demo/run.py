@@ -7,11 +7,12 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_network
 from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 from rich.progress import TimeElapsedColumn
@@ -33,8 +34,11 @@ from worker.services.service import HOST, Service, free_ports, new_folder
 from worker.services.topics import create_topics, topics_of
 from worker.settings import KafkaSettings, Settings
 
+T = TypeVar("T")
+
 LOOPBACK = ip_network(f"{HOST}/32")
 PATIENCE_S = 120.0
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130
 
 
@@ -98,8 +102,8 @@ def run_demo(settings: Settings, *, music: Path | None = None, keep: bool = Fals
         Leave Kafka, Redis, the worker and the music server running.
     """
     out = console.out()
-    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell had them ignored
-        signal.signal(number, signal.default_int_handler)
+    for number in INTERRUPTS:  # also where a shell had them ignored
+        signal.signal(number, _interrupt)
     try:
         with ExitStack() as unless_kept:
             status = _run(settings, out, _music(settings, out, music), unless_kept, keep=keep)
@@ -111,14 +115,34 @@ def run_demo(settings: Settings, *, music: Path | None = None, keep: bool = Fals
     return status
 
 
+def _interrupt(*_: object) -> NoReturn:
+    """Interrupt once: another must not cut short the removal of what was started."""
+    for number in INTERRUPTS:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _await(work: Coroutine[Any, Any, T]) -> T:
+    """Its result. Only Python's own handler lets asyncio end its tasks before the interrupt."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = asyncio.run(work)
+    except KeyboardInterrupt:
+        _interrupt()
+    signal.signal(signal.SIGINT, _interrupt)
+    return result
+
+
 def _run(
     settings: Settings, out: Console, music: Music, unless_kept: ExitStack, *, keep: bool
 ) -> int:
     addresses = _start_services(settings, out, unless_kept, keep=keep)
     kafka = settings.kafka.model_copy(update={"bootstrap_servers": addresses.kafka})
-    asyncio.run(create_topics(kafka, topics_of(kafka, PARTITIONS)))
+    _await(create_topics(kafka, topics_of(kafka, PARTITIONS)))
     with _step(out, "Starting the music server and a worker") as done:
         music_server = MusicServer(new_folder("music"), music.folder, guarded=not keep)
+        unless_kept.callback(music_server.remove)
+        music_server.launch()
         worker = Worker(
             new_folder("worker"),
             guarded=not keep,
@@ -129,9 +153,8 @@ def _run(
                 ),
             },
         )
-        for service in (music_server, worker):
-            unless_kept.callback(service.remove)
-            service.launch()
+        unless_kept.callback(worker.remove)
+        worker.launch()
         for service in (music_server, worker):
             service.wait_ready()
         unless_kept.callback(worker.stop)
@@ -139,7 +162,7 @@ def _run(
     if keep:
         detached.adopt(settings, addresses, (music_server, worker))
     began_s = time.monotonic()
-    results = asyncio.run(_tag(kafka, out, music, music_server, worker))
+    results = _await(_tag(kafka, out, music, music_server, worker))
     _sum_up(out, results, time.monotonic() - began_s)
     _point_on(out, addresses, worker, next(iter(results)), kept=keep)
     return 0 if all(isinstance(result, TrackTags) for result in results.values()) else 1

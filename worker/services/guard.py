@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 PR_SET_PDEATHSIG = 1
 
@@ -30,7 +31,8 @@ def main(folder: str, command: list[str]) -> int:
         stdout=sys.stderr,
         preexec_fn=_end_with_guard,  # noqa: PLW1509 - safe: the guard has one thread
     )
-    os.write(1, f"{child.pid}\n".encode())
+    with suppress(BrokenPipeError):  # the starter is gone already
+        os.write(1, f"{child.pid}\n".encode())
     ended = os.pidfd_open(child.pid)
     ready, _, _ = select.select([ended, 0], [], [])  # nothing is ever written to 0
     if ended in ready:

@@ -68,14 +68,17 @@ def start(
     Returns what was started, and where all that is wanted listens.
     """
     started: dict[str, Service] = {}
+
+    def launch(service: Service) -> None:
+        stack.callback(service.remove)  # its folder is there
+        service.launch()
+        started[service.name] = service
+
     if "redis" in wanted and named.redis is None:
-        started["redis"] = Redis(new_folder("redis"), guarded=guarded)
+        launch(Redis(new_folder("redis"), guarded=guarded))
     if "kafka" in wanted and named.kafka is None:
         jars = kafka_jars(settings.services.cache_dir / "kafka", progress)
-        started["kafka"] = Kafka(new_folder("kafka"), jars, guarded=guarded)
-    for service in started.values():
-        stack.callback(service.remove)
-        service.launch()
+        launch(Kafka(new_folder("kafka"), jars, guarded=guarded))
     for service in started.values():
         service.wait_ready()
     addresses = {"kafka": named.kafka, "redis": named.redis}

@@ -116,6 +116,7 @@ class Service(ABC):
                 return self
             if not (first_start and "Address already in use" in self.log_tail()):
                 break
+            self.kill()
             self.port = 0
             self._run(self._prepare())
         self.kill()
@@ -125,7 +126,7 @@ class Service(ABC):
 
     def stop(self) -> None:
         """End it as its operator would (SIGTERM), data kept; killed when it takes too long."""
-        if self.running:
+        if self.running and self.pid:
             self._signal(signal.SIGCONT)
             self._signal(signal.SIGTERM)
             self._join(STOP_TIMEOUT_S)
@@ -133,12 +134,14 @@ class Service(ABC):
 
     def kill(self) -> None:
         """End it at once (SIGKILL); what it had written to its files stays."""
-        if self.running:
+        if self.running and self.pid:
             self._signal(signal.SIGKILL)
             self._join(STOP_TIMEOUT_S)
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
+            self._join(STOP_TIMEOUT_S)  # a guard that was not heard yet ends what it started
         self._process = None
+        self.pid = 0
 
     def remove(self) -> None:
         """End it at once and remove its folder."""
@@ -200,6 +203,7 @@ class Service(ABC):
             return log.read()
 
     def _signal(self, number: signal.Signals) -> None:
+        assert self.pid, "0 would be the process group of whoever started us"
         with suppress(ProcessLookupError):  # it ended in between
             os.kill(self.pid, number)
 

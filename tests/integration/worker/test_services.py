@@ -17,6 +17,7 @@ from tests.conftest import MakeTopic, MakeTopics
 from tests.tls import issue_security
 from worker.errors import ServicesUnavailable
 from worker.kafka.connection import client_options, producer
+from worker.services import service
 from worker.services.jars import kafka_jars
 from worker.services.kafka import Kafka
 from worker.services.local import Addresses, local_services
@@ -232,6 +233,41 @@ def test_services_end_with_a_starter_that_is_killed() -> None:
         time.sleep(0.05)
     assert not psutil.pid_exists(int(pid))
     assert not Path(folder).exists()
+
+
+def test_a_start_that_is_interrupted_ends_what_it_started_and_nothing_else(tmp_path: Path) -> None:
+    slow = tmp_path / "slow.py"  # as a guard is on a busy machine
+    slow.write_text(
+        "import runpy, sys, time\n"
+        "time.sleep(1)\n"
+        f"runpy.run_path({str(service.GUARD)!r}, run_name='__main__')\n"
+    )
+    script = (
+        "import signal\n"
+        "from pathlib import Path\n"
+        "from worker.services import service\n"
+        "from worker.services.redis import Redis\n"
+        f"service.GUARD = Path({str(slow)!r})\n"
+        f"server = Redis(Path({str(tmp_path / 'redis')!r}))\n"
+        "signal.signal(signal.SIGALRM, signal.default_int_handler)\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0.3)\n"
+        "try:\n"
+        "    server.launch()\n"
+        "except KeyboardInterrupt:\n"
+        "    server.remove()\n"
+        "    print('removed')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "removed\n"), done.stderr
+    assert not (tmp_path / "redis").exists()
+    commands = [process.info["cmdline"] or () for process in psutil.process_iter(["cmdline"])]
+    assert not any(str(tmp_path / "redis") in " ".join(command) for command in commands)
 
 
 def timbre(
