@@ -3,10 +3,11 @@
 import csv
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
 from pydantic import JsonValue, ValidationError
@@ -18,6 +19,7 @@ from worker.errors import SourceInvalid
 URI_COLUMNS = ("uri", "url", "path")
 SCHEMES = ("http", "https", "s3", "gs", "az", "file")
 FOREIGN_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+ACCENTS = re.compile("[\u0300-\u036f]+")
 MAX_NAME_CHARS = 80
 MAX_SHOWN_CHARS = 200
 
@@ -52,8 +54,10 @@ def audio(source: str, *, takes: str = "a file, a folder or a URL") -> Iterator[
     Raises
     ------
     SourceInvalid
-        Nothing is there, or a folder holds no audio.
+        Nothing is there, or no file, or a folder holds no audio.
     """
+    if not source:  # as a path it would be the current folder
+        raise SourceInvalid(f"A source without a name: give {takes}.")
     if is_url(source):
         yield source, source
         return
@@ -65,8 +69,10 @@ def audio(source: str, *, takes: str = "a file, a folder or a URL") -> Iterator[
         )
     if path.is_dir():
         yield from ((str(file), file.resolve().as_uri()) for file in audio_files(path))
-    elif path.exists():
+    elif path.is_file():
         yield source, path.resolve().as_uri()
+    elif path.exists():
+        raise SourceInvalid(f"{source} is not a regular file: give {takes}.")
     else:
         raise SourceInvalid(f"{source} is not there: give {takes}.")
 
@@ -93,14 +99,16 @@ def is_url(source: str) -> bool:
 
 def track_id(uri: str) -> str:
     """A name for the track at `uri`, the same each time: a readable part and a hash of it all."""
-    name = re.sub(r"[^a-z0-9]+", "-", _name(uri).lower()).strip("-")[:MAX_NAME_CHARS]
+    name = re.sub(r"[^a-z0-9]+", "-", _name(uri)).strip("-")[:MAX_NAME_CHARS]
     # A byte of the command line that is no UTF-8 comes as a surrogate.
     digest = hashlib.sha256(uri.encode(errors="surrogateescape")).hexdigest()[:8]
     return f"{name}-{digest}" if name else digest
 
 
 def _name(uri: str) -> str:
-    return Path(uri.partition("?")[0].rstrip("/")).stem
+    """What the file is called, without accents, so that the most of it stays in an id."""
+    name = Path(unquote(uri.partition("?")[0]).rstrip("/")).stem
+    return ACCENTS.sub("", unicodedata.normalize("NFKD", name.casefold()))
 
 
 def _short(shown: str) -> str:

@@ -46,6 +46,17 @@ def test_what_is_not_there_is_named(source: str) -> None:
         list(tracks([source]))
 
 
+def test_an_empty_source_is_not_the_current_folder() -> None:
+    with pytest.raises(SourceInvalid, match="without a name: give a file"):
+        list(tracks([""]))
+
+
+def test_a_source_is_a_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.mp3")
+    with pytest.raises(SourceInvalid, match=r"a\.mp3 is not a regular file"):
+        list(tracks([str(tmp_path / "a.mp3")]))
+
+
 def test_an_address_that_cannot_be_read_is_told() -> None:
     with pytest.raises(SourceInvalid, match=r"^file://\[x: .*IPv6"):
         list(tracks(["file://[x"]))
@@ -86,10 +97,24 @@ def test_a_folder_without_audio_is_an_error(tmp_path: Path) -> None:
 def test_a_track_id_is_readable_and_the_same_each_time() -> None:
     uri = "https://cdn.example/Music/My%20Song.mp3?v=2"
     assert track_id(uri) == track_id(uri)
-    assert track_id(uri).startswith("my-20song-")
+    assert track_id(uri).startswith("my-song-")
     assert track_id(uri) != track_id(uri.replace("v=2", "v=3"))
     assert len(track_id("https://cdn.example/" + "x" * 500)) < 100
     assert track_id("https://cdn.example/")
+
+
+@pytest.mark.parametrize(
+    ("name", "readable"),
+    [
+        ("01 - song.mp3", "01-song"),
+        ("Größe & 1%#?.flac", "grosse-1"),
+        ("Sigur Rós – Ágætis.ogg", "sigur-ros-ag-tis"),
+    ],
+)
+def test_a_files_track_id_is_made_of_the_letters_of_its_name(name: str, readable: str) -> None:
+    named, _, digest = track_id(Path("/music", name).as_uri()).rpartition("-")
+    assert named == readable
+    assert len(digest) == 8
 
 
 def test_the_same_file_makes_the_same_event(folder: Path) -> None:
