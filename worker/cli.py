@@ -1,5 +1,6 @@
 """The command `timbre`. Thin and quick to load: a command's own module is imported when it runs."""
 
+import errno
 import io
 import logging
 import os
@@ -32,6 +33,7 @@ app.add_typer(dead_letters_app, name="dead-letters")
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 OURS = ("worker", "model", "schemas")
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
 
 
 def main() -> None:
@@ -42,13 +44,21 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except TimbreError as error:
         fault = error.message
     except OSError as error:
-        if error.filename is None:
+        if error.filename is not None:
+            fault = f"{error.filename} can't be used: {error.strerror}"
+        elif error.errno in UNWRITABLE:
+            fault = f"The output can't be written: {error.strerror}"
+            # What is left of it goes nowhere, or Python would fail on it once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
             raise
-        fault = f"{error.filename} can't be used: {error.strerror}"
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in OURS:
             raise

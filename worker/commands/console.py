@@ -104,7 +104,7 @@ def facts(result: Result) -> Text:
     parts = [
         clock(audio.duration_s),
         f"{audio.codec} {audio.sample_rate_hz / 1000:g} kHz {audio.channels} ch",
-        f"{windows.total} windows" + (f", {windows.silent} silent" if windows.silent else ""),
+        counted(windows.total, "window") + (f", {windows.silent} silent" if windows.silent else ""),
         f"{result.model.name}@{result.model.version[:8]}",
     ]
     line = Text("  " + " · ".join(parts), style="dim")

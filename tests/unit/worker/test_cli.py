@@ -63,6 +63,19 @@ def test_a_command_whose_packages_are_not_installed_says_how_to_get_them(
     assert "pip install 'timbre[lab]'" in capsys.readouterr().err
 
 
+def test_an_output_that_takes_no_more_is_one_sentence() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [TIMBRE, "model", "info", "fast", "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.stderr == "timbre: The output can't be written: No space left on device\n"
+    assert done.returncode == 1
+
+
 def test_an_unknown_command_is_a_mistake_of_usage(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
