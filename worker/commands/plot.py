@@ -1,5 +1,7 @@
 """Pictures of taggrams: what the model heard, window by window."""
 
+import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +9,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.text import Text
 
 from model.bundle import Bundle
 from worker.analysis import Analysis
@@ -19,6 +23,27 @@ WIDTH_INCHES = 10.0
 LABEL_INCHES = 0.24
 MARGIN_INCHES = 1.1
 SILENT_COLOUR = "0.8"
+TITLE_CELLS = 80
+TICK_STEPS = (1, 1.5, 2, 3, 6, 10)
+MARK = "Taggram drawn by Timbre"
+MARK_FIELDS = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}
+
+
+def check_place(path: Path) -> None:
+    """Make sure that a picture can be drawn at `path`.
+
+    Raises
+    ------
+    SourceInvalid
+        Its folder takes no file, or a file is there that is no taggram drawn before.
+    """
+    if not os.access(path.parent, os.W_OK) or not path.parent.is_dir():
+        raise SourceInvalid(f"The picture {path} can't be drawn: nothing can be put there.")
+    if path.exists() and not (path.is_file() and MARK.encode() in path.read_bytes()):
+        raise SourceInvalid(
+            f"{path} is there and is no taggram of Timbre's: give the picture another name, or "
+            "leave that file out."
+        )
 
 
 def draw_taggrams(
@@ -36,7 +61,7 @@ def draw_taggrams(
     """
     panels = [
         (
-            f"{printable(name)}: {head.name}",
+            f"{head.name}: {_short(name)}",
             analysis,
             np.asarray(analysis.taggram[head.name]),
             head.labels,
@@ -56,9 +81,18 @@ def draw_taggrams(
             duration_s = analysis.audio.duration_s
             _draw_panel(panel, table, labels, hop_s=hop_s, duration_s=duration_s)
         try:
-            figure.savefig(path, dpi=120)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Glyph .* missing")  # it is drawn as a box
+                figure.savefig(path, dpi=120, metadata={MARK_FIELDS[path.suffix.lower()]: MARK})
         except OSError as error:
             raise SourceInvalid(f"The picture {path} can't be written: {error}.") from error
+
+
+def _short(source: str) -> str:
+    """The file's name, as long as a title may be."""
+    name = Text(printable(Path(source).name or source))
+    name.truncate(TITLE_CELLS, overflow="ellipsis")
+    return name.plain
 
 
 def _draw_panel(
@@ -79,7 +113,8 @@ def _draw_panel(
         extent=(0.0, len(table) * hop_s, -0.5, len(strongest) - 0.5),
     )
     panel.set_yticks(range(len(strongest)), [labels[index] for index in strongest])
-    panel.set_xlim(0, max(duration_s, len(table) * hop_s))
+    panel.set_xlim(0, duration_s)  # the last window begins early, so as to end with the track
+    panel.xaxis.set_major_locator(MaxNLocator(steps=TICK_STEPS, integer=True))
     panel.xaxis.set_major_formatter(lambda seconds, _: clock(seconds))
     panel.set_xlabel("time" if np.isfinite(heard).all() else "time (grey: silent)")
     assert panel.figure is not None

@@ -85,8 +85,8 @@ def tag_tracks(
     ----------
     files
         Audio files, folders or URLs. With `plot`, a name ending in .png, .svg or .pdf is where the
-        picture goes; without one each file's picture goes to the current folder, under the file's
-        name, and a number where several files have it.
+        picture goes, where no other file stands; without one each file's picture goes to the
+        current folder, under the file's name, and a number where several files have it.
     form
         `table`, `csv` or `json`.
     bundle
@@ -96,7 +96,7 @@ def tag_tracks(
     if plot:
         pictures = [name for name in files if Path(name).suffix.lower() in PICTURE_SUFFIXES]
         files = [name for name in files if name not in pictures]
-        picture = Path(pictures[0]) if pictures else None
+        picture = _place(pictures) if pictures else None
     if not files:
         raise SourceInvalid("Name at least one audio file, folder or URL to tag.")
     settings = settings.model_copy(
@@ -242,8 +242,7 @@ _DATA: dict[str, type[_CsvReport] | type[_JsonReport]] = {"csv": _CsvReport, "js
 
 def _draw(outcomes: Sequence[Outcome], bundle: Bundle, hop_s: float, picture: Path | None) -> None:
     """The taggrams as pictures: all in the one named, or each in one of its own."""
-    # Only now, since matplotlib loads for half a second.
-    from worker.commands.plot import draw_taggrams  # noqa: PLC0415
+    from worker.commands.plot import draw_taggrams  # noqa: PLC0415 - nor this
 
     drawn = [(o.source, o.analysis) for o in outcomes if o.analysis is not None]
     if picture is not None:
@@ -254,6 +253,21 @@ def _draw(outcomes: Sequence[Outcome], bundle: Bundle, hop_s: float, picture: Pa
     for path, shown in pictures:
         draw_taggrams(path, shown, bundle, hop_s=hop_s)
         console.err().print(f"Drew {path}", markup=False)
+
+
+def _place(pictures: Sequence[str]) -> Path:
+    """Where the one picture goes that was named."""
+    # Only now, since matplotlib loads for half a second.
+    from worker.commands.plot import check_place  # noqa: PLC0415
+
+    if len(pictures) > 1:
+        raise SourceInvalid(
+            f"--plot draws into one picture, and {' and '.join(pictures)} were named: leave out "
+            "all but one."
+        )
+    place = Path(pictures[0])
+    check_place(place)
+    return place
 
 
 def _pictures(sources: Sequence[str]) -> list[Path]:

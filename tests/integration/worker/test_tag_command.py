@@ -153,6 +153,7 @@ def test_plots_are_drawn_beside_one_another_or_into_the_one_named(
     drawn = {path.name: path.read_bytes()[:4] for path in tmp_path.iterdir()}
     assert drawn == {f"{s.genre}.taggram.png": b"\x89PNG" for s in music_files[:2]}
     assert tag_tracks(given_settings, [*chosen, "both.svg"], form="json", plot=True) == 0
+    assert tag_tracks(given_settings, [*chosen, "both.svg"], form="json", plot=True) == 0
     assert "both.svg" in {path.name for path in tmp_path.iterdir()}
 
 
@@ -186,6 +187,23 @@ def test_a_model_that_is_not_there_is_an_error_before_anything_is_tagged(files: 
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith("timbre: ")
+
+
+@pytest.mark.parametrize("pictures", [["cover.png"], ["new.png", "new.pdf"], ["absent/a.png"]])
+def test_pictures_among_the_files_that_are_not_ours_are_left_and_told_before_anything_is_tagged(
+    given_settings: Settings,
+    files: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    pictures: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("cover.png").write_bytes(b"the user's own")
+    with pytest.raises(SourceInvalid, match=pictures[0]):
+        tag_tracks(given_settings, [files[0], *pictures], plot=True)
+    assert capsys.readouterr().out == ""
+    assert Path("cover.png").read_bytes() == b"the user's own"
 
 
 def test_nothing_to_tag_is_an_error(given_settings: Settings) -> None:

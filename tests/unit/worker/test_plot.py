@@ -1,19 +1,21 @@
+import math
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import pytest
 from matplotlib.figure import Figure
 
 from model.bundle import Bundle
 from schemas.events import ModelRef, WindowCounts
 from tests.audio import audio_facts
 from worker.analysis import Analysis
-from worker.commands.plot import _draw_panel, draw_taggrams
+from worker.commands.plot import _draw_panel, check_place, draw_taggrams
+from worker.errors import SourceInvalid
 
 
-def test_a_picture_is_drawn_whatever_the_name_of_the_file(tmp_path: Path) -> None:
-    bundle = Bundle.load()
-    analysis = Analysis(
+def analysis(bundle: Bundle) -> Analysis:
+    return Analysis(
         audio=audio_facts(),
         tags=[],
         uncertain=False,
@@ -23,10 +25,52 @@ def test_a_picture_is_drawn_whatever_the_name_of_the_file(tmp_path: Path) -> Non
         taggram={head.name: [[0.5] * len(head.labels)] for head in bundle.heads},
         embedding=[1.0],
     )
+
+
+def titles(picture: Path) -> list[str]:
+    return [text for text in ElementTree.parse(picture).getroot().itertext() if "genre: " in text]
+
+
+def test_a_picture_is_drawn_whatever_the_name_of_the_file(tmp_path: Path) -> None:
+    bundle = Bundle.load()
     picture = tmp_path / "a.svg"
-    draw_taggrams(picture, [("<Ke$ha $> $\\x$\x1b", analysis)], bundle, hop_s=3.0)
-    drawn = ElementTree.parse(picture).getroot().itertext()
-    assert any(r"<Ke$ha $> $\x$\u001b: genre" in text for text in drawn)
+    draw_taggrams(picture, [("<Ke$ha $> $\\x$\x1b", analysis(bundle))], bundle, hop_s=3.0)
+    assert titles(picture) == [r"genre: <Ke$ha $> $\x$\u001b"]
+
+
+def test_a_title_is_the_files_name_cut_where_it_is_long(tmp_path: Path) -> None:
+    bundle = Bundle.load()
+    names = [f"/music/{'x/' * 99}a.mp3", f"/music/{'夜' * 99}.mp3"]
+    picture = tmp_path / "a.svg"
+    draw_taggrams(picture, [(name, analysis(bundle)) for name in names], bundle, hop_s=3.0)
+    short, long = titles(picture)
+    assert short == "genre: a.mp3"
+    assert long == f"genre: {'夜' * 39} …"
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.svg", "a.pdf"])
+def test_only_a_taggram_drawn_before_is_drawn_over(tmp_path: Path, name: str) -> None:
+    bundle, picture = Bundle.load(), tmp_path / name
+    check_place(picture)
+    draw_taggrams(picture, [("夜.mp3", analysis(bundle))], bundle, hop_s=3.0)
+    check_place(picture)
+    Figure().savefig(picture)
+    with pytest.raises(SourceInvalid, match="no taggram of Timbre's"):
+        check_place(picture)
+    with pytest.raises(SourceInvalid, match="nothing can be put there"):
+        check_place(tmp_path / "absent" / name)
+
+
+@pytest.mark.parametrize("duration_s", [1.0, 2.5, 10.0, 200.0])
+def test_time_ends_with_the_track_and_no_tick_is_told_twice(duration_s: float) -> None:
+    figure = Figure()
+    panel = figure.subplots()
+    table = np.full((math.ceil(duration_s / 3), 2), 0.5)
+    _draw_panel(panel, table, ["jazz", "rock"], hop_s=3.0, duration_s=duration_s)
+    assert panel.get_xlim() == (0.0, duration_s)
+    figure.draw_without_rendering()
+    shown = [label.get_text() for label in panel.get_xticklabels()]
+    assert len(set(shown)) == len(shown)
 
 
 def test_a_silent_window_is_told_from_one_in_which_nothing_was_heard() -> None:
