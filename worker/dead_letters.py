@@ -2,7 +2,8 @@
 
 import asyncio
 from base64 import b64encode
-from collections.abc import AsyncGenerator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -25,7 +26,7 @@ IDLE_POLLS = 10
 async def list_dead_letters(
     settings: Settings, *, code: str | None = None, limit: int | None = None
 ) -> AsyncGenerator[tuple[Place, DeadLetter], None]:
-    """Every dead letter there is now, oldest first within a partition; `code` keeps one reason."""
+    """Every dead letter there is now, oldest first; `code` keeps one reason."""
     found = 0
     async with aclosing(_read(settings.kafka)) as messages:
         async for message in messages:
@@ -189,7 +190,9 @@ async def _at(settings: KafkaSettings, place: Place) -> "ConsumerRecord[bytes, b
 async def _read(
     settings: KafkaSettings, start: Place | None = None
 ) -> AsyncGenerator["ConsumerRecord[bytes, bytes]", None]:
-    """The topic from its beginning, or one partition from an offset, to what is its end now."""
+    """The topic from its beginning, or one partition from an offset, to what is its end now,
+    oldest first.
+    """
     consumer = AIOKafkaConsumer(
         **connection.client_options(settings), group_id=None, enable_auto_commit=False
     )
@@ -204,16 +207,36 @@ async def _read(
         ends = await consumer.end_offsets(partitions)
         for tp in partitions:
             consumer.seek(tp, max(begins[tp], start[1]) if start else begins[tp])
-        left = {tp for tp in partitions if await consumer.position(tp) < ends[tp]}
-        idle = 0
-        while left and idle < IDLE_POLLS:
-            batch = await consumer.getmany(*left, timeout_ms=POLL_MS)
+        async with aclosing(oldest_first(consumer, ends)) as messages:
+            async for message in messages:
+                if message.offset < ends[TopicPartition(message.topic, message.partition)]:
+                    yield message
+
+
+async def oldest_first(
+    consumer: AIOKafkaConsumer, ends: Mapping[TopicPartition, int]
+) -> AsyncGenerator["ConsumerRecord[bytes, bytes]", None]:
+    """Messages of partitions up to the offsets in `ends`, merged by their times.
+
+    Each partition stays in its own order. What is read beyond an end with the last of the messages
+    before it comes as well. Ends early where Kafka does not answer.
+    """
+    ahead: dict[TopicPartition, deque[ConsumerRecord[bytes, bytes]]] = {tp: deque() for tp in ends}
+    idle = 0
+    while True:
+        wanting = [
+            tp for tp, end in ends.items() if not ahead[tp] and await consumer.position(tp) < end
+        ]
+        if wanting and idle < IDLE_POLLS:
+            batch = await consumer.getmany(*wanting, timeout_ms=POLL_MS)
             idle = 0 if batch else idle + 1
             for tp, messages in batch.items():
-                for message in messages:
-                    if message.offset < ends[tp]:
-                        yield message
-            left = {tp for tp in left if await consumer.position(tp) < ends[tp]}
+                ahead[tp].extend(messages)
+            continue
+        waiting = [messages for messages in ahead.values() if messages]
+        if not waiting:
+            return
+        yield min(waiting, key=lambda messages: messages[0].timestamp).popleft()
 
 
 async def _partitions(consumer: AIOKafkaConsumer, topic: str) -> list[TopicPartition]:

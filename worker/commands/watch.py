@@ -2,10 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Self
 
-from aiokafka import AIOKafkaConsumer
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 from aiokafka.structs import ConsumerRecord
 from pydantic import ValidationError
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from schemas.events import DeadLetter, TrackTags
 from worker.commands import console
-from worker.dead_letters import parse
+from worker.dead_letters import oldest_first, parse
 from worker.errors import ServicesUnavailable
 from worker.kafka import connection
 from worker.settings import KafkaSettings, Settings
@@ -90,13 +91,15 @@ def _cell(out: Console, name: str) -> Text:
 class Watch:
     """Iterates over tags, and over dead letters where `failures` is set, until it is left.
 
-    From its start on nothing is missed; `from_beginning` begins with the oldest there is.
+    From its start on nothing is missed; `from_beginning` begins with what there is, oldest first.
     """
 
     def __init__(
         self, settings: KafkaSettings, *, from_beginning: bool = False, failures: bool = False
     ) -> None:
         self._settings = settings
+        self._from_beginning = from_beginning
+        self._backlog: dict[TopicPartition, int] = {}
         self._topics = [settings.topic_tags]
         if failures:
             self._topics.append(settings.topic_dead_letter)
@@ -120,6 +123,8 @@ class Watch:
             # Asking for a position settles it: what is published from here on is seen.
             for partition in self._consumer.assignment():
                 await self._consumer.position(partition)
+            if self._from_beginning:
+                self._backlog = await self._consumer.end_offsets(self._consumer.assignment())
         except BaseException as error:
             await self._consumer.stop()
             if isinstance(error, KafkaError):
@@ -131,10 +136,18 @@ class Watch:
         await self._consumer.stop()
 
     async def __aiter__(self) -> AsyncIterator[TrackTags | DeadLetter]:
+        async with aclosing(self._messages()) as messages:
+            async for message in messages:
+                result = self._read(message)
+                if result is not None:
+                    yield result
+
+    async def _messages(self) -> AsyncGenerator["ConsumerRecord[bytes, bytes]", None]:
+        async with aclosing(oldest_first(self._consumer, self._backlog)) as backlog:
+            async for message in backlog:
+                yield message
         async for message in self._consumer:
-            result = self._read(message)
-            if result is not None:
-                yield result
+            yield message
 
     def _read(self, message: "ConsumerRecord[bytes, bytes]") -> TrackTags | DeadLetter | None:
         if message.topic != self._settings.topic_tags:

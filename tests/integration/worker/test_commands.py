@@ -1,5 +1,6 @@
 import asyncio
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,39 @@ async def test_a_watch_from_the_beginning_prints_results_as_json(
     await asyncio.to_thread(watch_results, settings, from_beginning=True, count=2, as_json=True)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {line["track_id"] for line in lines} == {"one", "two"}
+
+
+async def test_what_several_partitions_hold_comes_oldest_first(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now_ms = int(time.time() * 1000)
+    async with connection.producer(settings.kafka) as producer:
+        for age_s in (7, 6, 5, 4, 3, 2, 1):
+            for topic in (settings.kafka.topic_tags, settings.kafka.topic_dead_letter):
+                await producer.send_and_wait(
+                    topic,
+                    result(f"{age_s}").to_bytes(),
+                    headers=[("timbre-track-id", f"{age_s}".encode())],
+                    partition=(0, 2, 1, 1, 0, 2, 0)[age_s - 1],
+                    timestamp_ms=now_ms - age_s * 1000,
+                )
+
+    def ids() -> list[str]:
+        return [json.loads(line)["track_id"] for line in capsys.readouterr().out.splitlines()]
+
+    for count in (7, 2):
+        await asyncio.to_thread(
+            watch_results, settings, from_beginning=True, count=count, as_json=True
+        )
+        assert ids() == list("7654321")[:count]
+        await asyncio.to_thread(
+            dead_letters.list_all, settings, code=None, limit=count, as_json=True
+        )
+        assert ids() == list("7654321")[:count]
+    async with Watch(settings.kafka, from_beginning=True) as watch, asyncio.timeout(30):
+        results = aiter(watch)
+        await publish(settings.kafka, settings.kafka.topic_tags, result("late").to_bytes())
+        assert [(await anext(results)).track_id for _ in range(8)][-1] == "late"
 
 
 async def test_a_watch_prints_tags_and_failures_in_lines(
