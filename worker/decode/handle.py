@@ -148,6 +148,7 @@ class DecoderProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=fds,
+                process_group=0,  # or Ctrl-C would end it while it starts
             )
         finally:
             self._its_control.close()

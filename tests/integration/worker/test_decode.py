@@ -139,6 +139,10 @@ async def pool() -> AsyncIterator[DecoderPool]:
         yield pool
 
 
+async def test_the_terminals_interrupt_does_not_reach_a_decoder(pool: DecoderPool) -> None:
+    assert all(os.getpgid(process.pid) != os.getpgid(0) for process in decoders(pool))
+
+
 @pytest.fixture
 def song(tmp_path: Path) -> Path:
     """A minute of audio, 20 windows."""
