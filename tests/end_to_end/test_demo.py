@@ -47,6 +47,8 @@ def test_every_sample_track_is_tagged_and_nothing_is_left(music_files: list[Samp
         assert f"demo-{sample.genre} " in done.stdout
     assert f"{len(music_files)} of {len(music_files)} tracks tagged" in done.stdout
     assert "/metrics" in done.stdout
+    assert "make demo KEEP=1" in done.stdout
+    assert "curl" not in done.stdout, "what has ended is not pointed at"
     addresses = re.findall(r"127\.0\.0\.1:(\d+)", done.stdout)
     left = [
         process.info["cmdline"]
@@ -76,6 +78,8 @@ async def test_own_music_is_tagged_and_kept_running_until_down(
         [track] = re.findall(r"(a-tone-\w+) ", said)[:1]
         status, shown = await timbre("show", track, "--json")
         assert status == 0
+        assert f"timbre show {track} " in said
+        assert f"export TIMBRE_REDIS__URL={redis_url}\n" in said
         assert json.loads(shown)["track_id"] == track
         state = json.loads((tmp_path / "state" / "services.json").read_text())
         kept = [psutil.Process(pid) for pid, _ in state["processes"]]

@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_network
@@ -164,8 +164,12 @@ def _run(
     began_s = time.monotonic()
     results = _await(_tag(kafka, out, music, music_server, worker))
     _sum_up(out, results, time.monotonic() - began_s)
-    _point_on(out, addresses, worker, next(iter(results)), kept=keep)
-    return 0 if all(isinstance(result, TrackTags) for result in results.values()) else 1
+    tagged = [track for track, result in results.items() if isinstance(result, TrackTags)]
+    if keep:
+        _point_on(out, addresses, worker, tagged)
+    else:
+        _point_back(out)
+    return 0 if len(tagged) == len(results) else 1
 
 
 def _music(settings: Settings, out: Console, folder: Path | None) -> Music:
@@ -232,7 +236,8 @@ async def _tag(
         task = progress.add_task("", total=len(tracks))
         async with Watch(kafka, failures=True) as watch:
             submission = await submit(kafka, tracks)
-            out.print(f"Submitted {len(tracks)} tracks to {', '.join(submission.delivered)}")
+            submitted = console.counted(len(tracks), "track")
+            out.print(f"Submitted {submitted} to {', '.join(submission.delivered)}")
             arriving = aiter(watch)
             while len(results) < len(tracks):
                 result = await _next(arriving, worker)
@@ -271,42 +276,48 @@ def _sum_up(out: Console, results: Mapping[str, TrackTags | DeadLetter], seconds
     audio_s = sum(result.audio.duration_s for result in tagged)
     windows = sum(result.windows.total for result in tagged)
     out.print(
-        f"\n{len(tagged)} of {len(results)} tracks tagged in {seconds:.1f} s: "
-        f"{console.clock(audio_s)} of music, {windows} windows of 3 s.",
+        f"\n{len(tagged)} of {console.counted(len(results), 'track')} tagged in {seconds:.1f} s: "
+        f"{console.clock(audio_s)} of music, {console.counted(windows, 'window')} of 3 s.",
         style="bold",
     )
 
 
-def _point_on(
-    out: Console, addresses: Addresses, worker: Worker, track: str, *, kept: bool
-) -> None:
+def _point_on(out: Console, addresses: Addresses, worker: Worker, tagged: Sequence[str]) -> None:
     """Where to look next, with the very commands."""
-    exports = [
-        f"export {name}={shlex.quote(value)}" for name, value in addresses.environment().items()
-    ]
     timbre = _command()
     look = {
         f"curl {worker.address}/metrics": "counts, lag, seconds by stage",
         f"curl {worker.address}/health/ready": "whether it may be sent work",
-        f"{timbre} show {track}": "a track's result, from Redis",
+        **{f"{timbre} show {track}": "a track's result, from Redis" for track in tagged[:1]},
         f"{timbre} watch --from-beginning -n 3": "results, from their topic",
         f"{timbre} dead-letters list": "what could not be tagged",
-        f"{timbre} tag FILE...": "tags of files, without Kafka",
     }
-    width = max(map(len, look))
-    commands = [f"  {command:<{width}}  [dim]{what}[/dim]" for command, what in look.items()]
-    if kept:
-        lines = ["[bold]Everything goes on running.[/bold] Where to look next:", ""]
-        lines += [*(f"  {export}" for export in exports), "", *commands, ""]
-        lines += [f"The worker's log is {worker.log}"]
-        lines += [f"To stop it all: [bold]{timbre} services down[/bold]"]
-    else:
-        lines = [
-            "[bold]Where to look next[/bold], with [bold]make demo KEEP=1[/bold], which leaves"
-        ]
-        lines += ["it all running (and [bold]make demo MUSIC=DIR[/bold] tags music of your own):"]
-        lines += ["", *commands]
-    out.print(Text.from_markup("\n".join(["", *lines])))
+    out.print("\nEverything goes on running. Where to look next:\n", style="bold")
+    for name, value in addresses.environment().items():
+        out.print(f"  export {name}={shlex.quote(value)}")
+    out.print()
+    _print_commands(out, look)
+    out.print(f"\nThe worker's log is {worker.log}")
+    out.print(Text.assemble("To stop it all: ", (f"{timbre} services down", "bold")))
+
+
+def _point_back(out: Console) -> None:
+    """What to do next, now that all of this has ended."""
+    out.print("\nAll of it has ended. What to do next:\n", style="bold")
+    _print_commands(
+        out,
+        {
+            "make demo KEEP=1": "leaves it all running, and says where to look",
+            "make demo MUSIC=DIR": "tags music of your own",
+            f"{_command()} tag FILE...": "tags files, without Kafka",
+        },
+    )
+
+
+def _print_commands(out: Console, commands: Mapping[str, str]) -> None:
+    width = max(map(len, commands))
+    for command, what in commands.items():
+        out.print(Text.assemble(f"  {command:<{width}}  ", (what, "dim")))
 
 
 def _command() -> str:
