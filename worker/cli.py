@@ -102,7 +102,8 @@ def submit(
 @app.command()
 def watch(
     from_beginning: Annotated[
-        bool, typer.Option("--from-beginning", help="Begin with the oldest result there is.")
+        bool,
+        typer.Option("--from-beginning", help="Begin with those there are, oldest first."),
     ] = False,
     count: Annotated[
         int | None, typer.Option("--count", "-n", min=1, help="Stop after that many results.")
@@ -136,7 +137,12 @@ def tag(
     files: Annotated[list[str], typer.Argument(help="Audio files, folders or URLs.")],
     as_csv: Annotated[bool, typer.Option("--csv", help="A CSV row for every tag.")] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object a line and file, in the order given.")
+        bool,
+        typer.Option(
+            "--json",
+            help="One JSON object a line and file, in the order given; tags are best first within "
+            "each head.",
+        ),
     ] = False,
     plot: Annotated[
         bool,
