@@ -134,9 +134,10 @@ def _balance(dataset: Dataset) -> Figure:
 def _durations(dataset: Dataset, source: LogMelSource) -> Figure:
     """By the length of the log-mels; long files are said at their full length where known."""
     hop_s = source.front_end.hop / source.front_end.sample_rate_hz
+    decoded_s = [len(source.clip(row)) * hop_s for row in range(len(source.clips))]
     seconds = [
-        len(logmel) * hop_s if clip.path is None else _duration_s(clip.path, len(logmel) * hop_s)
-        for clip, logmel in zip(dataset.clips, source.clips, strict=True)
+        decoded if clip.path is None else _duration_s(clip.path, decoded)
+        for clip, decoded in zip(dataset.clips, decoded_s, strict=True)
     ]
     by_label = [
         [s for s, clip in zip(seconds, dataset.clips, strict=True) if label in clip.labels]

@@ -112,7 +112,7 @@ def _from_audio(path: Path) -> tuple[dict[str, Floats], float]:
 def _from_logmel(source: LogMelSource, row: int) -> tuple[dict[str, Floats], float]:
     """The same as far as a log-mel of unknown gain goes; its 255 steps stand for some 80 dB."""
     front_end = source.front_end
-    decibels = np.asarray(source.clips[row], dtype=np.float64).T * (80 / 255)
+    decibels = np.asarray(source.clip(row), dtype=np.float64).T * (80 / 255)
     power = librosa.db_to_power(decibels - 80)
     bands_hz = librosa.mel_frequencies(n_mels=front_end.n_mels + 2, fmax=front_end.f_max_hz)[1:-1]
     return {

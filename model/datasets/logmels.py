@@ -24,18 +24,24 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class LogMelSource:
-    """Log-mels by clip, each `(frames, mels)`; on disk or in memory, not normalised.
+    """Log-mels by clip, each `(frames, mels)`; in memory or `.npy` files, not normalised.
 
     `range_db` is the floor that they still lack, None where they have theirs as an archive's do.
     """
 
-    clips: Sequence[NDArray[Any]]
+    clips: Sequence[NDArray[Any] | Path]
     front_end: LogMelConfig
     range_db: float | None = None
 
+    def clip(self, row: int) -> NDArray[Any]:
+        """A clip as it is kept; a file is mapped for as long as its array is in use, since every
+        map takes a descriptor and a process has few."""
+        kept = self.clips[row]
+        return np.asarray(np.load(kept, mmap_mode="r")) if isinstance(kept, Path) else kept
+
     def whole(self, row: int) -> Tensor:
         """The whole clip `(frames, mels)`, float32."""
-        return floored(torch.from_numpy(np.array(self.clips[row], np.float32)), self.range_db)
+        return floored(torch.from_numpy(np.array(self.clip(row), np.float32)), self.range_db)
 
     def excerpts(self, rows: Tensor, span: int, places: Tensor) -> Tensor:
         """`span` frames of each clip in `rows`, from `places` in [0, 1) of what there is to choose.
@@ -45,7 +51,7 @@ class LogMelSource:
         cut = np.empty((len(rows), span, self.front_end.n_mels), dtype=np.float32)
         pairs = zip(rows.tolist(), places.tolist(), strict=True)
         for into, (row, place) in zip(cut, pairs, strict=True):
-            clip = _at_least(self.clips[row], span)
+            clip = _at_least(self.clip(row), span)
             start = int(place * (len(clip) - span + 1))
             into[:] = clip[start : start + span]
         return floored(torch.from_numpy(cut), self.range_db)
@@ -55,7 +61,7 @@ class LogMelSource:
         `hop` frames; end to end where None. A tail shorter than a window is left out; a shorter
         clip is repeated."""
         frames = self.front_end.frames
-        clip = _at_least(self.clips[row], frames)
+        clip = _at_least(self.clip(row), frames)
         starts = range(0, len(clip) - frames + 1, hop or frames)
         cut = np.stack([clip[start : start + frames] for start in starts]).astype(np.float32)
         windows = floored(torch.from_numpy(cut), self.range_db)
@@ -92,7 +98,7 @@ def audio_source(
     cache.mkdir(parents=True, exist_ok=True)
     wanted = [clip for clip in dataset.clips if clip.split is not None]
     kept: list[Clip] = []
-    logmels: list[NDArray[Any]] = []
+    logmels: list[Path] = []
     skipped: list[Skipped] = []
     for number, clip in enumerate(wanted, 1):
         try:
@@ -134,8 +140,8 @@ def logmel_of(samples: NDArray[np.float32], front_end: LogMelConfig) -> NDArray[
     return np.concatenate(blocks)
 
 
-def _cached(clip: Clip, front_end: LogMelConfig, cache: Path) -> NDArray[Any]:
-    """The clip's log-mel, mapped from disk."""
+def _cached(clip: Clip, front_end: LogMelConfig, cache: Path) -> Path:
+    """The file of the clip's log-mel, made where it isn't there."""
     assert clip.path is not None
     stat = clip.path.stat()
     identity = f"{clip.path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{front_end!r}"
@@ -145,7 +151,7 @@ def _cached(clip: Clip, front_end: LogMelConfig, cache: Path) -> NDArray[Any]:
         partial = stored.with_suffix(".partial.npy")
         np.save(partial, made)
         partial.replace(stored)
-    return np.asarray(np.load(stored, mmap_mode="r"))
+    return stored
 
 
 def samples_of(path: Path, sample_rate_hz: int) -> NDArray[np.float32]:

@@ -1,7 +1,10 @@
 """Data sets: each layout is read, its corrupt files named, and a split that leaks refused."""
 
+import os
+import resource
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -417,6 +420,33 @@ def test_audio_becomes_log_mels_once_and_unreadable_clips_are_named(tmp_path: Pa
     stored = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
     open_source(dataset, ARCHIVE_FRONT_END, tmp_path / "cache")
     assert stored == {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[None]:
+    """Ten descriptors more than the lowest that is free."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 10, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_clips_may_be_more_than_files_that_can_be_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_descriptors: None
+) -> None:
+    monkeypatch.setattr(
+        "model.datasets.logmels.samples_of", lambda *_: np.zeros(22_050 * 4, np.float32)
+    )
+    clips = tuple(Clip(f"{n}", ("a",), f"{n}", "train", tmp_path / f"{n}") for n in range(40))
+    for clip in clips:
+        assert clip.path is not None
+        clip.path.touch()
+    dataset = Dataset("many", "folders", "single", ("a",), clips, "recording", "none")
+    source, _ = open_source(dataset, ARCHIVE_FRONT_END, tmp_path / "cache")
+    assert source.excerpts(torch.arange(40), 72, torch.zeros(40)).shape == (40, 72, 128)
+    assert [len(source.windows(row)) for row in range(40)] == [1] * 40
 
 
 def test_log_mels_do_not_depend_on_where_blocks_end(monkeypatch: pytest.MonkeyPatch) -> None:
