@@ -2,12 +2,16 @@
 
 Columns by any of these names: `path` (relative to the manifest), `label` or `genre` (one) or
 `labels`, `tags` or `genres` (several, between `;` or `|`), `artist`, `recording` or `song`, and
-`split` or a name that ends in `_split`.
+`split` or else a name that ends in `_split`.
+
+A clip's group is its artist, or its recording where the artist's cell is blank; where both are, its
+file. Neither case nor space tells two artists or recordings apart.
 """
 
 import csv
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from model.datasets.dataset import Clip, Dataset, Skipped, recordings, split_name
@@ -28,11 +32,12 @@ def load(path: Path) -> Dataset:
             f"first line has {', '.join(columns) or 'none'}"
         )
     artist, recording = _find(columns, ARTIST), _find(columns, RECORDING)
-    split = next((columns[name] for name in columns if re.fullmatch(r"(.+_)?split", name)), None)
+    split = columns.get("split") or _find(columns, [n for n in columns if n.endswith("_split")])
     present = {name: path.parent / name for row in rows if (name := row[paths])}
     found = {name: file for name, file in present.items() if file.is_file()}
     same = recordings(found.values())
     name_of: dict[Path, str] = {}
+    spelt: dict[str, str] = {}  # groups as they are first written
     clips, skipped = [], []
     for row in rows:
         name = row[paths]
@@ -40,8 +45,8 @@ def load(path: Path) -> Dataset:
             why = "is in the manifest but not on disk" if name else "has no path in its line"
             skipped.append(Skipped(name or "a clip", why))
             continue
-        told = re.split(r"[;|]", row[several]) if several else [row[str(one)]]
-        labels = tuple(dict.fromkeys(label.strip() for label in told if label.strip()))
+        tags = re.split(r"[;|]", row[several]) if several else [row[str(one)]]
+        labels = tuple(dict.fromkeys(tag.strip() for tag in tags if tag.strip()))
         if not labels:
             skipped.append(Skipped(name, "has no label"))
             continue
@@ -49,7 +54,8 @@ def load(path: Path) -> Dataset:
         first = name_of.setdefault(file.parent.resolve() / file.name, name)
         if first != name:
             raise DatasetInvalid(f"{path}: one file is named twice, as {first} and as {name}")
-        group = (row[artist] if artist else row[recording] if recording else "") or same[file]
+        told = next((row[column] for column in (artist, recording) if column and row[column]), "")
+        group = spelt.setdefault(" ".join(told.split()).casefold(), told) or same[file]
         clips.append(Clip(name, labels, group, split_name(row[split]) if split else None, file))
     return Dataset(
         name=path.stem,
@@ -57,7 +63,7 @@ def load(path: Path) -> Dataset:
         kind="multi" if several else "single",
         labels=tuple(sorted({label for clip in clips for label in clip.labels})),
         clips=tuple(clips),
-        grouped_by="artist" if artist else "recording",
+        grouped_by="artist" if artist and any(row[artist] for row in rows) else "recording",
         licence="that of your own files",
         skipped=tuple(skipped),
     )
@@ -82,5 +88,5 @@ def _table(path: Path) -> tuple[list[dict[str, str]], dict[str, str]]:
     return rows, dict(zip(names, header, strict=True))
 
 
-def _find(columns: dict[str, str], names: tuple[str, ...]) -> str | None:
+def _find(columns: dict[str, str], names: Sequence[str]) -> str | None:
     return next((columns[name] for name in names if name in columns), None)

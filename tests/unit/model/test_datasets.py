@@ -187,6 +187,21 @@ def test_space_around_cells_of_a_manifest_makes_no_difference(tmp_path: Path, co
         load(listing(tmp_path, *split))
 
 
+def test_a_clip_without_an_artist_is_grouped_by_its_recording(tmp_path: Path) -> None:
+    told = "path,label,artist,recording,split", "x0.wav,a,,live,train", "x1.wav,b,,Live,test"
+    with pytest.raises(SplitLeaks, match=r"live: train: x0\.wav \| test: x1\.wav"):
+        load(listing(tmp_path, *told))
+    dataset = load(listing(tmp_path, told[0], "x0.wav,a,Nina,one", "x1.wav,b,,two", "x2.wav,b"))
+    assert [clip.group for clip in dataset.clips[:2]] == ["Nina", "two"]
+    assert len({clip.group for clip in dataset.clips}) == 3
+
+
+def test_artists_differ_neither_by_case_nor_by_space(tmp_path: Path) -> None:
+    told = "path,label,artist", "x0.wav,a,Nina Simone", "x1.wav,b,NINA  SIMONE", "x2.wav,b,Nina"
+    groups = [clip.group for clip in load(listing(tmp_path, *told)).clips]
+    assert groups == ["Nina Simone", "Nina Simone", "Nina"]
+
+
 def test_a_line_of_a_manifest_with_a_comma_too_many_is_named(tmp_path: Path) -> None:
     path = listing(tmp_path, "path,label", 'x0.wav,"a, b"', "x1.wav,a, b")
     with pytest.raises(DatasetInvalid, match=r"list\.csv, line 3: more cells than the header"):
