@@ -1,10 +1,12 @@
 """An archive of log-mels (`.npz`): GTZAN without its audio.
 
 `X` uint8 (clips, mels, frames), `y` (clips,) positions in `genres`, or (clips, labels) zeros and
-ones for several labels a clip, `names`, `genres`, and perhaps `split`, under any names.
+ones for several labels a clip, `names`, `genres`, and perhaps `split`, under any names: one a clip,
+or one for all. Where there is none, songs of GTZAN's names have the fault-filtered split.
 """
 
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -30,8 +32,10 @@ def load(path: Path) -> Dataset:
                 raise DatasetInvalid(
                     f"{path} has no {', '.join(missing)}; it holds {archive.files}"
                 )
-            values, y, names, titles = (archive[key] for key in KEYS)
-            splits = archive["split"] if "split" in archive else np.full(names.shape, "")
+            values, y = archive["X"], archive["y"]
+            names, titles = _text(archive["names"]), _text(archive["genres"])
+            known = set(names.ravel().tolist()) <= fault_filtered_split().keys()
+            splits = _splits(archive, names, known=known)
     except (OSError, ValueError, TypeError, EOFError, BadZipFile, zlib.error) as error:
         raise DatasetInvalid(f"{path} is no .npz archive of plain arrays") from error
     dimensions = (values.ndim, names.ndim, splits.ndim, titles.ndim)
@@ -50,7 +54,6 @@ def load(path: Path) -> Dataset:
         raise DatasetInvalid(f"{path}: genres must be text, each of them once")
     multi, genres = y.ndim == 2, tuple(titles.tolist())
     table = _several(path, y, genres) if multi else _one(path, y, genres)
-    known = set(names.tolist()) <= fault_filtered_split().keys()
     return Dataset(
         name=f"{path.stem} (GTZAN log-mels)" if known else path.stem,
         layout="archive",
@@ -69,6 +72,22 @@ def load(path: Path) -> Dataset:
         licence=LICENCE if known else "that of the archive's audio",
         logmels=LogMels(values),
     )
+
+
+def _text(values: NDArray[Any]) -> NDArray[Any]:
+    """UTF-8 as text; whatever else, as it is."""
+    return np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values
+
+
+def _splits(
+    archive: Mapping[str, NDArray[Any]], names: NDArray[Any], *, known: bool
+) -> NDArray[Any]:
+    """The split of each of `names`, where there is one; those of GTZAN are `known`."""
+    if "split" in archive:
+        told = _text(archive["split"])
+        return told if told.ndim else np.full(names.shape, told)
+    split = fault_filtered_split() if known else {}
+    return np.reshape([split.get(name, "") for name in names.ravel().tolist()], names.shape)
 
 
 def _one(path: Path, y: NDArray[Any], genres: tuple[str, ...]) -> NDArray[np.bool_]:

@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 from model.calibration import Kind
 from worker.errors import DatasetInvalid, SplitLeaks
 
-SPLIT_NAMES = {"training": "train", "validation": "valid", "val": "valid", "dev": "valid"}
+SPLIT_NAMES = {
+    "training": "train",
+    "validation": "valid",
+    "val": "valid",
+    "dev": "valid",
+    "testing": "test",
+}
 MAX_NAMED = 10  # tracks named in one error
 
 

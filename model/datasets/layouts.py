@@ -20,8 +20,8 @@ class Layout:
 
 # In the order of asking: the most particular first.
 LAYOUTS: dict[str, Layout] = {
-    "archive": Layout(lambda path: path.suffix == ".npz", archive.load),
-    "manifest": Layout(lambda path: path.suffix == ".csv", manifest.load),
+    "archive": Layout(lambda path: path.suffix.lower() == ".npz", archive.load),
+    "manifest": Layout(lambda path: path.suffix.lower() == ".csv", manifest.load),
     "fma": Layout(fma.is_fma, fma.load),
     "fma-all": Layout(lambda path: False, lambda path: fma.load(path, "all")),
     "msd": Layout(lambda path: bool(msd.annotations(path)), msd.load),

@@ -222,6 +222,12 @@ def test_two_columns_of_one_name_in_a_manifest_are_refused(tmp_path: Path) -> No
     assert load(listing(tmp_path, "path,label,,", "x0.wav,a,,")).labels == ("a",)
 
 
+def test_the_column_split_is_the_split_before_others_of_such_names(tmp_path: Path) -> None:
+    told = "path,label,old_split,split", "x0.wav,a,train,Testing", "x1.wav,b,valid,train"
+    listing(tmp_path, *told).rename(tmp_path / "LIST.CSV")
+    assert [clip.split for clip in load(tmp_path / "LIST.CSV").clips] == ["test", "train"]
+
+
 def test_short_lines_of_a_manifest_lack_what_they_lack(tmp_path: Path) -> None:
     dataset = load(listing(tmp_path, "path,label,artist,split", "x0.wav,a", "x1.wav"))
     assert [(clip.name, clip.split) for clip in dataset.clips] == [("x0.wav", None)]
@@ -260,11 +266,39 @@ def test_archive_takes_any_names_of_splits(tmp_path: Path, split: str) -> None:
 
 
 def test_archive_without_splits_has_all_clips(tmp_path: Path) -> None:
-    dataset = load(music.archive(tmp_path / "a.npz", optional=False))
+    path = music.archive(tmp_path / "a.npz", optional=False)
+    with np.load(path) as stored:
+        np.savez(path, **(dict(stored) | {"names": np.arange(12)}))
+    dataset = load(path)
     assert len(dataset.indices()) == 12
     assert dataset.splits == ()
     assert dataset.logmels is not None
     assert dataset.logmels.values.shape == (12, 128, 241)
+
+
+def test_an_archive_of_gtzans_songs_without_splits_has_the_fault_filtered_one(
+    tmp_path: Path,
+) -> None:
+    dataset = load(music.archive(tmp_path / "a.npz", optional=False))
+    split = fault_filtered_split()
+    assert [clip.split for clip in dataset.clips] == [split[clip.name] for clip in dataset.clips]
+    assert dataset.splits == ("train", "valid")
+
+
+def test_texts_of_an_archive_may_be_bytes_and_one_split_all_of_it(tmp_path: Path) -> None:
+    def text(*values: str) -> np.ndarray:
+        return np.array([value.encode() for value in values])
+
+    plain = load(music.archive(tmp_path / "a.npz", split="test"))
+    names = text(*(clip.name for clip in plain.clips))
+    split: Any
+    for split in (text(*["Testing"] * 12), np.array(b"test"), np.array("test")):
+        path = edited(tmp_path / "a.npz", genres=text(*music.GENRES), names=names, split=split)
+        dataset = load(path)
+        assert (dataset.clips, dataset.labels) == (plain.clips, plain.labels)
+    pickled = np.array(["blues", "metal"], object)
+    with pytest.raises(DatasetInvalid, match="plain arrays"):
+        load(edited(tmp_path / "a.npz", genres=pickled))
 
 
 def edited(path: Path, **changes: Any) -> Path:
@@ -290,7 +324,6 @@ def edited(path: Path, **changes: Any) -> Path:
         ({"y": np.array(1)}, "don't belong together"),
         ({"names": np.array("blues.00000")}, "don't belong together"),
         ({"X": np.zeros((0, 128, 241), np.uint8)}, "don't belong together"),
-        ({"split": np.array("train")}, "don't belong together"),
         ({"genres": np.array("blues")}, "don't belong together"),
         ({"X": np.zeros((12, 128, 0), np.uint8)}, "X must be finite numbers"),
         ({"X": np.full((12, 128, 80), np.nan)}, "X must be finite numbers"),
