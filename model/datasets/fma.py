@@ -7,6 +7,7 @@ medium and large), `all` the multi-label one over the whole hierarchy of 161 gen
 
 import ast
 import csv
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
@@ -21,9 +22,9 @@ Task = Literal["top", "all"]
 
 def metadata(path: Path) -> Path | None:
     """The `tracks.csv` that belongs to the audio folder `path`; None where there is none."""
-    for folder in (path / "fma_metadata", path.parent / "fma_metadata"):
-        if (folder / "tracks.csv").is_file():
-            return folder / "tracks.csv"
+    for folder in (path, path.absolute().parent, path.resolve().parent):
+        if (tracks := folder / "fma_metadata" / "tracks.csv").is_file():
+            return tracks
     return None
 
 
@@ -62,13 +63,21 @@ def load(path: Path, task: Task = "top") -> Dataset:
 
 
 def _audio_folder(path: Path) -> Path:
-    if path.name in SUBSETS:
-        return path
+    if (named := _named(path)) is not None:
+        return named
     found = [path / name for name in SUBSETS if (path / name).is_dir()]
     if len(found) != 1:
         much = "several" if found else "none"
-        raise DatasetInvalid(f"{path} holds {much} of {', '.join(SUBSETS)}; name the one to use")
+        raise DatasetInvalid(
+            f"{path} holds {much} of {', '.join(SUBSETS)}; name the one to use. Folders 000, 001 "
+            "and on are FMA's audio: what holds them needs such a name, and fma_metadata beside it"
+        )
     return found[0]
+
+
+def _named(path: Path) -> Path | None:
+    """`path` under a subset's name, its own or that of what it links to; None where it has none."""
+    return next((at for at in (path.absolute(), path.resolve()) if at.name in SUBSETS), None)
 
 
 def _rows(tracks: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -120,8 +129,11 @@ def _genre_names(genres: Path) -> dict[int, str]:
 
 
 def is_fma(path: Path) -> bool:
-    """Whether `path` is a subset's folder, or holds one.
+    """Whether `path` is a subset's folder, holds one, or has folders named as a subset's are.
 
     Also without its metadata: its folders `000`, `001` and on are no genres.
     """
-    return path.name in SUBSETS or any((path / name).is_dir() for name in SUBSETS)
+    if _named(path) is not None or any((path / name).is_dir() for name in SUBSETS):
+        return True
+    folders = [at.name for at in path.glob("*") if at.is_dir()]
+    return bool(folders) and all(re.fullmatch(r"\d{3}", name) for name in folders)

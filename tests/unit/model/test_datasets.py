@@ -98,6 +98,20 @@ def test_folders_of_fma_without_metadata_are_taken_for_no_genres(tmp_path: Path)
     assert load(folder, "folders").labels == ("000",)
 
 
+def test_fma_is_found_out_whatever_its_folder_is_called_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = music.fma(tmp_path / "fma")
+    (tmp_path / "music").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    for path in (tmp_path / "music", Path(), folder / "000" / ".."):
+        assert load(path) == load(folder)
+    monkeypatch.chdir(tmp_path)
+    renamed = folder.rename(folder.with_name("renamed"))
+    with pytest.raises(DatasetInvalid, match=r"Folders 000, 001 and on are FMA's audio"):
+        load(renamed)
+
+
 def test_msd_reads_annotations_by_track_id(tmp_path: Path) -> None:
     dataset = load(music.msd(tmp_path))
     assert dataset.layout == "msd"
