@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
+from model import learnt
 from model.bundle import Bundle
 from model.calibration import chance_calibration_error, expected_calibration_error
 from model.datasets.dataset import Dataset
@@ -47,10 +48,16 @@ def evaluate(
 ) -> Evaluation:
     """Measure `bundle` on the clips of `split`, or on all; see docs/evaluation.md for each figure.
 
+    A data set without splits is dealt as training on it would, by the seed that `bundle` was
+    trained with.
+
     Raises
     ------
     DatasetInvalid
     """
+    dealt_by = bundle.training.get("seed")
+    if split is not None and not dataset.splits and isinstance(dealt_by, int) and dealt_by >= 0:
+        dataset = dataset.with_split(dealt_by)
     predictions = predict(bundle, dataset, split, hop_s=hop_s, progress=progress)
     head, targets = predictions.head, predictions.targets
     voted = {
@@ -116,13 +123,17 @@ def _caveats(bundle: Bundle, predictions: Predictions) -> list[str]:
             "made audible: blurred in pitch and time, phases and loudness guessed. These figures "
             "are no measure of the bundle on audio."
         )
-    learnt = str(bundle.training.get("labels") or bundle.training.get("data") or "")
-    sides = {"train"} if bundle.training.get("fit") == "train" else {"train", "valid"}
-    known = fault_filtered_split() if "GTZAN" in learnt else {}
-    heard = sum(known.get(clip.group) in sides for clip in predictions.clips)
+    data = str(bundle.training.get("labels") or bundle.training.get("data") or "")
+    sides, marks = learnt.sides(bundle.training.get("fit")), learnt.marks(bundle.training)
+    known = fault_filtered_split() if "GTZAN" in data else {}
+    heard = sum(
+        known.get(clip.group) in sides or learnt.mark(clip.name) in marks
+        for clip in predictions.clips
+    )
     if heard:
+        least = "at least " if len(marks) == learnt.MOST else ""
         found.append(
-            f"By its card the bundle has learnt from {learnt}: {heard} of these "
+            f"By its card the bundle has learnt from {data}: {least}{heard} of these "
             f"{len(predictions.clips)} tracks are of such songs. These figures are no measure of "
             "it on music that is new to it."
         )

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model import learnt
 from model.augment import Augmentation, Augmenter
 from model.bundle import Bundle, make_bundle_folder
 from model.calibration import Calibration, fit_temperature, threshold_for_coverage
@@ -228,6 +229,10 @@ def train(
             "fit": fit,
             "seed": seed,
             "recipe": recipe.model_dump(mode="json"),
+            learnt.KEY: learnt.record(
+                (clip.name for clip in dataset.clips if clip.split in learnt.sides(fit)),
+                start.training if start else {},
+            ),
         },
         figures=figures,
     )
@@ -396,16 +401,26 @@ class Validation:
 
     @torch.inference_mode()
     def probabilities(self, network: Tagger) -> list[NDArray[np.float64]]:
-        """By song, `(windows, labels)`."""
+        """By song, `(windows, labels)`; no more windows are held than a song and a batch have."""
         network.eval()
-        songs = [self.source.windows(int(row)) for row in self.rows]
+        lengths: list[int] = []
         with Precision(self.device).cast():
             said = [
                 network.from_logmel(batch.to(self.device)).probabilities[self.head.name].cpu()
-                for batch in torch.split(torch.cat(songs), BATCH)
+                for batch in self._batches(lengths)
             ]
-        ends = np.cumsum([len(song) for song in songs])[:-1]
-        return np.split(torch.cat(said).double().numpy(), ends)
+        return np.split(torch.cat(said).double().numpy(), np.cumsum(lengths)[:-1])
+
+    def _batches(self, lengths: list[int]) -> Iterator[Tensor]:
+        """The windows of all songs, `BATCH` at a time; how many a song has goes to `lengths`."""
+        front_end = self.source.front_end
+        waiting = torch.empty(0, front_end.frames, front_end.n_mels)
+        for row in self.rows:
+            windows = self.source.windows(int(row))
+            lengths.append(len(windows))
+            *full, waiting = torch.split(torch.cat([waiting, windows]), BATCH)
+            yield from full
+        yield waiting
 
     def told(self, network: Tagger) -> str:
         """Figures in a line."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from model import learnt
 from model.bundle import Bundle
 from model.datasets import load
 from model.evaluate import _coverage, _interval, _paired, _resamples, draw, evaluate
@@ -165,6 +166,38 @@ def test_songs_that_the_card_names_are_a_caveat(tmp_path: Path, fit: str, learnt
     [caveat] = report["caveats"]
     assert f"{learnt} of these 14 tracks" in caveat
     assert evaluate(model, dataset, "test").report["caveats"] == []
+
+
+def test_a_catalogue_without_a_split_is_measured_as_training_dealt_it(tmp_path: Path) -> None:
+    dataset = load(music.folders(tmp_path / "mine", 7))
+    dealt = dataset.with_split(3)
+    model = dataclasses.replace(
+        bundle(tmp_path / "b", HEAD),
+        training={
+            "data": "mine",
+            "seed": 3,
+            "learnt": learnt.record((c.name for c in dealt.clips if c.split != "test"), {}),
+        },
+    )
+    asked = evaluate(model, dataset, "test")
+    assert [clip.name for clip in asked.predictions.clips] == [
+        clip.name for clip in dealt.clips if clip.split == "test"
+    ]
+    assert asked.report["caveats"] == []
+    [caveat] = evaluate(model, dataset).report["caveats"]
+    assert f"from mine: {14 - asked.report['tracks']} of these 14 tracks" in caveat
+
+
+def test_what_a_bundle_has_learnt_from_is_kept_in_short_and_handed_on() -> None:
+    names = [f"{number}" for number in range(100_000)]
+    told = {"learnt": learnt.record(names, {})}
+    assert len(told["learnt"]) < 300_000
+    assert len(learnt.marks(told)) == learnt.MOST
+    assert learnt.marks(told) < {learnt.mark(name) for name in names}
+    tuned = learnt.marks({"learnt": learnt.record(["new"], {"learnt": learnt.record(["old"], {})})})
+    assert tuned == {learnt.mark("old"), learnt.mark("new")}
+    for damaged in (None, 7, "ä", "AAA=", "no base64"):
+        assert not learnt.marks({"learnt": damaged})
 
 
 def test_window_accuracy_and_likelihood_by_hand() -> None:

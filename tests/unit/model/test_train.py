@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from model import learnt
 from model.bundle import Bundle
 from model.datasets import load
 from model.datasets.dataset import Dataset
+from model.datasets.logmels import LogMelSource, open_source
 from model.heads import Head
 from model.logmel_cnn import (
     ARCHIVE_FRONT_END,
@@ -21,7 +23,7 @@ from model.logmel_cnn import (
     narrowed,
 )
 from model.network import Tagger
-from model.train import FINE_TUNING, Progress, Recipe, load_recipe, train
+from model.train import FINE_TUNING, Progress, Recipe, Validation, load_recipe, train
 from tests import collections_of_music as music
 from worker.errors import CheckpointInvalid, DatasetInvalid, SettingsInvalid
 
@@ -57,6 +59,7 @@ def test_a_bundle_learns_loads_and_tells_what_it_is(dataset: Dataset, tmp_path: 
     assert loaded.heads[0].calibration.temperature.keys() == {"mean", "majority", "weighted"}
     assert loaded.training["songs"] == 12
     assert loaded.training["fit"] == "all"
+    assert learnt.marks(loaded.training) == {learnt.mark(clip.name) for clip in dataset.clips}
     assert loaded.figures["track_accuracy"]["mean"] == 1.0
     assert 0 < loaded.uncertain_threshold < 1
     assert any(line.startswith("rehearsal") and "valid" in line for line in said)
@@ -174,6 +177,29 @@ def test_nothing_to_train_on_is_said(tmp_path: Path) -> None:
     music.folders(tmp_path / "train", 2)
     with pytest.raises(DatasetInvalid, match="no readable clip is in split 'valid'"):
         train(load(tmp_path, "folders"), tmp_path / "b", recipe=SMALL)
+
+
+def test_songs_held_back_are_not_all_in_memory_at_once(dataset: Dataset) -> None:
+    told: list[str] = []
+
+    class Source(LogMelSource):
+        def windows(self, row: int, hop: int | None = None) -> torch.Tensor:
+            told.append("song")
+            return super().windows(row, hop)
+
+    head = Head(name="genre", kind="single", labels=dataset.labels, categories=dataset.labels)
+    network = build_logmel_cnn(SMALL.network.model_dump(mode="json"), [head]).eval()
+    source, _ = open_source(dataset, ARCHIVE_FRONT_END, Path())
+    source = Source(source.clips, source.front_end)
+    rows = np.tile(np.arange(12), 8)
+    validate = Validation(source, dataset.targets(), rows, head, torch.device("cpu"))
+    network.trunk.register_forward_hook(lambda *_: told.append("batch"))
+    songs = validate.probabilities(network)
+    assert told.index("batch") == 22, "64 windows are those of 21 songs, three each, and one more"
+    assert told.count("batch") == -(-8 * 36 // 64)
+    with torch.inference_mode():
+        alone = network.from_logmel(source.windows(5)).probabilities["genre"].numpy()
+    np.testing.assert_allclose(songs[5 + 12], alone, atol=5e-3)  # in half precision, perhaps
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:1"])
