@@ -6,7 +6,7 @@ looked up in a fixed list, every tensor must have the name, shape and type that 
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model.calibration import Calibration
 from model.folder import make_folder
@@ -32,6 +34,7 @@ SHIPPED = Path(__file__).parent / "bundles"
 WEIGHTS, MANIFEST, CARD = "model.safetensors", "model.json", "README.md"
 MAX_WEIGHTS_BYTES = 512 * 2**20
 MAX_MANIFEST_BYTES = 2 * 2**20
+MAX_VALUES = 2**24  # of one tensor, for one window: 64 MiB; published networks have a seventh
 
 
 class NetworkSection(BaseModel):
@@ -207,9 +210,14 @@ def _read_bytes(path: Path, max_bytes: int) -> bytes:
 def _read_manifest(folder: Path) -> Manifest:
     raw = _read_bytes(folder / MANIFEST, MAX_MANIFEST_BYTES)
     try:
-        return Manifest.model_validate_json(raw)
+        manifest = Manifest.model_validate_json(raw)
     except ValidationError as error:
         raise BundleInvalid(f"{folder / MANIFEST}: {first_fault(error)}") from error
+    try:
+        json.dumps(manifest.model_dump(), allow_nan=False)
+    except ValueError as error:
+        raise BundleInvalid(f"{folder / MANIFEST}: a number is not finite") from error
+    return manifest
 
 
 def _check_values(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -245,6 +253,7 @@ def _network(folder: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> nn
                 f"expected torch.float32 {tuple(expected[name].shape)}"
             )
     _check_rate(folder, manifest, network)
+    _check_cost(folder, network)
     network.load_state_dict(tensors, assign=True)
     _probe(folder, manifest, network)
     return network.eval().requires_grad_(False)
@@ -259,6 +268,47 @@ def _check_rate(folder: Path, manifest: Manifest, network: nn.Module) -> None:
         raise BundleInvalid(
             f"{folder / MANIFEST}: sample_rate_hz is {manifest.sample_rate_hz}, "
             f"and the network's front end is for {rate_hz}"
+        )
+
+
+class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes how many values the largest tensor has that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.values = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[Any],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
+        self.values = max(self.values, *sizes, 0)
+        return made
+
+
+def _check_cost(folder: Path, network: nn.Module) -> None:
+    """One window through the network while it is on `meta`: few weights can ask for much memory."""
+    assert isinstance(network, Tagger)
+    assert isinstance(network.front_end, LogMel)
+    front_end = network.front_end.config
+    largest = _Largest()
+    largest.values = front_end.frames * front_end.n_fft
+    try:
+        with torch.no_grad(), largest:
+            network.eval().from_logmel(
+                torch.zeros(1, front_end.frames, front_end.n_mels, device="meta")
+            )
+    except (RuntimeError, ValueError) as error:
+        raise BundleInvalid(f"{folder}: the network can't take its own window: {error}") from error
+    if largest.values > MAX_VALUES:
+        raise BundleInvalid(
+            f"{folder}: the network computes {largest.values:,} values at once for one window; "
+            f"no more than {MAX_VALUES:,} are allowed"
         )
 
 

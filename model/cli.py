@@ -208,7 +208,9 @@ def explore(
 @app.command()
 def info(bundle: BundlePath = None, as_json: AsJson = False) -> None:
     """What a bundle is: version, heads, window, network, training data, figures."""
+    from model import learnt
     from model.bundle import Bundle
+    from worker.commands.console import out
 
     loaded = Bundle.load(bundle)
     told: dict[str, Any] = {
@@ -227,7 +229,7 @@ def info(bundle: BundlePath = None, as_json: AsJson = False) -> None:
     if as_json:
         _print_json(told)
         return
-    console = _console()
+    console = out()
     console.print(f"{loaded.name}, version {loaded.version}", style="bold")
     console.print(
         f"{loaded.window_s} s windows of {loaded.sample_rate_hz} Hz audio, "
@@ -237,6 +239,8 @@ def info(bundle: BundlePath = None, as_json: AsJson = False) -> None:
         console.print(f"{head.name} ({head.kind}-label): {', '.join(head.labels)}")
     for section in ("training", "figures"):
         for key, value in told[section].items():
+            if key == learnt.KEY:  # hashes, which tell people nothing
+                continue
             console.print(
                 f"{section}.{key}: {json.dumps(value, ensure_ascii=False)}", soft_wrap=True
             )

@@ -91,6 +91,10 @@ def test_train_evaluate_and_info_by_command(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "report.json").read_text())["tracks"] == 12
     info = json.loads(timbre_model("info", bundle, "--json"))
     assert info["training"]["recipe"]["passes"] == 4
+    told = timbre_model("info", bundle)
+    assert told.startswith("own, version ")
+    assert "training.seed: 0" in told
+    assert "learnt" not in told
 
 
 def test_the_default_bundle_is_fine_tuned_on_ones_own_folders(tmp_path: Path) -> None:

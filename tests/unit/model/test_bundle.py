@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.bundle import MAX_MANIFEST_BYTES, Bundle, Calibration, shipped
+from model.bundle import MAX_MANIFEST_BYTES, Bundle, Calibration, Head, shipped
+from model.frontend import LogMelConfig
+from model.network import Branch, MusicnnConfig, build
 from tests.unit.model.music import chords
 from worker.errors import BundleInvalid
 
@@ -115,6 +117,8 @@ def test_changed_weights_are_noticed(folder: Path) -> None:
         (lambda told: heat(told, 1e9), "temperature.*less than or equal to"),
         (lambda told: heat(told, float("nan")), "temperature.*finite number"),
         (lambda told: heat(told, float("inf")), "temperature.*finite number"),
+        (lambda told: told["figures"].update(nll=float("nan")), "a number is not finite"),
+        (lambda told: told["training"].update(x=[{"y": float("-inf")}]), "a number is not finite"),
     ],
 )
 def test_a_manifest_that_says_wrong_things_is_refused(
@@ -151,6 +155,23 @@ def test_a_network_that_does_not_fit_its_weights_is_refused(
         Bundle.load(folder)
     if complaint in {"mid_filters", "n_fft"}:
         assert "\n" not in refused.value.message
+
+
+def test_few_weights_that_ask_for_much_memory_are_refused(tmp_path: Path) -> None:
+    config = MusicnnConfig(
+        front_end=LogMelConfig(n_fft=64, hop=16, n_mels=256, frames=4_096),
+        branches=(Branch(filters=512, taps=1, height=2),),
+        mid_filters=1,
+        mid_taps=1,
+        embedding_dim=1,
+    ).model_dump(mode="json")
+    head = Head(name="genre", kind="single", labels=("a", "b"), categories=("genre", "genre"))
+    network = build("musicnn", config, [head])
+    network.load_state_dict({name: torch.zeros_like(t) for name, t in network.state_dict().items()})
+    hungry = Bundle("x", (head,), 16_000, 3.0, 1, 0.5, "musicnn", config, network)
+
+    with pytest.raises(BundleInvalid, match="534,773,760 values at once for one window"):
+        hungry.save(tmp_path, card="")
 
 
 @pytest.mark.parametrize(
