@@ -4,6 +4,7 @@ import asyncio
 import csv
 import json
 import logging
+import os
 import sys
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
@@ -29,6 +30,7 @@ from worker.tagger import Tagger, Timings
 log = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = frozenset({".png", ".svg", ".pdf"})
+INTERRUPTED = 130
 ALL_FOLDERS = Path("/")
 CSV_COLUMNS = (
     "source", "head", "label", "category", "score", "share", "uncertain", "error", "message",
@@ -107,7 +109,11 @@ def tag_tracks(
         }
     )
     loaded = Bundle.load(bundle or settings.worker.bundle)
-    outcomes = asyncio.run(_tag_all(settings, loaded, files, form))
+    try:
+        outcomes = asyncio.run(_tag_all(settings, loaded, files, form))
+    except KeyboardInterrupt:
+        # At once: Python's own exit aborts where a thread is still inside the network.
+        os._exit(INTERRUPTED)
     if plot:
         _draw(outcomes, loaded, settings.windows.hop_s, picture)
     return 0 if all(outcome.error is None for outcome in outcomes) else 1

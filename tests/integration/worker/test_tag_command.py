@@ -2,8 +2,10 @@ import csv
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,31 @@ def test_a_name_that_the_output_cannot_hold_is_escaped(
     assert shown in done.stdout
     if form == "--json":
         assert json.loads(done.stdout)["source"] == str(file)
+
+
+def test_an_interrupt_while_the_network_runs_ends_it_without_a_word(
+    music_files: list[Sample],
+) -> None:
+    terminal, stderr = pty.openpty()
+    try:
+        with subprocess.Popen(
+            [TIMBRE, "tag", "--json", *(str(sample.path) for sample in music_files)],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,
+        ) as process:
+            shown = b""
+            while b"Tagging" not in shown:
+                shown += os.read(terminal, 65_536)
+            time.sleep(0.4)
+            os.killpg(process.pid, signal.SIGINT)
+            assert process.wait(60) == 130
+        shown += os.read(terminal, 65_536)
+    finally:
+        os.close(terminal)
+        os.close(stderr)
+    assert b"terminate" not in shown
+    assert b"Traceback" not in shown
 
 
 def test_the_status_is_0_when_all_were_tagged(
