@@ -1,19 +1,16 @@
 """How Timbre speaks to Kafka: one place turns settings into what each client library wants."""
 
-import asyncio
 import ssl
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
-from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaError
 from faust.auth import SASLCredentials, SSLCredentials
 
 from worker.errors import ServicesUnavailable, SettingsInvalid
-from worker.kafka import record_batches
+from worker.kafka.aiokafka_faults import mend
 from worker.settings import KafkaSettings
 
 MAX_REQUEST_OVERHEAD_BYTES = 1024 * 1024
@@ -21,25 +18,7 @@ MAX_REQUEST_OVERHEAD_BYTES = 1024 * 1024
 Client = TypeVar("Client", AIOKafkaConsumer, AIOKafkaProducer)
 
 
-def _pace_metadata_updates() -> None:
-    """Have every aiokafka client of this process ask for metadata at a bounded rate.
-
-    Where a partition has no leader, as after a broker was stopped, aiokafka's fetcher and sender
-    ask again as soon as they are answered or refused: some thousand times a second. It has a pause
-    for retries (`retry_backoff_ms`), but doesn't take it here.
-    """
-    update = AIOKafkaClient._metadata_update
-
-    async def paced(client: Any, *args: Any) -> Any:
-        await asyncio.sleep(getattr(client, "next_update_s", 0.0) - time.monotonic())
-        client.next_update_s = time.monotonic() + client._retry_backoff
-        return await update(client, *args)
-
-    AIOKafkaClient._metadata_update = paced
-
-
-_pace_metadata_updates()
-record_batches.read_whatever_was_sent()
+mend()
 
 
 def ssl_context(kafka: KafkaSettings) -> ssl.SSLContext | None:

@@ -1,0 +1,51 @@
+"""What aiokafka does wrong, put right in place, as none of its options reaches it.
+
+Private parts of it are replaced, so its version is pinned exactly.
+"""
+
+import asyncio
+import time
+from typing import Any
+
+from aiokafka.client import AIOKafkaClient
+from aiokafka.consumer.fetcher import Fetcher
+
+from worker.kafka import record_batches
+
+
+def mend() -> None:
+    """Mend every aiokafka client that this process makes from now on."""
+    record_batches.read_whatever_was_sent()
+    Fetcher.close = _close
+    AIOKafkaClient._metadata_update = _paced
+
+
+_update = AIOKafkaClient._metadata_update
+
+
+async def _paced(client: Any, *args: Any) -> Any:
+    """Ask for metadata at a bounded rate.
+
+    Where a partition has no leader, as after a broker was stopped, aiokafka's fetcher and sender
+    ask again as soon as they are answered or refused: some thousand times a second. It has a pause
+    for retries (`retry_backoff_ms`), but doesn't take it here.
+    """
+    await asyncio.sleep(getattr(client, "next_update_s", 0.0) - time.monotonic())
+    client.next_update_s = time.monotonic() + client._retry_backoff
+    return await _update(client, *args)
+
+
+async def _close(fetcher: Any) -> None:
+    """End all fetches, whatever they end with.
+
+    aiokafka awaits them one by one, and the first that was waiting to try again, as all are while
+    no broker answers, ends the closing with its `CancelledError`: what was to be closed after it,
+    and faust's thread around it, hang until the stop's deadline.
+    """
+    fetcher._closed = True
+    tasks = [fetcher._fetch_task, *fetcher._pending_tasks]
+    for task in tasks:
+        task.cancel()
+    for waiter in list(fetcher._fetch_waiters):
+        fetcher._notify(waiter)
+    await asyncio.gather(*tasks, return_exceptions=True)
