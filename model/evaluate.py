@@ -19,13 +19,14 @@ from model.calibration import chance_calibration_error, expected_calibration_err
 from model.datasets.dataset import Dataset
 from model.datasets.gtzan import fault_filtered_split
 from model.measure import METHODS, Voted, nll, window_accuracy
-from model.pictures import Gallery, canvas, scatter_by_class, tsne
+from model.pictures import Gallery, canvas, drawn_by_chance, scatter_by_class, tsne
 from model.predict import HOP_S, Predictions, predict
 from worker.settings import VoteMethod
 
 RESAMPLES = 2_000
 CURVE = tuple(share / 20 for share in range(1, 21))  # coverages
 MAX_PICTURED_LABELS = 40
+BLOCK = 2**24  # numbers at a time, where a table of them would grow with the square of the tracks
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ def evaluate(
     }
     groups = np.unique([clip.group for clip in predictions.clips], return_inverse=True)[1]
     hits = {method: given.hits(targets).astype(np.float64) for method, given in voted.items()}
-    resamples = _resamples(groups, seed)
+    pairs = list(combinations(METHODS, 2))
+    values = [*hits.values(), *(hits[first] - hits[second] for first, second in pairs)]
+    intervals = _intervals(np.stack(values, 1), groups, seed)
     mean = voted["mean"]
     confidence, right = mean.scores[np.arange(len(targets)), mean.best], hits["mean"]
     report: dict[str, Any] = {
@@ -89,14 +92,14 @@ def evaluate(
         "track": {
             method: {
                 "accuracy": float(hits[method].mean()),
-                "interval": _interval(hits[method], resamples),
+                "interval": interval,
                 "nll": nll(given.scores, targets, head.kind),
             }
-            for method, given in voted.items()
+            for (method, given), interval in zip(voted.items(), intervals, strict=False)
         },
         "paired": [
-            _paired(first, second, hits[first], hits[second], resamples)
-            for first, second in combinations(METHODS, 2)
+            _paired(first, second, hits[first], hits[second], interval)
+            for (first, second), interval in zip(pairs, intervals[len(hits) :], strict=True)
         ],
         "ece": expected_calibration_error(confidence, right),
         "ece_by_chance": chance_calibration_error(confidence, seed=seed),
@@ -143,19 +146,26 @@ def _caveats(bundle: Bundle, predictions: Predictions) -> list[str]:
 # Figures -------------------------------------------------------------------------------------
 
 
-def _resamples(groups: NDArray[np.intp], seed: int) -> NDArray[np.float64]:
-    """How often each track counts, `(resamples, tracks)`: whole artists or recordings are drawn
-    with replacement, so that several excerpts of one don't count as independent."""
+def _intervals(
+    values: NDArray[np.float64], groups: NDArray[np.intp], seed: int
+) -> list[list[float]]:
+    """95 % bootstrap interval of the mean of each column of `values` `(tracks, columns)`.
+
+    Whole artists or recordings are drawn with replacement, so that several excerpts of one don't
+    count as independent.
+    """
     generator = np.random.default_rng(seed)
     count = int(groups.max()) + 1
-    drawn = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    return np.asarray(drawn[:, groups], dtype=np.float64)
-
-
-def _interval(values: NDArray[np.float64], resamples: NDArray[np.float64]) -> list[float]:
-    """95 % bootstrap interval of the mean."""
-    low, high = np.quantile(resamples @ values / resamples.sum(1), [0.025, 0.975])
-    return [float(low), float(high)]
+    sums = np.stack([np.bincount(groups, column, count) for column in values.T], 1)
+    sizes = np.bincount(groups, minlength=count)
+    at_once = max(1, BLOCK // count)
+    means = []
+    for first in range(0, RESAMPLES, at_once):
+        resamples = min(at_once, RESAMPLES - first)
+        drawn = generator.multinomial(count, np.full(count, 1 / count), size=resamples)
+        means.append(drawn @ sums / (drawn @ sizes)[:, None])
+    bounds = np.quantile(np.concatenate(means), [0.025, 0.975], axis=0)
+    return [[float(low), float(high)] for low, high in bounds.T]
 
 
 def _paired(
@@ -163,7 +173,7 @@ def _paired(
     second: str,
     hits: NDArray[np.float64],
     others: NDArray[np.float64],
-    resamples: NDArray[np.float64],
+    interval: list[float],
 ) -> dict[str, Any]:
     """Difference of two votes on the same tracks, with McNemar's exact test."""
     only_first, only_second = int((hits > others).sum()), int((hits < others).sum())
@@ -171,7 +181,7 @@ def _paired(
     return {
         "votes": [first, second],
         "difference": float((hits - others).mean()),
-        "interval": _interval(hits - others, resamples),
+        "interval": interval,
         "only_first_right": only_first,
         "only_second_right": only_second,
         "p": float(binomtest(only_first, differ).pvalue) if differ else 1.0,
@@ -201,9 +211,12 @@ def _neighbours(predictions: Predictions, groups: NDArray[np.intp]) -> float | N
     """Share of tracks whose nearest neighbour of another group shares a label."""
     if len(np.unique(groups)) < 2:
         return None
-    likeness = predictions.embeddings @ predictions.embeddings.T
-    likeness[groups[:, None] == groups] = -np.inf
-    nearest = likeness.argmax(1)
+    tracks = len(groups)
+    nearest = np.empty(tracks, dtype=np.intp)
+    for rows in np.array_split(np.arange(tracks), -(-tracks * tracks // BLOCK)):
+        likeness = predictions.embeddings[rows] @ predictions.embeddings.T
+        likeness[groups[rows, None] == groups] = -np.inf
+        nearest[rows] = likeness.argmax(1)
     shared = (predictions.targets * predictions.targets[nearest]).sum(1) > 0
     return float(shared.mean())
 
@@ -322,12 +335,13 @@ def draw(evaluation: Evaluation, folder: Path) -> Path:
         "Accuracy against coverage",
         "Right among the most confident share of tracks; the dot is where `uncertain` begins.",
     )
-    classes = predictions.targets.argmax(1)
+    shown = drawn_by_chance(len(predictions.clips))
+    classes = predictions.targets[shown].argmax(1)
     gallery.picture(
         "embeddings",
-        scatter_by_class(tsne(predictions.embeddings), classes, predictions.head.labels),
+        scatter_by_class(tsne(predictions.embeddings[shown]), classes, predictions.head.labels),
         "Embeddings",
-        "t-SNE of the tracks' embeddings, coloured by their (first) label.",
+        f"t-SNE of {len(shown)} tracks' embeddings, coloured by their (first) label.",
     )
     longest = int(np.argmax([len(windows) for windows in predictions.probabilities]))
     gallery.picture(
@@ -360,10 +374,10 @@ def _reliability(confidence: NDArray[np.float64], hits: NDArray[np.bool_]) -> Fi
     for index in range(10):
         inside = placed == index
         if inside.any():
-            axes.bar(index / 10 + 0.05, hits[inside].mean(), width=0.09, color="C0")
-            axes.text(index / 10 + 0.05, 0.02, str(inside.sum()), ha="center", color="white")
+            bar = axes.bar(index / 10 + 0.05, hits[inside].mean(), width=0.09, color="C0")
+            axes.bar_label(bar, [str(inside.sum())], padding=2)
     axes.plot([0, 1], [0, 1], "--", color="grey")
-    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="score of the first tag", ylabel="share right")
+    axes.set(xlim=(0, 1), ylim=(0, 1.08), xlabel="score of the first tag", ylabel="share right")
     return figure
 
 

@@ -17,11 +17,10 @@ from model.datasets.logmels import LogMelSource, open_source, samples_of
 from model.features import RATE_HZ, mfccs
 from model.frontend import normalise
 from model.logmel_cnn import ARCHIVE_FRONT_END
-from model.pictures import Gallery, canvas, scatter_by_class, tsne
+from model.pictures import MOST_POINTS, Gallery, canvas, drawn_by_chance, scatter_by_class, tsne
 
 SHOWN_LABELS = 12
 QUICK_CLIPS = 40
-MOST_CLIPS = 1_000  # of which t-SNE is drawn
 PICTURED_S = 30.0
 
 Say = Callable[[str], None]
@@ -52,7 +51,7 @@ def explore(
     gallery.picture(
         "balance", _balance(dataset), "Class balance", "Clips by label, and by split within each."
     )
-    chosen = _sample(dataset, QUICK_CLIPS if quick else MOST_CLIPS, seed)
+    chosen = _sample(dataset, QUICK_CLIPS if quick else MOST_POINTS, seed)
     say(f"{dataset.name}: log-mels of {len(chosen.clips)} of {len(dataset.clips)} clips")
     source, chosen = open_source(chosen, ARCHIVE_FRONT_END, out / "logmels")
     gallery.picture(
@@ -91,8 +90,7 @@ def explore(
 
 def _sample(dataset: Dataset, most: int, seed: int) -> Dataset:
     """At most `most` clips, drawn at random; all of them in one split, so that none is dropped."""
-    count = len(dataset.clips)
-    rows = np.sort(np.random.default_rng(seed).permutation(count)[:most])
+    rows = drawn_by_chance(len(dataset.clips), most, seed)
     logmels = dataset.logmels
     return replace(
         dataset,

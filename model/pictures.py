@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 mpl.rcParams["text.parse_math"] = False  # names and labels may have a "$"
 
+MOST_NAMED = 20  # classes of a picture
+MOST_POINTS = 1_000  # of which t-SNE is drawn
+
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
@@ -78,20 +81,30 @@ def canvas(width: float = 7.0, height: float = 5.0) -> tuple[Figure, Axes]:
 def scatter_by_class(
     points: NDArray[np.floating], classes: NDArray[np.integer], labels: tuple[str, ...]
 ) -> Figure:
-    """Points `(n, 2)` in the colour of their class, named beside the picture."""
+    """Points `(n, 2)` in the colour of their class, named beside the picture.
+
+    Of more than `MOST_NAMED` classes the others than the commonest are grey.
+    """
     figure, axes = canvas(8, 6)
-    for index, label in enumerate(labels):
+    counts = np.bincount(classes, minlength=len(labels))
+    named = np.sort(np.argsort(-counts, kind="stable")[:MOST_NAMED])
+    others = points[~np.isin(classes, named)]
+    if len(others):
+        axes.scatter(others[:, 0], others[:, 1], s=10, c="lightgrey", label="other")
+    for place, index in enumerate(named):
         mine = points[classes == index]
         if len(mine):
-            colour = f"C{index % 10}"
-            marker = "os^Dvx+*<>"[index // 10 % 10]
-            axes.scatter(mine[:, 0], mine[:, 1], s=18, c=colour, marker=marker, label=label)
+            colour, marker = f"C{place % 10}", "os"[place // 10]
+            axes.scatter(mine[:, 0], mine[:, 1], s=18, c=colour, marker=marker, label=labels[index])
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.legend(
-        loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", ncols=1 + len(labels) // 24
-    )
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     return figure
+
+
+def drawn_by_chance(count: int, most: int = MOST_POINTS, seed: int = 0) -> NDArray[np.intp]:
+    """At most `most` of `count` positions, in their order."""
+    return np.sort(np.random.default_rng(seed).permutation(count)[:most])
 
 
 def tsne(vectors: NDArray[np.floating], seed: int = 0) -> NDArray[np.float64]:

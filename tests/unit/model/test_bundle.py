@@ -159,7 +159,7 @@ def test_a_network_that_does_not_fit_its_weights_is_refused(
 
 def test_few_weights_that_ask_for_much_memory_are_refused(tmp_path: Path) -> None:
     config = MusicnnConfig(
-        front_end=LogMelConfig(n_fft=64, hop=16, n_mels=256, frames=4_096),
+        front_end=LogMelConfig(n_fft=2_048, hop=16, n_mels=256, frames=4_096),
         branches=(Branch(filters=512, taps=1, height=2),),
         mid_filters=1,
         mid_taps=1,

@@ -11,7 +11,7 @@ import torch
 from model import learnt
 from model.bundle import Bundle
 from model.datasets import load
-from model.evaluate import _coverage, _interval, _paired, _resamples, draw, evaluate
+from model.evaluate import _coverage, _intervals, _neighbours, _paired, draw, evaluate
 from model.heads import Head
 from model.logmel_cnn import LogMelCnnConfig, MemberConfig, build_logmel_cnn
 from model.measure import Voted, nll, window_accuracy
@@ -225,21 +225,33 @@ def test_windows_that_do_not_vote_change_nothing() -> None:
 
 def test_paired_votes_count_who_alone_is_right() -> None:
     first, second = np.array([1.0, 1, 1, 0]), np.array([1.0, 0, 0, 1])
-    pair = _paired("mean", "majority", first, second, _resamples(np.arange(4), 0))
+    pair = _paired("mean", "majority", first, second, [-0.5, 1.0])
     assert (pair["only_first_right"], pair["only_second_right"]) == (2, 1)
     assert pair["difference"] == 0.25
     assert pair["p"] == 1.0
 
 
 def test_excerpts_of_one_recording_are_resampled_together() -> None:
-    values = np.tile([0.0, 1.0], 50)
-    apart = _interval(values, _resamples(np.arange(100), 0))
-    together = _interval(values, _resamples(np.repeat(np.arange(2), 50), 0))
-    assert apart[1] - apart[0] < 0.25
-    assert _interval(np.ones(10), _resamples(np.arange(10), 0)) == [1.0, 1.0]
-    halves = _interval(np.repeat([0.0, 1.0], 50), _resamples(np.repeat(np.arange(2), 50), 0))
+    values = np.stack([np.tile([0.0, 1.0], 50), np.ones(100), np.repeat([0.0, 1.0], 50)], 1)
+    apart, ones, _ = _intervals(values, np.arange(100), 0)
+    together, _, halves = _intervals(values, np.repeat(np.arange(2), 50), 0)
+    assert apart == pytest.approx([0.41, 0.6])
+    assert ones == [1.0, 1.0]
     assert together == pytest.approx([0.5, 0.5])
     assert halves == pytest.approx([0.0, 1.0])
+
+
+def test_figures_do_not_depend_on_how_much_is_computed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, dataset = bundle(tmp_path / "b", HEAD), load(music.archive(tmp_path / "a.npz"))
+    whole = evaluate(model, dataset)
+    values, groups = np.random.default_rng(0).random((40, 3)), np.arange(40) % 13
+    intervals = _intervals(values, groups, 0)
+    monkeypatch.setattr("model.evaluate.BLOCK", 64)
+    np.testing.assert_allclose(_intervals(values, groups, 0), intervals)
+    same = _neighbours(whole.predictions, np.arange(12))
+    assert whole.report["neighbours"]["same_label"] == same
 
 
 def test_coverage_keeps_the_most_confident() -> None:

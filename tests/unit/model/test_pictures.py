@@ -2,7 +2,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.pictures import Gallery, scatter_by_class
+from model.pictures import MOST_NAMED, Gallery, scatter_by_class
 
 
 def test_labels_are_drawn_and_told_as_they_are(tmp_path: Path) -> None:
@@ -11,3 +11,13 @@ def test_labels_are_drawn_and_told_as_they_are(tmp_path: Path) -> None:
     gallery.picture("labels", figure, "<script>", '"><script>')
     gallery.table("Left out", ["clip"], [["<script>"]])
     assert "<script>" not in gallery.write().read_text()
+
+
+def test_of_many_classes_the_commonest_are_named() -> None:
+    labels = tuple(f"label {number}" for number in range(161))
+    classes = np.concatenate([np.arange(161), np.arange(100, 130)])
+    figure = scatter_by_class(np.random.default_rng(0).random((191, 2)), classes, labels)
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    told = [text.get_text() for text in legend.get_texts()]
+    assert told == ["other", *labels[100 : 100 + MOST_NAMED]]
