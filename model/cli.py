@@ -335,6 +335,7 @@ def _show(evaluation: "Evaluation") -> None:
     """The report as tables."""
     from rich.table import Table
 
+    from model.datasets.dataset import left_out
     from model.evaluate import PAIRED, VOTES, curves, label_cells, paired_rows, vote_rows
     from worker.commands.console import out
 
@@ -345,8 +346,8 @@ def _show(evaluation: "Evaluation") -> None:
     )
     for caveat in report["caveats"]:
         console.print(caveat, style="bold")
-    for name, reason in report["skipped"].items():
-        console.print(f"skipped {name}: {reason}")
+    for names, reason in left_out(evaluation.predictions.skipped):
+        console.print(f"skipped {names}: {reason}")
     votes = Table(*VOTES)
     votes.add_row("one window", f"{report['window']['accuracy']:.1%}", "", "")
     for method, *cells in vote_rows(report):

@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from model.datasets.dataset import Dataset
+from model.datasets.dataset import Dataset, left_out
 from model.datasets.logmels import LogMelSource, open_source, samples_of
 from model.features import RATE_HZ, mfccs
 from model.frontend import normalise
@@ -84,7 +84,7 @@ def explore(
             f"t-SNE of {name} features",
             f"Mean and deviation of every {name} line over the clip; close clips sound alike.",
         )
-    gallery.table("Left out", ["clip", "why"], [[s.name, s.reason] for s in chosen.skipped])
+    gallery.table("Left out", ["clip", "why"], [list(row) for row in left_out(chosen.skipped)])
     return gallery.write()
 
 

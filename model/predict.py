@@ -70,7 +70,8 @@ def predict(
     chosen = dataset.indices(split)
     heard, windows_of = _reader(bundle, dataset, hop_s)
     kept: list[int] = []
-    skipped = list(dataset.skipped)
+    skipped = [clip for clip in dataset.skipped if split is None or clip.split == split]
+    before = len(skipped)
     probabilities, voting, embeddings = [], [], []
     for number, index in enumerate(chosen, 1):
         clip = dataset.clips[index]
@@ -78,17 +79,17 @@ def predict(
         try:
             output, votes = windows_of(clip, int(index))
         except DecodeFailed as error:
-            skipped.append(Skipped(clip.name, error.message))
+            skipped.append(Skipped(clip.name, error.message, clip.split))
             continue
         if not votes.any():
-            skipped.append(Skipped(clip.name, "every window is silent"))
+            skipped.append(Skipped(clip.name, "every window is silent", clip.split))
             continue
         kept.append(int(index))
         probabilities.append(output.probabilities[head.name].numpy())
         voting.append(votes)
         embeddings.append(_unit(_unit(output.embedding.numpy()[votes]).mean(0)))
     if not kept:
-        first = skipped[len(dataset.skipped)]
+        first = skipped[before]
         raise DatasetInvalid(
             f"{dataset.name}: none of its {len(chosen)} clips can be used; the first of them, "
             f"{first.name}: {first.reason}"

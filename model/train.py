@@ -26,7 +26,7 @@ from model import learnt
 from model.augment import Augmentation, Augmenter
 from model.bundle import Bundle, make_bundle_folder
 from model.calibration import Calibration, fit_temperature, threshold_for_coverage
-from model.datasets.dataset import Dataset
+from model.datasets.dataset import Dataset, left_out
 from model.datasets.logmels import LogMelSource, open_source
 from model.device import choose_device
 from model.folder import make_folder
@@ -181,8 +181,8 @@ def train(
         work / "logmels",
         lambda n, all_: progress.step("decode", n, all_, 0),
     )
-    for skipped in dataset.skipped:
-        progress.say(f"skipped {skipped.name}: {skipped.reason}")
+    for names, reason in left_out(dataset.skipped):
+        progress.say(f"skipped {names}: {reason}")
     for side in ("train", "valid"):
         if side not in dataset.splits:
             raise DatasetInvalid(

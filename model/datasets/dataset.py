@@ -21,6 +21,8 @@ SPLIT_NAMES = {
     "testing": "test",
 }
 MAX_NAMED = 10  # tracks named in one error
+MAX_SKIPPED = 3  # named of those that are left out for one reason
+MAX_REASONS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +42,11 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A clip that is left out, and why."""
+    """A clip that is left out, and why; of a split, where it would be in one."""
 
     name: str
     reason: str
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -194,6 +197,17 @@ def split_name(raw: str) -> str | None:
     """A split's name as used here; None for an empty one."""
     name = raw.strip().lower()
     return SPLIT_NAMES.get(name, name) or None
+
+
+def left_out(skipped: Iterable[Skipped]) -> list[tuple[str, str]]:
+    """Reasons and the clips that are left out for each: a few by name and the rest by number."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for clip in skipped:
+        names[clip.reason].append(clip.name)
+    told = [(_listed(of, MAX_SKIPPED), reason) for reason, of in names.items()]
+    if more := sum(len(of) for of in list(names.values())[MAX_REASONS:]):
+        told[MAX_REASONS:] = [(f"{more} more", "have other reasons, each its own")]
+    return told
 
 
 def recordings(paths: Iterable[Path]) -> dict[Path, str]:

@@ -42,13 +42,12 @@ def load(path: Path, task: Task = "top") -> Dataset:
         if subsets is not None and row["set.subset"] not in subsets:
             continue
         file = folder / track_id[:3] / f"{track_id}.mp3"
-        labels = _labels(row, task, names)
+        labels, split = _labels(row, task, names), split_name(row["set.split"])
         if not labels:
-            skipped.append(Skipped(track_id, "has no genre"))
+            skipped.append(Skipped(track_id, "has no genre", split))
         elif not file.is_file():
-            skipped.append(Skipped(track_id, "is in tracks.csv but not on disk"))
+            skipped.append(Skipped(track_id, "is in tracks.csv but not on disk", split))
         else:
-            split = split_name(row["set.split"])
             clips.append(Clip(track_id, labels, row["artist.id"], split, file))
     return Dataset(
         name=f"{folder.name} ({'top genres' if task == 'top' else 'all genres'})",

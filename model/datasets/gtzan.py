@@ -100,7 +100,7 @@ def load(path: Path) -> Dataset:
             if song is None or not is_audio(file):
                 continue
             if song[1] in CORRUPT:
-                skipped.append(Skipped(file.stem, CORRUPT[song[1]]))
+                skipped.append(Skipped(file.stem, CORRUPT[song[1]], split.get(song[1])))
             else:
                 clips.append(Clip(file.stem, (genre,), song[1], split.get(song[1]), file))
     return Dataset(

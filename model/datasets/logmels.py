@@ -105,7 +105,7 @@ def audio_source(
             logmels.append(_cached(clip, front_end, cache))
             kept.append(clip)
         except DecodeFailed as error:
-            skipped.append(Skipped(clip.name, error.message))
+            skipped.append(Skipped(clip.name, error.message, clip.split))
         progress(number, len(wanted))
     readable = replace(dataset, clips=tuple(kept), skipped=(*dataset.skipped, *skipped))
     return LogMelSource(logmels, front_end, front_end.range_db), readable

@@ -40,15 +40,15 @@ def load(path: Path) -> Dataset:
     spelt: dict[str, str] = {}  # groups as they are first written
     clips, skipped = [], []
     for row in rows:
-        name = row[paths]
+        name, side = row[paths], split_name(row[split]) if split else None
         if name not in found:
             why = "is in the manifest but not on disk" if name else "has no path in its line"
-            skipped.append(Skipped(name or "a clip", why))
+            skipped.append(Skipped(name or "a clip", why, side))
             continue
         tags = re.split(r"[;|]", row[several]) if several else [row[str(one)]]
         labels = tuple(dict.fromkeys(tag.strip() for tag in tags if tag.strip()))
         if not labels:
-            skipped.append(Skipped(name, "has no label"))
+            skipped.append(Skipped(name, "has no label", side))
             continue
         file = found[name]
         first = name_of.setdefault(file.parent.resolve() / file.name, name)
@@ -56,7 +56,7 @@ def load(path: Path) -> Dataset:
             raise DatasetInvalid(f"{path}: one file is named twice, as {first} and as {name}")
         told = next((row[column] for column in (artist, recording) if column and row[column]), "")
         group = spelt.setdefault(" ".join(told.split()).casefold(), told) or same[file]
-        clips.append(Clip(name, labels, group, split_name(row[split]) if split else None, file))
+        clips.append(Clip(name, labels, group, side, file))
     return Dataset(
         name=path.stem,
         layout="manifest",

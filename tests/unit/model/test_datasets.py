@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.datasets import LAYOUTS, Clip, Dataset, detect, load
+from model.datasets import LAYOUTS, Clip, Dataset, Skipped, detect, load
+from model.datasets.dataset import left_out
 from model.datasets.gtzan import fault_filtered_split
 from model.datasets.logmels import LogMelSource, logmel_of, open_source
 from model.frontend import normalise
@@ -96,6 +97,15 @@ def test_folders_of_fma_without_metadata_are_taken_for_no_genres(tmp_path: Path)
         with pytest.raises(DatasetInvalid, match=r"no fma_metadata/tracks\.csv"):
             load(path)
     assert load(folder, "folders").labels == ("000",)
+
+
+def test_of_clips_left_out_a_few_are_named_and_the_rest_counted(tmp_path: Path) -> None:
+    [absent] = load(music.fma(tmp_path)).skipped
+    assert absent.split == "valid"
+    many = [Skipped(f"{n}", "is not on disk") for n in range(30_000)]
+    assert left_out(many) == [("0, 1, 2, and 29997 more", "is not on disk")]
+    told = left_out([Skipped(f"{n}", f"broken at {n}") for n in range(30)])
+    assert told[-2:] == [("9", "broken at 9"), ("20 more", "have other reasons, each its own")]
 
 
 def test_fma_is_found_out_whatever_its_folder_is_called_by(
