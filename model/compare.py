@@ -22,7 +22,12 @@ from sklearn.base import BaseEstimator
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold, StratifiedShuffleSplit
+from sklearn.model_selection import (
+    GridSearchCV,
+    ShuffleSplit,
+    StratifiedGroupKFold,
+    StratifiedShuffleSplit,
+)
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
@@ -104,6 +109,7 @@ def compare(
         raise DatasetInvalid(f"{dataset.name} has several labels a clip; compare takes one")
     dataset = _chosen(dataset, seed, quick)
     source, dataset = open_source(dataset, ARCHIVE_FRONT_END, out / "logmels")
+    _check_enough(dataset, quick)
     say(f"{dataset.name}: {len(dataset.clips)} clips; computing features")
     segments = feature_table(dataset, source)
     if table is not None:
@@ -120,18 +126,8 @@ def compare(
 def _chosen(dataset: Dataset, seed: int, quick: bool) -> Dataset:
     """Clips to learn from and to measure on: `train` against `test`, or else against `valid`."""
     dataset = dataset if dataset.splits else dataset.with_split(seed)
-    measured = "test" if "test" in dataset.splits else "valid"
-    if not {"train", measured} <= set(dataset.splits):
-        raise DatasetInvalid(
-            f"{dataset.name} needs clips in train and in valid or test to compare on; it has some "
-            f"in {', '.join(dataset.splits)} alone"
-        )
-    learnt = Counter(clip.labels[0] for clip in dataset.clips if clip.split == "train")
-    if min(learnt[label] for label in dataset.labels) < 3 or learnt.total() < LEAST_CLIPS[quick]:
-        raise DatasetInvalid(
-            f"{dataset.name}: the grid search needs {LEAST_CLIPS[quick]} clips to learn from, "
-            f"3 of each label; it has {dict(learnt)}"
-        )
+    _check_enough(dataset, quick)
+    measured = _measured(dataset)
     kept, counts = [], Counter[tuple[str, str]]()
     for index, clip in enumerate(dataset.clips):
         key = (clip.labels[0], str(clip.split))
@@ -144,6 +140,26 @@ def _chosen(dataset: Dataset, seed: int, quick: bool) -> Dataset:
     return replace(dataset, clips=tuple(dataset.clips[i] for i in kept), logmels=logmels)
 
 
+def _measured(dataset: Dataset) -> str:
+    return "test" if "test" in dataset.splits else "valid"
+
+
+def _check_enough(dataset: Dataset, quick: bool) -> None:
+    """DatasetInvalid where there is too little to learn from or nothing to measure on."""
+    measured = _measured(dataset)
+    if not {"train", measured} <= set(dataset.splits):
+        raise DatasetInvalid(
+            f"{dataset.name} needs clips in train and in valid or test to compare on; it has some "
+            f"in {', '.join(dataset.splits)} alone"
+        )
+    learnt = Counter(clip.labels[0] for clip in dataset.clips if clip.split == "train")
+    if min(learnt[label] for label in dataset.labels) < 3 or learnt.total() < LEAST_CLIPS[quick]:
+        raise DatasetInvalid(
+            f"{dataset.name}: the grid search needs {LEAST_CLIPS[quick]} clips to learn from, "
+            f"3 of each label; of those that can be read it has {dict(learnt)}"
+        )
+
+
 # Measuring -----------------------------------------------------------------------------------
 
 
@@ -154,7 +170,10 @@ def _measure(name: str, kind: str, items: Items, approach: Approach, seed: int) 
     clips = np.unique(items.clip[test])
     voted = np.stack([scores[items.clip[test] == clip].mean(0) for clip in clips])
     truth = np.array([items.truth[items.clip == clip][0] for clip in clips])
-    shuffled = StratifiedShuffleSplit(1, test_size=len(test), random_state=seed)
+    # Every label on both sides, but where one side is too small for that.
+    few = min(len(learn), len(test)) < len(np.unique(items.truth))
+    split = ShuffleSplit if few else StratifiedShuffleSplit
+    shuffled = split(1, test_size=len(test), random_state=seed)
     mixed_learn, mixed_test = next(shuffled.split(items.truth, items.truth))
     mixed = approach(mixed_learn, mixed_test).argmax(1) == items.truth[mixed_test]
     track = voted.argmax(1) == truth

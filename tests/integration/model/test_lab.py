@@ -6,6 +6,7 @@ import re
 from html import unescape
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
@@ -55,6 +56,24 @@ def test_compare_lays_approaches_side_by_side_from_audio(tmp_path: Path) -> None
 def test_compare_says_when_there_is_too_little_to_learn_from(tmp_path: Path) -> None:
     with pytest.raises(DatasetInvalid, match="24 clips"):
         timbre_model("compare", "-d", music.archive(tmp_path / "a.npz"), "-o", tmp_path / "out")
+
+
+def test_compare_counts_only_clips_that_can_be_read(tmp_path: Path) -> None:
+    root = music.manifest(tmp_path)
+    for file in sorted((root.parent / "blues").iterdir())[:2]:
+        file.write_bytes(b"no audio but others " + file.name.encode())
+    with pytest.raises(DatasetInvalid, match=r"of those that can be read it has .*'blues': 1"):
+        timbre_model("compare", "-d", root, "-o", tmp_path / "out", "--quick")
+
+
+def test_compare_measures_on_fewer_clips_than_there_are_labels(tmp_path: Path) -> None:
+    split = ["train"] * 23 + ["test"]
+    archive = music.archive(tmp_path / "a.npz", clips=24)
+    with np.load(archive) as stored:
+        np.savez(archive, **(dict(stored) | {"split": np.array(split)}))
+    timbre_model("compare", "-d", archive, "-o", tmp_path / "out", "--quick")
+    rows = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert {row["track"] for row in rows} <= {0.0, 1.0}
 
 
 def test_compare_takes_archives_as_far_as_log_mels_go(tmp_path: Path) -> None:
