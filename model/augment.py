@@ -1,10 +1,8 @@
 """Augmentation on log-mels: what changes a recording without changing what it is.
 
-Time and frequency masking after SpecAugment (Park et al., 2019). Windows are mixed by power, as
-sounds that play together are (Tokozume, Ushiku and Harada, 2018): with any other window, targets
-alike, as in mixup (Zhang et al., 2018), or with one of the same labels, which makes songs that
-nobody has played. Pitch and tempo are resampled along the bands and the frames, which costs a
-thousandth of doing it to the samples.
+Time and frequency masking after SpecAugment (Park et al., 2019), mixup after Zhang et al. (2018);
+pitch and tempo are resampled along the bands and the frames, which costs a thousandth of doing it
+to the samples.
 """
 
 import math
@@ -17,7 +15,6 @@ from torch.nn import functional
 from model.frontend import LogMelConfig, normalise
 
 KNOTS = 6  # of an equaliser curve
-SEAM_BANDS = 4.0  # over which one window's bands give way to another's
 
 
 class Augmentation(BaseModel):
@@ -25,9 +22,7 @@ class Augmentation(BaseModel):
 
     `pitch` and `tempo` are the largest relative change, `equaliser` the deviation of a curve's
     knots and `gain` of the whole window's level, both in deviations of the window; masks are in
-    parts of the window. The rest are shares of batches: of `mixup` a window is mixed with any
-    other, of `blend` with one of its own labels, and of `graft` it takes the bands above or below
-    some place from one of its own labels.
+    parts of the window, `mixup` is the share of batches that are mixed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,8 +35,6 @@ class Augmentation(BaseModel):
     band_mask: float = Field(3 / 16, ge=0, lt=1)
     band_masks: int = Field(2, ge=0)
     mixup: float = Field(0.7, ge=0, le=1)
-    blend: float = Field(0.5, ge=0, le=1)
-    graft: float = Field(0.5, ge=0, le=1)
 
 
 class Augmenter:
@@ -57,7 +50,6 @@ class Augmenter:
         self.recipe = recipe
         self.frames = front_end.frames
         self.normalised = front_end.normalise
-        self.nats = front_end.nats_of_power
         self.generator = generator
         self.device = device
         self.top_mel = float(_mel(torch.tensor(front_end.f_max_hz)))
@@ -76,10 +68,7 @@ class Augmenter:
         mean = logmel.mean((1, 2), keepdim=True)
         deviation = logmel.std((1, 2), keepdim=True) + 1e-5
         logmel = self._equalise((logmel - mean) / deviation)
-        nats = deviation * self.nats
-        logmel = self._graft(logmel, targets)
-        logmel = self._blend(logmel, targets, nats)
-        logmel, targets = self._mix(logmel, targets, nats)
+        logmel, targets = self._mix(logmel, targets)
         if self.normalised:
             return self._mask(normalise(logmel)), targets
         louder = self._normal(len(logmel), 1, 1) * self.recipe.gain
@@ -108,39 +97,15 @@ class Augmenter:
             knots, size=logmel.shape[2], mode="linear", align_corners=True
         )
 
-    def _graft(self, logmel: Tensor, targets: Tensor) -> Tensor:
-        """Give each window the bands on one side of some place from another of its labels."""
-        if float(self._uniform(1)) >= self.recipe.graft:
-            return logmel
-        other = logmel[self._alike(targets)]
-        bands = torch.arange(logmel.shape[2], device=self.device)
-        seam = self._uniform(len(logmel), 1, 1) * logmel.shape[2]
-        above = torch.sigmoid((bands - seam) / SEAM_BANDS)
-        kept = torch.where(self._uniform(len(logmel), 1, 1) < 0.5, above, 1 - above)
-        return torch.lerp(other, logmel, kept)
-
-    def _blend(self, logmel: Tensor, targets: Tensor, nats: Tensor) -> Tensor:
-        """Let each window play together with another of its labels."""
-        if float(self._uniform(1)) >= self.recipe.blend:
-            return logmel
-        return _together(logmel, nats, self._alike(targets), self._uniform(len(logmel)))
-
-    def _mix(self, logmel: Tensor, targets: Tensor, nats: Tensor) -> tuple[Tensor, Tensor]:
-        """Let each window play together with another, targets alike; the first weighs more."""
+    def _mix(self, logmel: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix each window with another of the batch, targets alike; the first weighs more."""
         if float(self._uniform(1)) >= self.recipe.mixup:
             return logmel, targets
         other = torch.randperm(len(logmel), generator=self.generator).to(self.device)
         weight = torch.sin(self._uniform(len(logmel)) * math.pi / 2).square()  # Beta(1/2, 1/2)
-        weight = torch.maximum(weight, 1 - weight)
-        mixed = torch.lerp(targets[other], targets, weight[:, None])
-        return _together(logmel, nats, other, weight), mixed
-
-    def _alike(self, targets: Tensor) -> Tensor:
-        """For each window another of the batch with the same labels; itself where there is none."""
-        same = (targets[:, None] == targets).all(2)
-        own = torch.eye(len(targets), dtype=torch.bool, device=self.device)
-        order = self._uniform(len(targets), len(targets)).masked_fill(~same, -2.0)
-        return order.masked_fill(own, -1.0).argmax(1)
+        weight = torch.maximum(weight, 1 - weight)[:, None]
+        mixed = torch.lerp(logmel[other], logmel, weight[..., None])
+        return mixed, torch.lerp(targets[other], targets, weight)
 
     def _mask(self, logmel: Tensor) -> Tensor:
         """Hide a stretch of time and some ranges of bands.
@@ -170,18 +135,6 @@ class Augmenter:
 
     def _around_one(self, rows: int, most: float) -> Tensor:
         return torch.exp((2 * self._uniform(rows) - 1) * math.log1p(most))
-
-
-def _together(logmel: Tensor, nats: Tensor, other: Tensor, weight: Tensor) -> Tensor:
-    """Windows `(rows, frames, mels)` with those of `other` `(rows,)`, powers added by `weight`
-    `(rows,)`.
-
-    Levels are in units of `nats` `(rows, 1, 1)` natural logarithms of power.
-    """
-    weight = weight.clamp(1e-6, 1 - 1e-6)[:, None, None]
-    mine = logmel * nats + weight.log()
-    theirs = logmel[other] * nats[other] + (1 - weight).log()
-    return torch.logaddexp(mine, theirs) / nats
 
 
 def _sample(source: Tensor, position: Tensor, *, axis: int) -> Tensor:

@@ -1,6 +1,5 @@
 """From samples to log-mels, on the network's own device and always in float32."""
 
-import math
 from typing import Literal
 
 import torch
@@ -30,11 +29,6 @@ class LogMelConfig(BaseModel):
     compression: Literal["musicnn", "decibel"] = "musicnn"
     range_db: float | None = Field(None, gt=0, le=200)
     normalise: bool = False
-
-    @property
-    def nats_of_power(self) -> float:
-        """Natural logarithms of power in one unit of a log-mel that is not normalised."""
-        return math.log(10) if self.compression == "musicnn" else math.log(10) / 10
 
 
 class LogMel(nn.Module):
