@@ -78,10 +78,11 @@ def test_a_name_that_the_output_cannot_hold_is_escaped(
 def test_an_interrupt_while_the_network_runs_ends_it_without_a_word(
     music_files: list[Sample],
 ) -> None:
+    much = 20 * [str(sample.path) for sample in music_files]  # for seconds of computing
     terminal, stderr = pty.openpty()
     try:
         with subprocess.Popen(
-            [TIMBRE, "tag", "--json", *(str(sample.path) for sample in music_files)],
+            [TIMBRE, "tag", "--json", *much],
             stdout=subprocess.PIPE,
             stderr=stderr,
             start_new_session=True,
