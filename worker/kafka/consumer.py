@@ -87,12 +87,11 @@ class Place:
         """Wait until no earlier event of the same key is in flight: a track's results are published
         in the order of its events, so that the last is the newest. Others have the place meanwhile.
         """
-        if self._earlier is not None:
+        if self._earlier is not None and not self._earlier.done():
             await self._lend(asyncio.wait({self._earlier}))
-            self._earlier = None
 
     async def rest(self, duration_s: float) -> None:
-        """Sleep between two attempts; the first of them is progress."""
+        """Sleep between two attempts; that the one has ended is progress."""
         self._progressed()
         await self.wait(duration_s)
 
