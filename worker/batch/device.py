@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 Floats = NDArray[np.float32]
 
 # On a CPU a batch is cut into chunks that stay in its cache; docs/batching.md has the figures.
-CPU_CHUNK_WINDOWS = 8
+CPU_CHUNK_WINDOWS = 16
 # A device's first use may load a driver and compile kernels.
 START_TIMEOUT_S = 180.0
 # Forward passes without running out of memory until a larger batch is tried again.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.batch.device import (
+    CPU_CHUNK_WINDOWS,
     DECODE_S_PER_WINDOW,
     Engine,
     WindowOutputs,
@@ -137,13 +138,13 @@ async def test_on_a_cpu_batches_are_cut_into_chunks_and_never_padded() -> None:
         network.sizes.clear()
         await outputs_of(engine, noise(21))
     assert sum(network.sizes) == 21
-    assert max(network.sizes) <= 8
+    assert max(network.sizes) <= CPU_CHUNK_WINDOWS
 
 
 async def test_the_network_is_warm_for_every_size_once_started() -> None:
     network = SmallNet()
     async with engine_of(network) as engine:
-        assert network.sizes == [8, 4, 2, 1]
+        assert network.sizes == [16, 8, 4, 2, 1]
         assert engine.empty.probabilities["genre"].shape == (0, 3)
         assert engine.empty.embedding.shape == (0, 16)
 
@@ -162,11 +163,11 @@ async def test_running_out_of_memory_halves_the_batch_and_goes_on() -> None:
     network = Cramped()
     samples = noise(16)
     async with engine_of(network) as engine:
-        assert engine.out_of_memory_total == 2  # 8 and 4 windows, when warming up
+        assert engine.out_of_memory_total == 3  # 16, 8 and 4 windows, when warming up
         network.sizes.clear()
         outputs = await outputs_of(engine, samples)
         assert set(network.sizes) == {2}
-        assert engine.out_of_memory_total == 2  # it remembers
+        assert engine.out_of_memory_total == 3  # it remembers
     np.testing.assert_allclose(outputs.probabilities["genre"], expected(samples), atol=1e-5)
 
 
@@ -198,7 +199,7 @@ async def test_a_cpu_allocation_that_fails_counts_as_out_of_memory() -> None:
 
     async with engine_of(Greedy()) as engine:
         outputs = await outputs_of(engine, noise(5))
-        assert engine.out_of_memory_total == 2
+        assert engine.out_of_memory_total == 3
     np.testing.assert_allclose(outputs.probabilities["genre"], expected(noise(5)), atol=1e-5)
 
 
