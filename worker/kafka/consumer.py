@@ -228,6 +228,7 @@ class Consumer:
         self._assignment: list[TP] = []
         self._app: _App | None = None
         self._stop = asyncio.Event()
+        self._ending = False
         self._grace_s = min(worker.rebalance_grace_s, worker.stop_deadline_s)
         self.last_progress_s = time.monotonic()
         self.assigned = False
@@ -314,6 +315,7 @@ class Consumer:
 
     async def _run_once(self) -> bool:
         app = self._app = self._make_app()
+        self._ending = False
         stopping = asyncio.create_task(self._stop.wait())
         running = asyncio.create_task(self._run_app(app))
         try:
@@ -336,6 +338,7 @@ class Consumer:
             log.exception("The Kafka consumer failed")
 
     async def _end(self, app: _App) -> bool:
+        self._ending = True
         self._grace_s = self.settings.worker.stop_deadline_s * 0.6
         ending = asyncio.create_task(self._take_down(app))
         # A task of its own: faust may swallow a cancellation, and must not hold up its caller.
@@ -397,6 +400,10 @@ class Consumer:
         async for event in stream.noack().events():
             # What faust calls a TP here is aiokafka's, which faust itself refuses elsewhere.
             tp = TP(event.message.topic, event.message.partition)
+            if self._ending:
+                # What is given back lies before it, and would be acknowledged with it.
+                self.pause(tp)
+                continue
             partition = self._partitions.get(tp)
             if partition is not None and event.message.offset <= partition.last_offset:
                 # Kafka went back to an earlier offset: begin again from there.

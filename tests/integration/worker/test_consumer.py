@@ -145,6 +145,25 @@ async def test_what_hangs_at_a_stop_is_given_back_and_delivered_again(topics: Ma
     assert await committed(own, 1) == 50
 
 
+async def test_what_comes_during_a_stop_is_left_alone(topics: MakeTopics) -> None:
+    """Were it acknowledged, so would be what hangs before it."""
+    own = await topics(partitions=1)
+    taken = list[int]()
+
+    async def hang_on_the_first(record: Record, _: Place) -> None:
+        taken.append(record.offset)
+        if record.offset == 0:
+            await asyncio.Event().wait()
+
+    await send(own, 10)
+    async with consuming(settings_of(own), hang_on_the_first) as consumer:
+        await until(lambda: len(taken) == 10)
+        consumer.stop()
+        await send(own, 10)
+    assert len(taken) == 10
+    assert await committed(own, 1) == 0
+
+
 async def test_a_partition_may_run_ahead_of_its_oldest_event_only_so_far(
     topics: MakeTopics,
 ) -> None:
