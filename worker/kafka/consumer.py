@@ -88,7 +88,12 @@ class Place:
         in the order of its events, so that the last is the newest. Others have the place meanwhile.
         """
         if self._earlier is not None and not self._earlier.done():
-            await self._lend(asyncio.wait({self._earlier}))
+            await self._lend(self.earlier_ended())
+
+    async def earlier_ended(self) -> None:
+        """Wait until no earlier event of the same key is in flight."""
+        if self._earlier is not None:
+            await asyncio.wait({self._earlier})
 
     async def rest(self, duration_s: float) -> None:
         """Sleep between two attempts; that the one has ended is progress."""
@@ -172,16 +177,17 @@ class _Partition:
 
     def _ended(self, key: bytes | None, task: asyncio.Task[None]) -> None:
         del self.running[task]
-        if key and self._latest[key] is task:
+        if key and self._latest.get(key) is task:
             del self._latest[key]
 
     async def _work(self, record: Record, place: Place) -> None:
         try:
             await self._consumer.work(record, place)
+            self._consumer.progressed()
         finally:
             place.leave()
+        await place.earlier_ended()  # the next of the key waits for this one alone
         self.ledger.finish(record.offset)
-        self._consumer.progressed()
 
     async def give_back(self, grace_s: float) -> None:
         """Take nothing more, wait for what is in flight, then leave the rest unacknowledged.

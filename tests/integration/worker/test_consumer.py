@@ -249,6 +249,35 @@ async def test_events_of_one_key_take_their_turn_and_hold_no_place_meanwhile(
     assert await committed(own, 1) == 30
 
 
+async def test_events_of_one_key_wait_for_all_before_them_whatever_those_end_as(
+    topics: MakeTopics,
+) -> None:
+    own = await topics(partitions=1)
+    first_may_end = asyncio.Event()
+    failed, done = list[int](), list[int]()
+
+    async def the_first_is_slow_and_others_fail(record: Record, place: Place) -> None:
+        if record.offset in (1, 2):  # and make a dead letter, which waits for nothing
+            failed.append(record.offset)
+            return
+        if record.offset == 0:
+            await first_may_end.wait()
+        await place.turn()
+        done.append(record.offset)
+
+    async with consuming(settings_of(own), the_first_is_slow_and_others_fail):
+        for _ in range(3):
+            await send(own, 1)
+        await until(lambda: failed == [1, 2])
+        await send(own, 2)
+        await until(lambda: 4 in done)
+        await asyncio.sleep(0.5)
+        assert done == [4], "that of another key"
+        first_may_end.set()
+        await until(lambda: len(done) == 3)
+    assert done == [4, 0, 3]
+
+
 async def test_events_that_rest_are_given_back_at_once_at_a_stop(topics: MakeTopics) -> None:
     own = await topics(partitions=1)
     resting = list[int]()
