@@ -325,6 +325,26 @@ async def test_a_worker_without_partitions_is_live_while_the_others_lag(
         assert [state.why_not_live() is None for state in states].count(True) == 2
 
 
+async def test_lag_is_measured_on_after_any_fault(
+    topics: MakeTopics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A certificate that is being replaced is not there for a moment."""
+    own, options, faults = await topics(), connection.client_options, ["not there"]
+
+    def without_certificate_at_first(settings: KafkaSettings) -> dict[str, Any]:
+        if faults:
+            raise SettingsInvalid(faults.pop())
+        return options(settings)
+
+    async def hang(record: Record, _: Place) -> None:
+        await asyncio.Event().wait()
+
+    await send(own, 10)
+    monkeypatch.setattr(connection, "client_options", without_certificate_at_first)
+    async with watched(impatient(own, stop_deadline_s=2.0), hang) as state:
+        await until(lambda: state.probe.lag == 10, timeout_s=20)
+
+
 async def test_a_worker_on_whose_device_batches_hang_is_not_live(topics: MakeTopics) -> None:
     settings = settings_of(await topics())
     metrics = Metrics()
