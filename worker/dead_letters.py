@@ -1,6 +1,7 @@
 """What an operator does with dead letters: list them, look at one, send them again."""
 
 import asyncio
+import re
 from base64 import b64encode
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -14,13 +15,14 @@ from aiokafka.structs import ConsumerRecord
 from schemas.events import DeadLetter, FailureReason, ModelRef, Origin, OriginalMessage
 from worker.errors import DeadLetterNotFound, SourceInvalid
 from worker.kafka import connection
-from worker.publish import HEADER
+from worker.publish import HEADER, moment
 from worker.settings import KafkaSettings, Settings
 
 Place = tuple[int, int]
 """Partition and offset of a dead letter in its topic."""
 POLL_MS = 500
 IDLE_POLLS = 10
+NUMBER = re.compile(r"[0-9]{1,19}")
 
 
 async def list_dead_letters(
@@ -70,7 +72,7 @@ async def retry(
     ServicesUnavailable
         Kafka can't be reached.
     """
-    sent, origins = list[Place](), set[tuple[str, int, int]]()
+    sent, origins = list[Place](), set[Origin]()
     async with (
         connection.started(connection.producer(settings.kafka), settings.kafka) as producer,
         aclosing(_chosen(settings.kafka, places)) as messages,
@@ -81,10 +83,9 @@ async def retry(
                 continue
             if _obstacle(message) is not None:
                 continue
-            origin = (letter.origin.topic, letter.origin.partition, letter.origin.offset)
-            if origin in origins:
+            if letter.origin in origins:
                 continue
-            origins.add(origin)
+            origins.add(letter.origin)
             headers = [(n, v) for n, v in message.headers if not n.startswith(HEADER)]
             await producer.send_and_wait(
                 letter.origin.topic, message.value, key=message.key, headers=headers
@@ -102,12 +103,13 @@ def parse(message: "ConsumerRecord[bytes, bytes]") -> DeadLetter:
 
     def number(name: str, default: int) -> int:
         given = text(name)
-        return int(given) if given.isascii() and given.isdigit() else default
+        return int(given) if NUMBER.fullmatch(given) else default
 
-    def moment(name: str) -> datetime:
+    def time(name: str) -> datetime:
         with suppress(ValueError):
-            return datetime.fromisoformat(text(name))
-        return datetime.fromtimestamp(message.timestamp / 1000, UTC)
+            given = datetime.fromisoformat(text(name))
+            return given if given.tzinfo else given.replace(tzinfo=UTC)
+        return moment(message.timestamp / 1000)
 
     name, _, version = text("model").partition("@")
     return DeadLetter(
@@ -117,12 +119,12 @@ def parse(message: "ConsumerRecord[bytes, bytes]") -> DeadLetter:
             stage=text("stage", "unknown"),
             retryable=text("retryable") == "true",
         ),
-        attempts=number("attempts", 1),
+        attempts=max(1, number("attempts", 1)),
         origin=Origin(
             topic=text("origin-topic", message.topic),
             partition=number("origin-partition", message.partition),
             offset=number("origin-offset", message.offset),
-            timestamp=moment("origin-timestamp"),
+            timestamp=time("origin-timestamp"),
         ),
         original=OriginalMessage(
             key_b64=_b64(message.key),
@@ -134,7 +136,7 @@ def parse(message: "ConsumerRecord[bytes, bytes]") -> DeadLetter:
             ],
         ),
         track_id=text("track-id") or None,
-        failed_at=moment("failed-at"),
+        failed_at=time("failed-at"),
         model=ModelRef(name=name, version=version) if version else None,
     )
 

@@ -158,7 +158,7 @@ class Publisher:
             "origin-topic": record.topic,
             "origin-partition": str(record.partition),
             "origin-offset": str(record.offset),
-            "origin-timestamp": _iso(record.timestamp_s),
+            "origin-timestamp": moment(record.timestamp_s).isoformat(),
             "failed-at": datetime.now(UTC).isoformat(),
             "model": f"{model.name}@{model.version}",
         }
@@ -215,6 +215,6 @@ def _headers(fields: dict[str, str]) -> Headers:
     ]
 
 
-def _iso(timestamp_s: float) -> str:
-    """As text; a producer's timestamp may be any number, and no reason to fail."""
-    return datetime.fromtimestamp(min(max(timestamp_s, 0.0), LAST_TIMESTAMP_S), UTC).isoformat()
+def moment(timestamp_s: float) -> datetime:
+    """A record's time; a producer's timestamp may be any number, and no reason to fail."""
+    return datetime.fromtimestamp(min(max(timestamp_s, 0.0), LAST_TIMESTAMP_S), UTC)

@@ -1,8 +1,11 @@
 import hashlib
 import os
 from base64 import b64decode
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
+from aiokafka import AIOKafkaProducer
 
 from schemas.events import AudioRef, ModelRef, NewTrack
 from tests.conftest import MakeTopics
@@ -15,6 +18,7 @@ from worker.errors import (
     FetchTimeout,
     SourceInvalid,
 )
+from worker.kafka import connection
 from worker.publish import Failure, Publisher
 from worker.record import Record
 from worker.settings import KafkaSettings, Settings
@@ -115,6 +119,22 @@ async def test_a_message_that_timbre_did_not_write_is_listed_all_the_same(
         await dead_letters.retry(Settings(kafka=own), [(0, 0)])
 
 
+async def test_whatever_others_wrote_into_the_headers_hides_no_letter(topics: MakeTopics) -> None:
+    own = await topics()
+    written = {
+        "timbre-attempts": b"0",
+        "timbre-origin-offset": b"9" * 5000,
+        "timbre-failed-at": b"2026-01-31T12:00:00",
+    }
+    async with AIOKafkaProducer(**connection.client_options(own)) as producer:
+        await producer.send_and_wait(
+            own.topic_dead_letter, b"foreign", headers=list(written.items())
+        )
+    [(_, letter)] = [item async for item in dead_letters.list_dead_letters(Settings(kafka=own))]
+    assert (letter.attempts, letter.origin.offset) == (1, 0)
+    assert letter.failed_at == datetime(2026, 1, 31, 12, tzinfo=UTC)
+
+
 async def test_a_message_of_which_several_tracks_failed_is_one_letter_that_tells_of_all(
     topics: MakeTopics,
 ) -> None:
@@ -142,7 +162,9 @@ async def test_a_message_that_failed_at_two_deliveries_is_sent_again_once(
         for _ in range(2):
             failure = Failure(AudioNotFound("Nothing there."))
             await publisher.dead_letter(record(own, 7, b"{}"), [failure], MODEL)
-    assert len(await dead_letters.retry(Settings(kafka=own))) == 1
+        later = replace(record(own, 7, b"{}"), timestamp_s=1_800_000_000.0)
+        await publisher.dead_letter(later, [failure], MODEL)
+    assert len(await dead_letters.retry(Settings(kafka=own))) == 2, "the topic was made anew"
 
 
 async def test_a_value_too_large_for_the_topic_is_left_out_and_naming_its_letter_an_error(
