@@ -45,7 +45,7 @@ from worker.health import Health, HttpServer
 from worker.kafka.consumer import Consumer, Place
 from worker.kafka.lag import LagProbe
 from worker.kafka.record_batches import bounded_unpacking
-from worker.metrics import Metrics
+from worker.metrics import BatchMetrics, Metrics
 from worker.publish import Failure, Publisher
 from worker.record import Record
 from worker.settings import Settings
@@ -116,17 +116,17 @@ class Worker:
                 "model_version": bundle.version,
             }
         )
+        self.consumer = Consumer(settings, self.handle, self.metrics)
         self._tagger = Tagger(
             settings,
             bundle,
-            batch_observer=_BatchMetrics(self.metrics, self._progressed),
+            batch_observer=BatchMetrics(self.metrics, self.consumer.progressed),
             on_retry=lambda code: self.metrics.retries.labels("fetch", code).inc(),
             on_bytes=self.metrics.fetched_bytes.inc,
             on_decoder_restart=self.metrics.decoder_restarts.inc,
         )
         self._cache = Cache(settings.redis, self._tagger.analysis_key, bundle, self.metrics)
         self._publisher = Publisher(settings.kafka)
-        self.consumer = Consumer(settings, self.handle, self.metrics)
         self._probe = LagProbe(settings, self.consumer, self.metrics)
         self._health = Health(
             settings.worker,
@@ -175,9 +175,6 @@ class Worker:
         _end_process_after(self._settings.worker.stop_deadline_s, status=0)
         if self._starting is not None:
             self._starting.cancel()
-
-    def _progressed(self) -> None:
-        self.consumer.progressed()
 
     async def handle(self, record: Record, place: Place) -> None:
         """Take one record to its end: tags of each of its tracks, and of those that failed, and
@@ -229,12 +226,14 @@ class Worker:
             attempts = _attempts(retrying)
             if isinstance(error, FetchFailed):
                 attempts += error.attempts - 1
-            self._observe(timings)
+            self.metrics.observe_stages(timings.seconds)
             return Failure(_typed(error), attempts, track)
         async with timings.measure("store"):
             await self._cache.store(tags, analysis)
         timings.seconds["total"] = time.perf_counter() - started_s
-        self._count(record, priority, analysis, cached, timings)
+        self.metrics.observe_stages(timings.seconds)
+        age_s = time.time() - record.timestamp_s
+        self.metrics.count_tagged(analysis, priority, cached=cached, age_s=age_s)
         return None
 
     def _begin_in_time(self, message: Timings) -> None:
@@ -340,38 +339,6 @@ class Worker:
         if isinstance(error, PublishFailed) and state.attempt_number == ATTEMPTS_BEFORE_A_WARNING:
             log.warning("%s Trying again until it does.", error.message)
 
-    def _observe(self, timings: Timings) -> None:
-        """Durations of the stages that a track went through, whatever its end."""
-        for stage, seconds in timings.seconds.items():
-            self.metrics.stage_seconds.labels(stage).observe(seconds)
-
-    def _count(
-        self,
-        record: Record,
-        priority: Priority,
-        analysis: Analysis,
-        cached: bool,
-        timings: Timings,
-    ) -> None:
-        metrics = self.metrics
-        metrics.tracks.labels("cached" if cached else "tagged", priority).inc()
-        self._observe(timings)
-        metrics.end_to_end_seconds.labels(priority).observe(
-            max(0.0, time.time() - record.timestamp_s)
-        )
-        best: dict[str, str] = {}
-        for tag in analysis.tags:
-            best.setdefault(tag.head, tag.label)
-        for head, label in best.items():
-            metrics.labels.labels(head, label).inc()
-        if analysis.uncertain:
-            metrics.uncertain.inc()
-        if not cached:
-            windows = analysis.windows
-            metrics.audio_seconds.inc(analysis.audio.duration_s)
-            metrics.windows.labels("silent").inc(windows.silent)
-            metrics.windows.labels("voted").inc(windows.total - windows.silent)
-
 
 def _tried_again(error: BaseException) -> bool:
     """Whether to try a track again at once. A fetch makes its own attempts, and knows how long the
@@ -390,24 +357,3 @@ def _typed(error: Exception) -> TrackFailed:
         return error
     log.error("Unexpected failure", exc_info=error)
     return Unexpected(f"Timbre failed unexpectedly ({type(error).__name__}); see its log.")
-
-
-class _BatchMetrics:
-    """Tells the metrics what the batcher does; every batch is progress."""
-
-    def __init__(self, metrics: Metrics, progressed: Callable[[], None]) -> None:
-        self._metrics = metrics
-        self._progressed = progressed
-
-    def on_batch(self, windows: int, fill: float, wait_s: float, compute_s: float) -> None:
-        self._metrics.batch_windows.observe(windows)
-        self._metrics.batch_fill.observe(fill)
-        self._metrics.batch_wait_seconds.observe(wait_s)
-        self._metrics.batch_compute_seconds.observe(compute_s)
-        self._progressed()
-
-    def on_queue(self, depth: int) -> None:
-        self._metrics.queue_windows.set(depth)
-
-    def on_fault(self, kind: str) -> None:
-        self._metrics.batch_faults.labels(kind).inc()

@@ -3,6 +3,7 @@
 Units follow Prometheus's conventions: seconds and bytes, counters end in `_total`.
 """
 
+from collections.abc import Callable, Mapping
 from itertools import product
 from typing import get_args
 
@@ -19,6 +20,7 @@ from prometheus_client import (
 )
 
 from schemas.events import Priority
+from worker.analysis import Analysis
 from worker.errors import dead_letter_codes
 
 OUTCOMES = ("tagged", "cached", "dead_letter")
@@ -148,6 +150,51 @@ class Metrics:
             "timbre_uncertain_tracks", "Tracks on which nothing was clear", registry=registry
         )
 
+    def observe_stages(self, seconds: Mapping[str, float]) -> None:
+        """Durations of the stages that a track went through, whatever its end."""
+        for stage, duration_s in seconds.items():
+            self.stage_seconds.labels(stage).observe(duration_s)
+
+    def count_tagged(
+        self, analysis: Analysis, priority: Priority, *, cached: bool, age_s: float
+    ) -> None:
+        """Count a track that was tagged, `age_s` after its event's time in Kafka."""
+        self.tracks.labels("cached" if cached else "tagged", priority).inc()
+        self.end_to_end_seconds.labels(priority).observe(max(0.0, age_s))
+        best: dict[str, str] = {}
+        for tag in analysis.tags:
+            best.setdefault(tag.head, tag.label)
+        for head, label in best.items():
+            self.labels.labels(head, label).inc()
+        if analysis.uncertain:
+            self.uncertain.inc()
+        if not cached:
+            windows = analysis.windows
+            self.audio_seconds.inc(analysis.audio.duration_s)
+            self.windows.labels("silent").inc(windows.silent)
+            self.windows.labels("voted").inc(windows.total - windows.silent)
+
     def render(self) -> bytes:
         """The exposition text of all metrics."""
         return generate_latest(self.registry)
+
+
+class BatchMetrics:
+    """Tells the metrics what the batcher does; every batch is progress."""
+
+    def __init__(self, metrics: Metrics, progressed: Callable[[], None]) -> None:
+        self._metrics = metrics
+        self._progressed = progressed
+
+    def on_batch(self, windows: int, fill: float, wait_s: float, compute_s: float) -> None:
+        self._metrics.batch_windows.observe(windows)
+        self._metrics.batch_fill.observe(fill)
+        self._metrics.batch_wait_seconds.observe(wait_s)
+        self._metrics.batch_compute_seconds.observe(compute_s)
+        self._progressed()
+
+    def on_queue(self, depth: int) -> None:
+        self._metrics.queue_windows.set(depth)
+
+    def on_fault(self, kind: str) -> None:
+        self._metrics.batch_faults.labels(kind).inc()
