@@ -25,7 +25,7 @@ CLOUDEVENTS_VERSION = "1.0"
 MAX_FAULTS_TOLD = 3
 MAX_QUOTED_CHARS = 80
 MAX_KEY_BYTES = 1024  # of an S3 object
-MAX_RECORDS = 100  # of one message, which is a dead letter for each of them that fails
+MAX_RECORDS = 100  # of one message, whose tracks are done one after another
 
 # What writes an object's bytes. MinIO calls changes of tags, retention and legal hold ObjectCreated
 # as well.

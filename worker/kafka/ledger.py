@@ -56,15 +56,14 @@ class Ledger:
         self._entries[offset] = _Entry(acknowledge)
         self._update_room()
 
-    def finish(self, offset: int) -> int:
-        """Mark an event as done and acknowledge what is done from the oldest on; returns how many.
+    def finish(self, offset: int) -> None:
+        """Mark an event as done and acknowledge what is done from the oldest on.
 
         After `close` nothing is acknowledged: the partition belongs to somebody else.
         """
         if self._closed:
-            return 0
+            return
         self._entries[offset].finished = True
-        acknowledged = 0
         while self._entries:
             oldest, entry = next(iter(self._entries.items()))
             if not entry.finished:
@@ -73,9 +72,7 @@ class Ledger:
             del self._entries[oldest]
             entry.acknowledge()
             self.next_offset = oldest + 1
-            acknowledged += 1
         self._update_room()
-        return acknowledged
 
     def close(self) -> None:
         """Forget what is open, unacknowledged, so that it is delivered again."""
