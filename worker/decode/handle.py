@@ -56,10 +56,12 @@ class Block:
 class DecoderProcess:
     """A decoder process, the socket to it, and the memory shared with it.
 
-    `ended` is set when it has died; `released` while the worker holds no block of it.
+    `ended` is set when it has died; `released` while the worker holds no block of it; a `spare`
+    lives only as long as tracks wait for it.
     """
 
     def __init__(self, setup: Setup) -> None:
+        self.spare = False
         self.inbox: asyncio.Queue[Message | None] = asyncio.Queue()
         self.ended = asyncio.Event()
         self.released = asyncio.Event()

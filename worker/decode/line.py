@@ -41,21 +41,22 @@ class Line:
         try:
             return await future
         except asyncio.CancelledError:
-            if future.cancelled():
-                self._waiting[priority].remove(future)
-            else:  # it was served in the same moment
-                self._idle.append(future.result())
+            if not future.cancelled():  # it was served in the same moment
                 self.leave(priority)
+                self.give(future.result())
             raise
 
     def leave(self, priority: Priority) -> None:
-        """The track is done with its decoder, which may or may not be given back."""
+        """The track is done with its decoder, which may or may not be given to others."""
         if priority == "backfill":
             self._backfill_held -= 1
         self._serve()
 
     def give(self, process: DecoderProcess) -> None:
-        """A decoder that is free."""
+        """A decoder that is free; a spare that nobody waits for ends."""
+        if process.spare and not self.waiting:
+            process.kill()
+            return
         self._idle.append(process)
         self._serve()
 
@@ -69,6 +70,9 @@ class Line:
                 self._uploads_in_a_row += 1
 
     def _next(self) -> Priority | None:
+        for futures in self._waiting.values():
+            while futures and futures[0].cancelled():
+                futures.popleft()
         backfill = self._waiting["backfill"] and self._backfill_held < self._most_backfill
         if backfill and (
             not self._waiting["upload"] or self._uploads_in_a_row >= BACKFILL_TURN - 1

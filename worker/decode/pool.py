@@ -97,7 +97,6 @@ class DecoderPool:
         )
         self._line = Line(most_backfill=max(1, self._processes - 1))
         self._living: set[DecoderProcess] = set()
-        self._spares: set[DecoderProcess] = set()
         self._keepers: set[asyncio.Task[None]] = set()
         # One thread starts and buries all processes, in order. It lives as long as the pool, which
         # matters: Linux counts a child's parent as gone when the thread that started it ends.
@@ -170,18 +169,11 @@ class DecoderPool:
                 async with deadline.scope():
                     await process.released.wait()
         finally:
+            self._line.leave(priority)
             if decoding.ended_in_order and process.released.is_set():
-                self._give(process)
+                self._line.give(process)
             else:
                 process.kill()
-            self._line.leave(priority)
-
-    def _give(self, process: DecoderProcess) -> None:
-        """Let the next track have the process; a spare that nobody waits for ends."""
-        if process in self._spares and not self._line.waiting:
-            process.kill()
-        else:
-            self._line.give(process)
 
     def _help_out(self) -> None:
         """Start a spare process where a track waits and long tracks hold all that there are.
@@ -204,12 +196,11 @@ class DecoderPool:
         except DecoderCrashed as error:
             log.warning("%s", error.message)
             return
-        self._spares.add(process)
-        self._give(process)
+        process.spare = True
+        self._line.give(process)
         try:
             await process.ended.wait()
         finally:
-            self._spares.discard(process)
             self._reap(process)
 
     async def _keep(self, process: DecoderProcess | None) -> None:

@@ -802,3 +802,44 @@ async def test_a_track_that_gives_up_its_place_in_the_line_takes_no_decoder_with
         await asyncio.sleep(0)
         given_up[1].cancel()  # it may have been served by now
         assert (await given_up[2]).facts.duration_s == 60.0
+
+
+async def test_a_track_given_up_in_the_moment_a_decoder_is_free_is_passed_over(song: Path) -> None:
+    async with pool_of() as pool:
+        async with pool.decode(song, timeout_s=60) as holding:
+            waiting = [asyncio.create_task(hear(pool, song)) for _ in range(2)]
+            await drain(holding)
+            waiting[0].cancel()
+        assert (await asyncio.wait_for(waiting[1], 10)).facts.duration_s == 60.0
+
+
+async def test_a_spare_decoder_goes_on_with_the_backfill_that_waits(
+    song: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "LONG_WINDOWS", 6)
+    async with pool_of(slots=2, slot_windows=3) as pool, pool.decode(song, timeout_s=60) as long:
+        waiting = [asyncio.create_task(hear(pool, song, priority="backfill")) for _ in range(2)]
+        await asyncio.sleep(0)
+        for _ in range(2):
+            await anext(long)
+        await asyncio.wait_for(asyncio.gather(*waiting), 10)
+
+
+async def test_a_spare_decoder_ends_where_the_track_it_was_given_is_given_up(
+    song: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hear_and_give_up_the_next(pool: DecoderPool) -> None:
+        async with pool.decode(song, timeout_s=60) as decoding:
+            await drain(decoding)
+            following = asyncio.create_task(hear(pool, song))
+            await asyncio.sleep(0)
+        following.cancel()  # it has been served, and doesn't know
+
+    monkeypatch.setattr(pool_module, "LONG_WINDOWS", 6)
+    async with pool_of(slots=2, slot_windows=3) as pool, pool.decode(song, timeout_s=60) as long:
+        others = asyncio.create_task(hear_and_give_up_the_next(pool))
+        await asyncio.sleep(0)
+        for _ in range(2):
+            await anext(long)
+        await asyncio.wait_for(others, 10)
+        await until(lambda: len(pool.pids) == 1)
