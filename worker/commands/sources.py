@@ -54,13 +54,20 @@ def audio(source: str, *, takes: str = "a file, a folder or a URL") -> Iterator[
     Raises
     ------
     SourceInvalid
-        Nothing is there, or no file, or a folder holds no audio.
+        Nothing is there, or no file, or what can't be read, or a folder holds no audio.
     """
     if not source:  # as a path it would be the current folder
         raise SourceInvalid(f"A source without a name: give {takes}.")
     if is_url(source):
         yield source, source
         return
+    try:
+        yield from _on_disk(source, takes)
+    except OSError as error:  # a name too long, a folder that may not be looked into
+        raise SourceInvalid(f"{error.filename} can't be read: {error.strerror}.") from error
+
+
+def _on_disk(source: str, takes: str) -> Iterator[tuple[str, str]]:
     path = Path(source)
     if FOREIGN_URL.match(source) and not path.exists():
         raise SourceInvalid(

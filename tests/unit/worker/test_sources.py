@@ -57,6 +57,11 @@ def test_a_source_is_a_regular_file(tmp_path: Path) -> None:
         list(tracks([str(tmp_path / "a.mp3")]))
 
 
+def test_a_name_that_no_file_can_have_is_an_error_of_that_source_alone() -> None:
+    with pytest.raises(SourceInvalid, match="can't be read: File name too long"):
+        list(audio("a" * 300 + ".mp3"))
+
+
 def test_an_address_that_cannot_be_read_is_told() -> None:
     with pytest.raises(SourceInvalid, match=r"^file://\[x: .*IPv6"):
         list(tracks(["file://[x"]))
