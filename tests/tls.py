@@ -15,8 +15,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from worker.services.kafka import Security
 from worker.services.redis import Redis
-from worker.services.service import HOST, Security
+from worker.services.service import HOST
 
 
 def issue_security(folder: Path, user: str, password: str) -> Security:

@@ -9,7 +9,7 @@ import psutil
 from tests.faults.scenarios import Outcome, conclude, require, scenario
 from tests.faults.stand import Lane, Stand, Worker, until
 from tests.tls import issue_security
-from worker.services.service import Security
+from worker.services.kafka import Security
 
 USER, PASSWORD, WRONG = "alice", "correct-horse-battery", "wrong-password"
 MECHANISMS = ("PLAIN", "SCRAM-SHA-512")

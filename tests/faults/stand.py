@@ -32,9 +32,9 @@ from tests.tls import GuardedRedis, tls_proxy
 from worker.cache import connect
 from worker.kafka.connection import client_options
 from worker.services.jars import kafka_jars
-from worker.services.kafka import Kafka
+from worker.services.kafka import Kafka, Security
 from worker.services.redis import Redis
-from worker.services.service import HOST, Security
+from worker.services.service import HOST
 from worker.services.topics import create_topics
 from worker.settings import KafkaSettings, RedisSettings, ServicesSettings
 

@@ -4,13 +4,13 @@ import base64
 import os
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from worker.errors import ServicesUnavailable
 from worker.services.service import (
     HOST,
     LOG_TAIL_LINES,
-    Security,
     Service,
     free_ports,
     package_file,
@@ -19,6 +19,19 @@ from worker.services.service import (
 from worker.settings import KafkaSettings
 
 CLUSTER_ID = base64.urlsafe_b64encode(b"Timbre by itself").decode().rstrip("=")
+
+
+@dataclass(frozen=True, slots=True)
+class Security:
+    """What makes Kafka speak TLS only, to clients that know a password by SCRAM-SHA-512 or PLAIN.
+
+    `certificate_file` holds an unencrypted PKCS #8 key followed by its certificate chain, as PEM.
+    """
+
+    username: str
+    password: str
+    certificate_file: Path
+    ca_file: Path
 
 
 class Kafka(Service):

@@ -15,7 +15,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -29,20 +28,6 @@ STOP_TIMEOUT_S = 15.0
 POLL_S = 0.02
 PORT_ATTEMPTS = 3
 LOG_TAIL_LINES = 15
-
-
-@dataclass(frozen=True, slots=True)
-class Security:
-    """What makes a service speak TLS only, to clients that know a password.
-
-    `certificate_file` holds an unencrypted PKCS #8 key followed by its certificate chain, as PEM.
-    Redis knows no user names; Kafka takes the user by SCRAM-SHA-512 and by PLAIN.
-    """
-
-    username: str
-    password: str
-    certificate_file: Path
-    ca_file: Path
 
 
 class Service(ABC):

@@ -1,7 +1,6 @@
 import asyncio
 import json
 import os
-import ssl
 import subprocess
 import sys
 import time
@@ -19,10 +18,9 @@ from worker.errors import ServicesUnavailable
 from worker.kafka.connection import client_options, producer
 from worker.services import service
 from worker.services.jars import kafka_jars
-from worker.services.kafka import Kafka
+from worker.services.kafka import Kafka, Security
 from worker.services.local import Addresses, local_services
 from worker.services.redis import Redis
-from worker.services.service import Security
 from worker.services.topics import create_topics
 from worker.settings import KafkaSettings, Settings, load
 
@@ -174,28 +172,6 @@ async def test_a_secured_kafka_serves_by_tls_and_password_and_no_other_way(
             )
     finally:
         broker.remove()
-
-
-def test_a_secured_redis_serves_by_tls_and_password_and_no_other_way(
-    tmp_path: Path, security: Security, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    activated = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    monkeypatch.setenv("PATH", activated)
-    try:
-        server = Redis(tmp_path / "redis", security=security).start()
-    except ServicesUnavailable as absent:
-        pytest.skip(str(absent))
-    try:
-        trust = {"ssl_ca_certs": str(security.ca_file), "ssl_cert_reqs": ssl.CERT_REQUIRED}
-        with redis.Redis.from_url(server.address, password="correct-horse", **trust) as client:
-            assert client.ping()
-        with (
-            redis.Redis.from_url(server.address, **trust) as stranger,
-            pytest.raises(redis.AuthenticationError),
-        ):
-            stranger.ping()
-    finally:
-        server.remove()
 
 
 def test_a_service_that_does_not_start_shows_the_end_of_its_log(tmp_path: Path) -> None:
