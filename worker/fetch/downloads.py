@@ -215,15 +215,17 @@ def _parsed(uri: str, base: URL | None = None) -> URL:
         encoded = URL(uri)
         if base is not None:
             written, encoded = _joined(base, written), _joined(base, encoded)
-        return URL.build(
+        url = URL.build(
             scheme=encoded.scheme,
             authority=encoded.raw_authority,
             path=_escaped(written.raw_path),
             query_string=_escaped(written.raw_query_string),
             encoded=True,
         )
+        url.port  # noqa: B018  # yarl reads it only now
     except (ValueError, IndexError) as error:  # yarl trips over hosts such as "[::1]x@"
         raise UriUnsupported(f"{shown(uri)} is not a URL; write https://host/path.") from error
+    return url
 
 
 def _escaped(written: str) -> str:

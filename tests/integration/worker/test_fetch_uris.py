@@ -75,6 +75,7 @@ async def fetcher(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fet
 
 @settings(max_examples=1000, deadline=None)
 @given(URIS)
+@example("http://[\u00e4::1]/a.mp3")
 @example("file:///" + "a/" * 4000)
 @example("file:///" + "x" * 8000)
 @example("s3://bucket/" + "x" * 8000)
