@@ -25,7 +25,7 @@ from worker.errors import DecoderCrashed
 from worker.windows import Windows
 
 START_TIMEOUT_S = 30.0
-FACTS = {field.name for field in fields(DecodedFacts)}
+FACTS = {field.name: field.type for field in fields(DecodedFacts)}
 
 
 class Block:
@@ -194,7 +194,8 @@ class DecoderProcess:
                 fits = 0 < windows == len(silent) <= self._setup.slot_windows
                 return works and is_free and fits
             case {"facts": dict(facts)}:
-                return works and facts.keys() == FACTS
+                kinds = {name: type(fact) for name, fact in facts.items()}
+                return works and self.windows > 0 and kinds == FACTS
             case {"error": {"code": str(), "message": str(), "traceback": str()}}:
                 return works
             case {"ready": True}:

@@ -697,6 +697,13 @@ def taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     return make
 
 
+BLOCK = {"slot": 0, "windows": 1, "silent": "0"}
+FACTS = {
+    "container": "wav", "codec": "pcm", "sample_rate_hz": 1, "channels": 1, "duration_s": 1.0,
+    "damaged_packets": 0,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "script",
     [
@@ -709,6 +716,8 @@ def taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
         "say({'slot': 0, 'windows': 4, 'silent': '0' * 60000})",
         "say({'slot': 0, 'windows': 4})",
         "say({'facts': {'codec': 'flac'}})",
+        f"say({{'facts': {FACTS}}})",  # and no window
+        f"say({BLOCK}); say({{'facts': {FACTS | {'duration_s': '1'}}}})",
         "say({'error': {'code': 'audio_empty'}})",
         "say({'error': 'x'})",
         "say({'ready': True})",
@@ -732,11 +741,8 @@ async def test_a_decoder_that_says_what_none_of_ours_does_is_ended(
 async def test_a_decoder_that_speaks_without_a_track_is_ended(
     taken_over: Callable[[str], DecoderPool], song: Path
 ) -> None:
-    facts = {
-        "container": "wav", "codec": "pcm", "sample_rate_hz": 1, "channels": 1, "duration_s": 1.0,
-        "damaged_packets": 0,
-    }  # fmt: skip
-    async with asyncio.timeout(20), taken_over(f"while True: say({{'facts': {facts}}})") as pool:
+    script = f"say({BLOCK})\nwhile True: say({{'facts': {FACTS}}})"
+    async with asyncio.timeout(20), taken_over(script) as pool:
         before = pool.pids
         async with pool.decode(song, timeout_s=60) as decoding:
             await drain(decoding)
