@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,6 @@ from worker.vote import vote
 
 Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
-T = TypeVar("T")
 
 BLOCKS_AHEAD = 2  # one in the batcher, one being queued; the decoder fills the next meanwhile
 TAGGRAM_DECIMALS = 4

@@ -13,7 +13,7 @@ from typing import Protocol, Self
 from model.bundle import Bundle
 from schemas.events import Priority
 from worker.batch.device import Buffer, Engine, WindowOutputs
-from worker.batch.fair_queue import FairQueue, Piece, Request, Samples, Ticket
+from worker.batch.fair_queue import FairQueue, Piece, Request, Ticket
 from worker.errors import (
     DeadlineExceeded,
     DeviceHung,
@@ -24,6 +24,7 @@ from worker.errors import (
     WorkerStopping,
 )
 from worker.settings import BatchSettings
+from worker.windows import Windows
 
 __all__ = ["BatchObserver", "Batcher", "Ticket", "WindowOutputs"]
 
@@ -155,7 +156,7 @@ class Batcher:
         await asyncio.gather(self._filler, *self._batches, return_exceptions=True)
 
     async def predict(
-        self, windows: Samples, *, priority: Priority = "upload", ticket: Ticket
+        self, windows: Windows, *, priority: Priority = "upload", ticket: Ticket
     ) -> WindowOutputs:
         """Outputs of a track's windows; waits for its turn, and longer when the queue is full.
 

@@ -14,13 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from schemas.events import Priority
 from worker.errors import TimbreError, TrackCancelled
-
-Samples = NDArray[np.float32]
+from worker.windows import Windows
 
 
 class Ticket:
@@ -49,7 +45,7 @@ class Request:
     `windows` is (n, window_samples), read in place.
     """
 
-    windows: Samples
+    windows: Windows
     ticket: Ticket
     priority: Priority
     answer: asyncio.Future[Any]
@@ -86,7 +82,7 @@ class Piece:
         return self.stop - self.start
 
     @property
-    def windows(self) -> Samples:
+    def windows(self) -> Windows:
         return self.request.windows[self.start : self.stop]
 
 
