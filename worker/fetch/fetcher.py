@@ -114,18 +114,16 @@ class Fetcher:
         uri: str,
         *,
         expected_sha256: str | None = None,
-        timeout_s: float | None = None,
         sleep: Sleep = asyncio.sleep,
     ) -> AsyncIterator[SpooledAudio]:
         """Fetch into the spool; the file is there until the context is left, however it is left.
+
+        All of it has `fetch.timeout_s`, waits for room and between attempts included.
 
         Parameters
         ----------
         expected_sha256
             Hash in hex that the audio must have.
-        timeout_s
-            Seconds for everything, waits for room and between attempts included; never more than
-            the settings allow.
         sleep
             Waits so many seconds, before another attempt.
 
@@ -140,20 +138,19 @@ class Fetcher:
             raise UriUnsupported(
                 f"{shown(uri)} is not fetched; use an address of https, http, s3, gs, az or file."
             )
-        limit_s = min(timeout_s or self._settings.timeout_s, self._settings.timeout_s)
         retrying = AsyncRetrying(
             sleep=sleep,
             retry=_tried_again,
             stop=stop_any(
                 stop_after_attempt(self._settings.attempts),
-                stop_before_delay(limit_s),
+                stop_before_delay(self._settings.timeout_s),
                 _WaitedEnough(self._settings.max_wait_s),
             ),
             wait=self._wait_s,
             before_sleep=self._tell_retry,
             reraise=True,
         )
-        deadline_s = asyncio.get_running_loop().time() + limit_s
+        deadline_s = asyncio.get_running_loop().time() + self._settings.timeout_s
         try:
             fetched: _Fetched = await retrying(
                 self._attempt, copy, uri, expected_sha256, deadline_s

@@ -571,11 +571,12 @@ class TestLimits:
         assert max(sizes) <= 256 * 1024
 
     async def test_dripping_headers_end_at_the_deadline(
-        self, server: Server, fetcher: Fetcher
+        self, server: Server, configured: Callable[..., FetchSettings]
     ) -> None:
         drip = [piece for _ in range(500) for piece in (b"x: y\r\n", 0.05)]
         url = server.answer("/a", raw(b"HTTP/1.1 200 OK\r\n", *drip))
-        assert isinstance(await failure(fetcher, url, timeout_s=1.0), FetchTimeout)
+        async with Fetcher(configured(timeout_s=1.0)) as fetcher:
+            assert isinstance(await failure(fetcher, url), FetchTimeout)
 
     async def test_dripping_headers_have_a_deadline_of_their_own(
         self, server: Server, configured: Callable[..., FetchSettings]
@@ -596,7 +597,7 @@ class TestLimits:
     async def test_nothing_stays_behind(
         self, server: Server, configured: Callable[..., FetchSettings]
     ) -> None:
-        settings = configured()
+        settings = configured(timeout_s=1.0)
         half = raw(head(content_length=len(AUDIO)), AUDIO[: len(AUDIO) // 2], 60.0)
         slow, good = server.answer("/slow", half), server.answer("/good", whole())
         async with Fetcher(settings) as fetcher:
@@ -608,7 +609,7 @@ class TestLimits:
             with pytest.raises(ZeroDivisionError):
                 async with fetcher.fetch(good):
                     raise ZeroDivisionError
-            await failure(fetcher, slow, timeout_s=0.2)
+            await failure(fetcher, slow)
             assert spooled_files(settings) == []
         assert list(settings.spool_dir.iterdir()) == []
 
@@ -657,8 +658,8 @@ class TestSlowSenders:
     ) -> None:
         url = server.answer("/a", dripping(500))
         started = time.monotonic()
-        async with Fetcher(configured(min_bytes_per_s=0)) as fetcher:
-            assert isinstance(await failure(fetcher, url, timeout_s=1.0), FetchTimeout)
+        async with Fetcher(configured(min_bytes_per_s=0, timeout_s=1.0)) as fetcher:
+            assert isinstance(await failure(fetcher, url), FetchTimeout)
         assert 1.0 <= time.monotonic() - started < 1.5
 
     async def test_a_slow_start_is_not_a_slow_sender(
@@ -716,10 +717,11 @@ class TestASmallSpool:
         self, server: Server, configured: Callable[..., FetchSettings]
     ) -> None:
         url = server.answer("/a", whole())
-        async with Fetcher(configured(spool_max_bytes=len(AUDIO) * 3 // 2)) as fetcher:
+        settings = configured(spool_max_bytes=len(AUDIO) * 3 // 2, timeout_s=3 * STALL_S)
+        async with Fetcher(settings) as fetcher:
             async with fetcher.fetch(url):
                 started = time.monotonic()
-                error = await failure(fetcher, url, timeout_s=3 * STALL_S)
+                error = await failure(fetcher, url)
                 assert isinstance(error, SpoolFull)
                 assert error.retryable
                 assert 3 * STALL_S <= time.monotonic() - started < 3 * STALL_S + 0.5
