@@ -117,7 +117,7 @@ class Worker:
             }
         )
         self.consumer = Consumer(settings, self.handle, self.metrics)
-        self._tagger = Tagger(
+        self.tagger = Tagger(
             settings,
             bundle,
             batch_observer=BatchMetrics(self.metrics, self.consumer.progressed),
@@ -125,14 +125,14 @@ class Worker:
             on_bytes=self.metrics.fetched_bytes.inc,
             on_decoder_restart=self.metrics.decoder_restarts.inc,
         )
-        self._cache = Cache(settings.redis, self._tagger.analysis_key, bundle, self.metrics)
+        self._cache = Cache(settings.redis, self.tagger.analysis_key, bundle, self.metrics)
         self._publisher = Publisher(settings.kafka)
         self._probe = LagProbe(settings, self.consumer, self.metrics)
         self._health = Health(
             settings.worker,
             self._probe,
             self.consumer,
-            self._tagger.batcher,
+            self.tagger.batcher,
         )
         self.http = HttpServer(settings.http, self.metrics, self._health)
         self._stack = AsyncExitStack()
@@ -142,7 +142,7 @@ class Worker:
         self._starting = asyncio.current_task()
         async with AsyncExitStack() as stack:
             stack.enter_context(bounded_unpacking(self._settings.kafka.max_message_bytes))
-            for part in (self.http, self._publisher, self._cache, self._tagger, self._probe):
+            for part in (self.http, self._publisher, self._cache, self.tagger, self._probe):
                 await stack.enter_async_context(part)
             self._stack = stack.pop_all()
         self._starting = None
@@ -153,7 +153,7 @@ class Worker:
 
     async def run(self) -> None:
         """Work on events until `stop`."""
-        kafka, model = self._settings.kafka, self._tagger.model
+        kafka, model = self._settings.kafka, self.tagger.model
         log.info(
             "Tagging %s with %s@%s; metrics and health on port %d",
             kafka.topic_new, model.name, model.version, self.http.port,
@@ -214,7 +214,7 @@ class Worker:
                 cached=cached,
                 attempt=_attempts(retrying),
             )
-            tags, features = publish.results(track, analysis, self._tagger.model, processing)
+            tags, features = publish.results(track, analysis, self.tagger.model, processing)
             if not cached:
                 await self._cache.remember(tags.event_id, analysis)
             await place.turn()
@@ -228,6 +228,8 @@ class Worker:
                 attempts += error.attempts - 1
             self.metrics.observe_stages(timings.seconds)
             return Failure(_typed(error), attempts, track)
+        finally:
+            message.add("wait", timings.seconds.get("wait", 0.0))
         async with timings.measure("store"):
             await self._cache.store(tags, analysis)
         timings.seconds["total"] = time.perf_counter() - started_s
@@ -240,10 +242,11 @@ class Worker:
         """Refuse a track once its message has used up its time.
 
         Otherwise a message of many slow tracks would hold its partition for one deadline each. The
-        time that Kafka takes to accept results does not count.
+        time that others hold the decoders, and that Kafka takes to accept results, does not count.
         """
         deadline_s = self._settings.worker.track_deadline_s
-        if message.seconds.get("analysis", 0.0) >= deadline_s:
+        took_s = message.seconds.get("analysis", 0.0) - message.seconds.get("wait", 0.0)
+        if took_s >= deadline_s:
             raise DeadlineExceeded(
                 f"The other tracks of its message took all of the {deadline_s:g} s that one has. "
                 "Send fewer Records in a message, raise TIMBRE_WORKER__TRACK_DEADLINE_S where the "
@@ -260,7 +263,7 @@ class Worker:
         place: Place,
     ) -> tuple[Analysis, bool]:
         """The analysis and whether it came from the cache; retried where that can help."""
-        known = await self._cache.by_event(publish.event_id(track, self._tagger.model))
+        known = await self._cache.by_event(publish.event_id(track, self.tagger.model))
         if known is None and track.audio.sha256 is not None:
             known = await self._cache.by_audio(track.audio.sha256)
         if known is not None:
@@ -277,7 +280,7 @@ class Worker:
             return analysis
 
         async def attempt() -> Analysis:
-            return await self._tagger.tag(
+            return await self.tagger.tag(
                 track.audio.uri,
                 priority=priority,
                 expected_sha256=track.audio.sha256,
@@ -319,7 +322,7 @@ class Worker:
 
     async def _dead_letter(self, record: Record, failures: Sequence[Failure]) -> None:
         await self._until_delivered(
-            lambda: self._publisher.dead_letter(record, failures, self._tagger.model)
+            lambda: self._publisher.dead_letter(record, failures, self.tagger.model)
         )
         for failure in failures:
             self.metrics.dead_letters.labels(failure.error.code).inc()

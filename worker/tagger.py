@@ -45,8 +45,10 @@ class Timings:
         try:
             yield
         finally:
-            elapsed_s = time.perf_counter() - started_s
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed_s
+            self.add(stage, time.perf_counter() - started_s)
+
+    def add(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
 Lookup = Callable[[str], Awaitable[Analysis | None]]

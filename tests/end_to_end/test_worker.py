@@ -20,6 +20,7 @@ from aiohttp import web
 from moto.server import ThreadedMotoServer
 from redis.asyncio import Redis
 
+from model.bundle import Bundle
 from schemas.events import TrackFeatures, TrackTags
 from tests.audio import ENCODINGS, encode, tone
 from tests.conftest import MakeTopics
@@ -34,9 +35,10 @@ from tests.worker_process import (
     send,
     start_worker,
 )
+from worker.app import Worker
 from worker.dead_letters import list_dead_letters, retry
 from worker.services.topics import create_topics
-from worker.settings import KafkaSettings, Settings
+from worker.settings import KafkaSettings, Settings, load
 
 SUFFIXES = ("mp3", "flac", "ogg", "m4a", "opus")
 LONG_AGO = "Mon, 01 Jan 2024 00:00:00 GMT"
@@ -322,6 +324,41 @@ async def test_what_kafka_takes_to_accept_a_result_is_no_time_of_the_tracks_behi
         results = await receive_json(own, own.topic_tags, 2)
         assert worker.metric("timbre_tracks_total", outcome="dead_letter") == 0
     assert results.keys() == {"music/a.ogg", "music/b.opus"}
+
+
+async def test_waiting_while_others_hold_the_decoders_is_no_time_of_the_tracks_behind_it(
+    topics: MakeTopics,
+    redis_url: str,
+    redis_prefix: str,
+    tracks: dict[str, Path],
+    s3: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = await topics(partitions=1)
+    upload(s3, {"c.ogg": tracks["ogg"], "d.opus": tracks["opus"]})
+    given = environment(
+        own,
+        redis_url,
+        redis_prefix,
+        TIMBRE_DECODE__PROCESSES="1",
+        TIMBRE_WORKER__TRACK_DEADLINE_S="3",
+        **credentials(s3),
+    )
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    async with Worker(load(), Bundle.load()) as worker:
+        working = asyncio.create_task(worker.run())
+        async with worker.tagger.decoders.decode(tracks["mp3"], timeout_s=60) as holding:
+            await anext(holding)
+            await send(own, bucket_notification("music", "c.ogg", "d.opus"))
+            async with asyncio.timeout(60):
+                while not worker.consumer.in_flight:
+                    await asyncio.sleep(0.1)
+            await asyncio.sleep(4)
+        results = await receive_json(own, own.topic_tags, 2)
+        worker.consumer.stop()
+        await working
+    assert results.keys() == {"music/c.ogg", "music/d.opus"}
 
 
 async def test_a_server_that_stalls_holds_a_place_only_twice_and_one_that_fails_is_asked_on(
