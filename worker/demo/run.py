@@ -260,14 +260,17 @@ async def _next(
     """
     waiting = asyncio.ensure_future(anext(arriving))
     deadline_s = time.monotonic() + PATIENCE_S
-    while not waiting.done():
-        await asyncio.wait({waiting}, timeout=1)
-        late = time.monotonic() > deadline_s
-        if not waiting.done() and (late or not worker.running):
+    try:
+        while not waiting.done():
+            await asyncio.wait({waiting}, timeout=1)
+            late = time.monotonic() > deadline_s
+            if not waiting.done() and (late or not worker.running):
+                fault = f"No result came for {PATIENCE_S:.0f} s" if late else "The worker ended"
+                raise DemoFailed(f"{fault}. The end of its log:\n{worker.log_tail()}")
+    finally:  # also where an interrupt ends the wait
+        if not waiting.done():
             waiting.cancel()
             await asyncio.wait({waiting})
-            fault = f"No result came for {PATIENCE_S:.0f} s" if late else "The worker ended"
-            raise DemoFailed(f"{fault}. The end of its log:\n{worker.log_tail()}")
     return waiting.result()
 
 
