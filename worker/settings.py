@@ -75,7 +75,8 @@ class FetchSettings(Section):
     )
     spool_dir: Path = Field(
         default_factory=lambda: Path(tempfile.gettempdir()) / f"timbre-spool-{os.geteuid()}",
-        description="Folder that holds audio between fetch and decode; this user's own, no link",
+        description="Folder that holds audio between fetch and decode; this user's own, no link. "
+        "Default: timbre-spool-UID in the system's temporary folder",
     )
     spool_max_bytes: int = Field(
         8192 * MIB,
@@ -149,7 +150,8 @@ class DecodeSettings(Section):
         default_factory=lambda: max(2, len(os.sched_getaffinity(0))),
         ge=1,
         le=256,
-        description="Decoder processes, one track each at a time; two, so that none waits for long",
+        description="Decoder processes, one track each at a time. Default: one a core, and two at "
+        "least, so that none waits for long",
     )
     timeout_s: float = Field(
         180.0, gt=0, description="Seconds of work for one track before its decoder is ended"
@@ -296,11 +298,13 @@ class ServicesSettings(Section):
 
     cache_dir: Path = Field(
         default_factory=lambda: _user_dir("XDG_CACHE_HOME", ".cache"),
-        description="Kafka's jars and the demo's music, fetched or rendered once",
+        description="Kafka's jars and the demo's music, fetched or rendered once. Default: "
+        "~/.cache/timbre, or timbre in XDG_CACHE_HOME",
     )
     state_dir: Path = Field(
         default_factory=lambda: _user_dir("XDG_STATE_HOME", ".local/state"),
-        description="What `timbre services up` started, for `down` to find",
+        description="What `timbre services up` started, for `down` to find. Default: "
+        "~/.local/state/timbre, or timbre in XDG_STATE_HOME",
     )
 
 
