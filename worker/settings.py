@@ -6,6 +6,7 @@ is how passwords should arrive: `redis__password` holds TIMBRE_REDIS__PASSWORD. 
 wins.
 """
 
+import difflib
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     NestedSecretsSettingsSource,
@@ -408,8 +410,7 @@ def load(**sections: object) -> Settings:
         return Settings(**sections)  # type: ignore[arg-type]  # pydantic checks what comes in
     except ValidationError as error:
         faults = "; ".join(
-            f"TIMBRE_{'__'.join(str(part) for part in fault['loc']).upper()}: "
-            + fault["msg"].removeprefix("Value error, ")
+            f"TIMBRE_{'__'.join(str(part) for part in fault['loc']).upper()}: {_told(fault)}"
             for fault in error.errors(include_input=False, include_url=False)
         )
         raise SettingsInvalid(f"Settings can't be used. {faults}.") from None
@@ -429,12 +430,27 @@ def _refuse_unknown_sections() -> None:
             )
 
 
+def _told(fault: ErrorDetails) -> str:
+    """What is wrong, for somebody who knows variables and not pydantic."""
+    if fault["type"] != "extra_forbidden":
+        return fault["msg"].removeprefix("Value error, ")
+    section, *_, name = fault["loc"]
+    annotation = Settings.model_fields[str(section)].annotation
+    assert isinstance(annotation, type)
+    assert issubclass(annotation, BaseModel)
+    near = difflib.get_close_matches(str(name), annotation.model_fields, n=1)
+    variable = f"TIMBRE_{section}__{near[0]}".upper() if near else ""
+    return "there is no such setting" + (f"; perhaps {variable} is meant" if near else "")
+
+
 def _refuse_unread_secrets() -> None:
     """What is no file of the folder itself, as where a link leads out of it, pydantic passes over:
     the worker would do without a password that its operator gave.
     """
-    if not (named := os.environ.get("TIMBRE_SECRETS_DIR")) or not (folder := Path(named)).is_dir():
+    if not (named := os.environ.get("TIMBRE_SECRETS_DIR")):
         return
+    if not (folder := Path(named)).is_dir():
+        raise SettingsInvalid(f"TIMBRE_SECRETS_DIR: {named} is not a folder.")
     for path in sorted(folder.iterdir()):
         section, found, _ = path.name.partition("__")
         if not found or section.lower() not in Settings.model_fields:
