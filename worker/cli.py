@@ -1,6 +1,7 @@
 """The command `timbre`. Thin and quick to load: a command's own module is imported when it runs."""
 
 import errno
+import importlib.metadata
 import io
 import logging
 import os
@@ -23,7 +24,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Timbre tags tracks: new-track events in, genre tags out.",
 )
 services_app = typer.Typer(no_args_is_help=True, help="A local Kafka and Redis, without Docker.")
 dead_letters_app = typer.Typer(no_args_is_help=True, help="Events that could not be tagged.")
@@ -67,6 +67,27 @@ def main() -> None:
         return
     sys.stderr.write(f"timbre: {printable(fault, lines=True)}\n")
     sys.exit(1)
+
+
+def _version(*, wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"timbre {importlib.metadata.version('timbre')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=lambda wanted: _version(wanted=wanted),
+            is_eager=True,
+            help="Show the version and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Timbre tags tracks: new-track events in, genre tags out."""
 
 
 @app.command()

@@ -1,3 +1,4 @@
+import importlib.metadata
 import subprocess
 import sys
 from dataclasses import replace
@@ -32,6 +33,13 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
     )
     for command in ("worker", "submit", "watch", "show", "tag", "dead-letters", "services", "demo"):
         assert command in done.stdout
+
+
+def test_the_version_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"timbre {importlib.metadata.version('timbre')}\n"
 
 
 def test_an_error_is_one_sentence_on_standard_error(
