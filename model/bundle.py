@@ -34,6 +34,7 @@ SHIPPED = Path(__file__).parent / "bundles"
 WEIGHTS, MANIFEST, CARD = "model.safetensors", "model.json", "README.md"
 MAX_WEIGHTS_BYTES = 512 * 2**20
 MAX_MANIFEST_BYTES = 2 * 2**20
+SHORTEST_WINDOW_S, LONGEST_WINDOW_S = 0.1, 60.0
 MAX_VALUES = 2**24  # of one tensor, for one window: 64 MiB; published networks have a seventh
 
 
@@ -55,7 +56,7 @@ class Manifest(BaseModel):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     version: str = Field("", pattern=r"^([0-9a-f]{16})?$")
     sample_rate_hz: int = Field(ge=4_000, le=48_000)
-    window_s: float = Field(ge=0.1, le=60)
+    window_s: float = Field(ge=SHORTEST_WINDOW_S, le=LONGEST_WINDOW_S)
     embedding_dim: int = Field(ge=1, le=256)
     heads: list[Head] = Field(min_length=1, max_length=16)
     uncertain_threshold: float = Field(ge=0, le=1)
@@ -313,7 +314,8 @@ def _check_cost(folder: Path, network: nn.Module) -> None:
 
 
 def _probe(folder: Path, manifest: Manifest, network: nn.Module) -> None:
-    """One silent window through the network: sizes must be those that the manifest states."""
+    """One silent window through the network: what it says must be numbers, and as many as the
+    manifest states."""
     samples = round(manifest.window_s * manifest.sample_rate_hz)
     try:
         with torch.inference_mode():
@@ -322,6 +324,10 @@ def _probe(folder: Path, manifest: Manifest, network: nn.Module) -> None:
         raise BundleInvalid(f"{folder}: the network can't take its own window: {error}") from error
     if tuple(output.embedding.shape) != (1, manifest.embedding_dim):
         raise BundleInvalid(f"{folder}: embedding_dim is not the network's")
+    if not all(
+        bool(said.isfinite().all()) for said in (output.embedding, *output.probabilities.values())
+    ):
+        raise BundleInvalid(f"{folder}: what the network says of silence is not finite")
 
 
 def _version(manifest: Manifest, tensors: dict[str, Tensor]) -> str:

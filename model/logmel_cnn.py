@@ -36,6 +36,7 @@ ARCHIVE_FRONT_END = LogMelConfig(
 MAX_EMBEDDING_DIM = 256  # of a bundle
 BATCH = 64  # windows at a time, where nothing is learnt
 Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
 
 # Of filter members: how many, frames long, and of all bands high.
 TALL_FILTERS = ((40, 7, 0.2), (40, 7, 0.4), (24, 3, 0.4), (24, 1, 0.7))
@@ -78,8 +79,8 @@ class LogMelCnnConfig(BaseModel):
 
     front_end: LogMelConfig = ARCHIVE_FRONT_END
     members: tuple[MemberConfig, ...] = Field(DEFAULT_MEMBERS, min_length=1, max_length=16)
-    channels: tuple[int, ...] = Field((24, 48, 96, 192), min_length=1, max_length=6)
-    stem_stride: tuple[int, int] = (2, 4)
+    channels: tuple[Count, ...] = Field((24, 48, 96, 192), min_length=1, max_length=6)
+    stem_stride: tuple[Count, Count] = (2, 4)
     dropout: float = Field(0.3, ge=0, lt=1)
     narrowed_dim: int | None = Field(None, ge=1, le=MAX_EMBEDDING_DIM)
 

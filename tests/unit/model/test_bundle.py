@@ -187,7 +187,8 @@ def test_few_weights_that_ask_for_much_memory_are_refused(tmp_path: Path) -> Non
             lambda told: told.update({"heads.genre.bias": torch.zeros(10, dtype=torch.float64)}),
             "torch.float64",
         ),
-        (lambda told: told["heads.genre.bias"].fill_(torch.nan), "not finite"),
+        (lambda told: told["heads.genre.bias"].fill_(torch.nan), "values that are not finite"),
+        (lambda told: told["heads.genre.weight"].fill_(3e38), "says of silence is not finite"),
     ],
 )
 def test_weights_that_are_not_the_networks_are_refused(
