@@ -25,7 +25,7 @@ class Augmentation(BaseModel):
     parts of the window, `mixup` is the share of batches that are mixed.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     pitch: float = Field(0.15, ge=0, lt=1)
     tempo: float = Field(0.2, ge=0, lt=1)

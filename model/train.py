@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from model import learnt
 from model.augment import Augmentation, Augmenter
-from model.bundle import Bundle, make_bundle_folder
+from model.bundle import LONGEST_WINDOW_S, SHORTEST_WINDOW_S, Bundle, make_bundle_folder
 from model.calibration import Calibration, fit_temperature, threshold_for_coverage
 from model.datasets.dataset import Dataset, left_out
 from model.datasets.logmels import LogMelSource, open_source
@@ -52,11 +52,11 @@ class Recipe(BaseModel):
     which is what is kept.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     passes: float = Field(250, gt=0)
     batch: int = Field(64, ge=2)
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: float = Field(2e-3, gt=0, le=1)
     weight_decay: float = Field(0.5, ge=0)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     warm_up: float = Field(0.05, ge=0, lt=1)
@@ -73,19 +73,26 @@ def load_recipe(path: Path | None, passes: float | None, *, fine_tuning: bool) -
     """The default recipe with what the JSON file at `path` and `passes` say otherwise."""
     base = (FINE_TUNING if fine_tuning else Recipe()).model_dump()
     try:
-        other = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        other = json.loads(path.read_text(encoding="utf-8-sig")) if path else {}
         if not isinstance(other, dict):
             raise SettingsInvalid(f"the recipe {path} must be a JSON object: names and values")
         if passes is not None:
             other["passes"] = passes
-        for name, value in other.items():
-            nested = isinstance(value, dict) and isinstance(base.get(name), dict)
-            base[name] = base[name] | value if nested else value
-        return Recipe.model_validate(base)
+        return Recipe.model_validate(_changed(base, other))
     except ValidationError as error:
         raise SettingsInvalid(f"the recipe can't be used: {first_fault(error)}") from error
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise SettingsInvalid(f"the recipe {path} can't be read as JSON: {error}") from error
+
+
+def _changed(base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """`base` with what `other` names, however deep, said otherwise."""
+    changed = base | other
+    for name, value in other.items():
+        before = base.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            changed[name] = _changed(before, value)
+    return changed
 
 
 @dataclass(frozen=True)
@@ -169,7 +176,7 @@ def train(
     """
     recipe = recipe or (Recipe() if start is None else FINE_TUNING)
     progress = progress or Progress()
-    work = work or out.with_name(out.name + ".work")
+    work = work or Path(f"{out.absolute()}.work")
     where = choose_device(device)
     make_bundle_folder(out)
     make_folder(work)
@@ -298,6 +305,11 @@ class Trainer:
                 self.progress.say(f"{part} {done / steps:4.0%}  loss {mean:.3f}  {told}")
                 losses.clear()
             if done % max(1, steps // CHECKPOINTS) == 0 or done == steps:
+                if not all(bool(kept.isfinite().all()) for kept in average.state_dict().values()):
+                    raise SettingsInvalid(
+                        f"{part}: weights have grown without bounds by step {done} of {steps}; "
+                        "lower the recipe's learning_rate"
+                    )
                 self.checkpoint.keep(part, done, state)
         return average.eval()
 
@@ -500,7 +512,12 @@ def _plan(dataset: Dataset, recipe: Recipe, start: Bundle | None) -> Plan:
         front_end = LogMelConfig.model_validate(start.config.get("front_end", {}))
         return Plan(start.kind, start.config, front_end, head, start.window_s, start)
     front_end = recipe.network.front_end
-    window_s = round((front_end.frames * front_end.hop / front_end.sample_rate_hz), 1)
+    window_s = round(front_end.frames * front_end.hop / front_end.sample_rate_hz, 1)
+    if not SHORTEST_WINDOW_S <= window_s <= LONGEST_WINDOW_S:
+        raise SettingsInvalid(
+            f"the recipe's front end hears {window_s} s at a time, and a bundle hears "
+            f"{SHORTEST_WINDOW_S} to {LONGEST_WINDOW_S} s"
+        )
     return Plan(
         "logmel_cnn", recipe.network.model_dump(mode="json"), front_end, head, window_s, None
     )

@@ -1,6 +1,7 @@
 """Training: one seed one result, resuming, fine-tuning, both kinds of task, honest refusals."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -301,17 +302,25 @@ def test_recipes_from_json_change_only_what_they_name(tmp_path: Path) -> None:
     recipe = load_recipe(path, 3.0, fine_tuning=False)
     assert (recipe.batch, recipe.passes, recipe.augmentation.pitch) == (16, 3.0, 0.0)
     assert recipe.augmentation.tempo == Recipe().augmentation.tempo
+    path.write_text('{"network": {"front_end": {"range_db": 60}}}', encoding="utf-8-sig")
+    front_end = load_recipe(path, None, fine_tuning=False).network.front_end
+    assert front_end == ARCHIVE_FRONT_END.model_copy(update={"range_db": 60.0})
     assert load_recipe(None, None, fine_tuning=True) == FINE_TUNING
     for content, told in (
         ('{"bacth": 16}', "^the recipe can't be used: bacth: Extra inputs"),
         ('{"augmentation": {"pitch": "high"}}', "augmentation.pitch: Input should be a valid"),
         ('{"network": {"members": [{"balance": 2.0}]}}', "network.members.0.balance: Input should"),
+        ('{"network": {"channels": [0]}}', "network.channels.0: Input should"),
+        ('{"network": {"stem_stride": [0, 4]}}', "network.stem_stride.0: Input should"),
+        ('{"augmentation": {"gain": Infinity}}', "augmentation.gain: Input should be a finite"),
         ("[1]", "must be a JSON object"),
         ("{", "can't be read as JSON"),
     ):
         path.write_text(content)
         with pytest.raises(SettingsInvalid, match=told):
             load_recipe(path, 3.0, fine_tuning=False)
+    with pytest.raises(SettingsInvalid, match="passes: Input should be a finite"):
+        load_recipe(None, math.inf, fine_tuning=False)
 
 
 def test_what_would_fail_in_the_end_fails_at_once(dataset: Dataset, tmp_path: Path) -> None:
@@ -328,8 +337,29 @@ def test_what_would_fail_in_the_end_fails_at_once(dataset: Dataset, tmp_path: Pa
             tmp_path / "b",
             recipe=SMALL,
         )
+    instant = LogMelCnnConfig(front_end=ARCHIVE_FRONT_END.model_copy(update={"frames": 1}))
+    with pytest.raises(SettingsInvalid, match=r"hears 0.0 s at a time"):
+        train(dataset, tmp_path / "b", recipe=SMALL.model_copy(update={"network": instant}))
     bundle = train(dataset, tmp_path / "my model!", recipe=BRIEF, fit="train")
     assert bundle.name == "my-model"
+
+
+def test_weights_that_grow_without_bounds_end_the_run(dataset: Dataset, tmp_path: Path) -> None:
+    steep = SMALL.model_copy(update={"learning_rate": 1e30})
+    with pytest.raises(
+        SettingsInvalid, match=r"rehearsal: weights .* lower the recipe's learning_"
+    ):
+        train(dataset, tmp_path / "b", recipe=steep)
+
+
+def test_a_bundle_may_be_made_where_one_stands(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert train(dataset, Path(), recipe=BRIEF, fit="train").name == "here"
+    assert (tmp_path / "here.work").is_dir()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
