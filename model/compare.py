@@ -152,11 +152,13 @@ def _check_enough(dataset: Dataset, quick: bool) -> None:
             f"{dataset.name} needs clips in train and in valid or test to compare on; it has some "
             f"in {', '.join(dataset.splits)} alone"
         )
-    learnt = Counter(clip.labels[0] for clip in dataset.clips if clip.split == "train")
-    if min(learnt[label] for label in dataset.labels) < 3 or learnt.total() < LEAST_CLIPS[quick]:
+    counts = Counter(clip.labels[0] for clip in dataset.clips if clip.split == "train")
+    learnt = {label: counts[label] for label in sorted({clip.labels[0] for clip in dataset.clips})}
+    least = LEAST_CLIPS[quick]
+    if len(learnt) < 2 or min(learnt.values()) < 3 or counts.total() < least:
         raise DatasetInvalid(
-            f"{dataset.name}: the grid search needs {LEAST_CLIPS[quick]} clips to learn from, "
-            f"3 of each label; of those that can be read it has {dict(learnt)}"
+            f"{dataset.name}: the grid search needs two labels and {least} clips to learn from, "
+            f"3 of each label; of those that can be read it has {learnt}"
         )
 
 

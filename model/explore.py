@@ -202,7 +202,9 @@ def _statistics(source: LogMelSource) -> tuple[NDArray[np.float64], NDArray[np.f
     for row in range(len(source.clips)):
         logmel = normalise(source.whole(row)[None])
         for found, plane in ((mel, logmel), (cepstra, mfccs(logmel))):
-            found.append(torch.cat([plane.mean(1), plane.std(1)], 1)[0].double().numpy())
+            found.append(
+                torch.cat([plane.mean(1), plane.std(1, correction=0)], 1)[0].double().numpy()
+            )
     return np.stack(mel), np.stack(cepstra)
 
 

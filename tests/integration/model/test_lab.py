@@ -66,6 +66,17 @@ def test_compare_counts_only_clips_that_can_be_read(tmp_path: Path) -> None:
         timbre_model("compare", "-d", root, "-o", tmp_path / "out", "--quick")
 
 
+def test_compare_asks_only_for_labels_that_clips_have_and_for_two_of_them(tmp_path: Path) -> None:
+    archive = music.archive(tmp_path / "a.npz", clips=24)
+    with np.load(archive) as stored:
+        held = dict(stored)
+    np.savez(archive, **(held | {"genres": np.array([*music.GENRES, "polka"])}))
+    timbre_model("compare", "-d", archive, "-o", tmp_path / "out", "--quick")
+    np.savez(archive, **(held | {"y": np.zeros(24, np.uint8)}))
+    with pytest.raises(DatasetInvalid, match="needs two labels"):
+        timbre_model("compare", "-d", archive, "-o", tmp_path / "out", "--quick")
+
+
 def test_compare_measures_on_fewer_clips_than_there_are_labels(tmp_path: Path) -> None:
     split = ["train"] * 23 + ["test"]
     archive = music.archive(tmp_path / "a.npz", clips=24)
@@ -93,6 +104,9 @@ def test_explore_draws_audio_and_archives(tmp_path: Path) -> None:
     timbre_model("explore", "-d", archive, "-o", tmp_path / "archive", "--quick")
     assert pictures(tmp_path / "archive") == drawn - {"waveforms"}
     assert "GTZAN" in (tmp_path / "archive" / "index.html").read_text()
+    with np.load(archive) as stored:
+        np.savez(archive, **(dict(stored) | {"X": stored["X"][:, :, :1]}))  # 41 ms a clip
+    timbre_model("explore", "-d", archive, "-o", tmp_path / "short")
 
 
 def test_train_evaluate_and_info_by_command(tmp_path: Path) -> None:
