@@ -108,10 +108,14 @@ def drawn_by_chance(count: int, most: int = MOST_POINTS, seed: int = 0) -> NDArr
 
 
 def tsne(vectors: NDArray[np.floating], seed: int = 0) -> NDArray[np.float64]:
-    """Two dimensions of `(n, dims)` by t-SNE (van der Maaten and Hinton, 2008)."""
+    """Two dimensions of `(n, dims)` by t-SNE (van der Maaten and Hinton, 2008).
+
+    Zeros where there is nothing to lay out: few vectors, one dimension, or all vectors the same,
+    over which scikit-learn's crashes.
+    """
     from sklearn.manifold import TSNE  # noqa: PLC0415  (slow to import, and only pictures need it)
 
-    if len(vectors) < 4:
+    if len(vectors) < 4 or vectors.shape[1] < 2 or np.ptp(vectors, 0).max() < 1e-12:
         return np.zeros((len(vectors), 2))
     perplexity = min(30.0, (len(vectors) - 1) / 3)
     projection = TSNE(perplexity=perplexity, random_state=seed, init="pca")

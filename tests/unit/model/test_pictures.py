@@ -2,7 +2,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.pictures import MOST_NAMED, Gallery, scatter_by_class
+from model.pictures import MOST_NAMED, Gallery, scatter_by_class, tsne
 
 
 def test_labels_are_drawn_and_told_as_they_are(tmp_path: Path) -> None:
@@ -21,3 +21,9 @@ def test_of_many_classes_the_commonest_are_named() -> None:
     assert legend is not None
     told = [text.get_text() for text in legend.get_texts()]
     assert told == ["other", *labels[100 : 100 + MOST_NAMED]]
+
+
+def test_vectors_without_a_plane_to_lay_out_stay_at_one_place() -> None:
+    assert not tsne(np.full((24, 16), 0.1, np.float32)).any()
+    assert not tsne(np.linspace(0, 1, 24)[:, None]).any()
+    assert tsne(np.random.default_rng(0).random((24, 2))).std() > 0
