@@ -36,7 +36,10 @@ LayoutName = Annotated[
 SplitName = Annotated[
     str | None, typer.Option("--split", help="Only the clips of this split; all if none.")
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="One seed, one result.")]
+Seed = Annotated[
+    int,
+    typer.Option("--seed", min=0, max=2**32 - 1, help="One seed, one result."),  # scikit-learn's
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Quick = Annotated[
     bool, typer.Option("--quick", help="Few clips and short training: to see that it works.")
@@ -124,6 +127,7 @@ def evaluate(  # noqa: PLR0917
         typer.Option(
             "--hop",
             min=0.1,
+            max=3_600,
             help="Seconds between the starts of two windows; the worker's if none.",
         ),
     ] = None,

@@ -109,6 +109,14 @@ def test_explore_draws_audio_and_archives(tmp_path: Path) -> None:
     timbre_model("explore", "-d", archive, "-o", tmp_path / "short")
 
 
+@pytest.mark.parametrize(
+    "options", [("train", "-o", "x", "--seed", 2**32), ("evaluate", "--hop", "inf")]
+)
+def test_numbers_that_no_run_can_take_are_refused_at_once(options: tuple[object, ...]) -> None:
+    invoked = CliRunner().invoke(app, [*map(str, options), "-d", "absent"])
+    assert invoked.exit_code == 2
+
+
 def test_train_evaluate_and_info_by_command(tmp_path: Path) -> None:
     archive, recipe = music.archive(tmp_path / "a.npz"), tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"batch": 8, "network": {"channels": [8, 16]}}))
