@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from model.datasets.dataset import Clip, Dataset, LogMels, split_name
+from model.datasets.dataset import Clip, Dataset, LogMels, split_name, utf8
 from model.datasets.gtzan import LICENCE, fault_filtered_split
 from worker.errors import DatasetInvalid
 
@@ -55,7 +55,7 @@ def load(path: Path) -> Dataset:
     multi, genres = y.ndim == 2, tuple(titles.tolist())
     table = _several(path, y, genres) if multi else _one(path, y, genres)
     return Dataset(
-        name=f"{path.stem} (GTZAN log-mels)" if known else path.stem,
+        name=utf8(path.stem) + (" (GTZAN log-mels)" if known else ""),
         layout="archive",
         kind="multi" if multi else "single",
         labels=genres,

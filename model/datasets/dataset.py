@@ -199,6 +199,11 @@ def split_name(raw: str) -> str | None:
     return SPLIT_NAMES.get(name, name) or None
 
 
+def utf8(name: str) -> str:
+    """A file's name as text that can be written and drawn: bytes that are no UTF-8 as `\\xNN`."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 def left_out(skipped: Iterable[Skipped]) -> list[tuple[str, str]]:
     """Reasons and the clips that are left out for each: a few by name and the rest by number."""
     names: dict[str, list[str]] = defaultdict(list)
@@ -221,7 +226,7 @@ def recordings(paths: Iterable[Path]) -> dict[Path, str]:
     found: dict[Path, str] = {}
     for same_size in by_size.values():
         for path in same_size:
-            found[path] = str(path) if len(same_size) == 1 else _digest(path)
+            found[path] = utf8(str(path)) if len(same_size) == 1 else _digest(path)
     return found
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from model.datasets.dataset import Clip, Dataset, recordings, split_name
+from model.datasets.dataset import Clip, Dataset, recordings, split_name, utf8
 from worker.audio_files import is_audio
 from worker.errors import DatasetInvalid
 
@@ -35,8 +35,8 @@ def load(path: Path) -> Dataset:
     same = recordings(files)
     clips = tuple(
         Clip(
-            name=file.relative_to(path).as_posix(),
-            labels=(file.relative_to(tops[file]).parts[0],),
+            name=utf8(file.relative_to(path).as_posix()),
+            labels=(utf8(file.relative_to(tops[file]).parts[0]),),
             group=same[file],
             split=split,
             path=file,
@@ -44,7 +44,7 @@ def load(path: Path) -> Dataset:
         for file, split in files.items()
     )
     return Dataset(
-        name=path.resolve().name,
+        name=utf8(path.resolve().name),
         layout="folders",
         kind="single",
         labels=tuple(sorted({label for clip in clips for label in clip.labels})),

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from model.datasets.dataset import Clip, Dataset, Skipped, recordings, split_name
+from model.datasets.dataset import Clip, Dataset, Skipped, recordings, split_name, utf8
 from worker.errors import DatasetInvalid
 
 PATH = ("path", "file", "filename")
@@ -58,7 +58,7 @@ def load(path: Path) -> Dataset:
         group = spelt.setdefault(" ".join(told.split()).casefold(), told) or same[file]
         clips.append(Clip(name, labels, group, side, file))
     return Dataset(
-        name=path.stem,
+        name=utf8(path.stem),
         layout="manifest",
         kind="multi" if several else "single",
         labels=tuple(sorted({label for clip in clips for label in clip.labels})),

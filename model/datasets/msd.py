@@ -8,7 +8,7 @@ and a minority genre, between tabs. `unique_tracks.txt` beside it names the arti
 import re
 from pathlib import Path
 
-from model.datasets.dataset import Clip, Dataset, Skipped, recordings
+from model.datasets.dataset import Clip, Dataset, Skipped, recordings, utf8
 from worker.audio_files import is_audio
 from worker.errors import DatasetInvalid
 
@@ -46,7 +46,7 @@ def load(path: Path) -> Dataset:
             clips.append(Clip(track, labels, group, None, audio[track]))
     multi = any(len(clip.labels) > 1 for clip in clips)
     return Dataset(
-        name=f"MSD ({files[0].stem})",
+        name=f"MSD ({utf8(files[0].stem)})",
         layout="msd",
         kind="multi" if multi else "single",
         labels=tuple(sorted({label for clip in clips for label in clip.labels})),

@@ -156,6 +156,19 @@ def test_folder_per_genre_takes_its_labels_from_the_folders(tmp_path: Path) -> N
     assert len(dataset.indices()) == 10
 
 
+def test_names_that_are_no_utf8_are_told_as_text(tmp_path: Path) -> None:
+    root = tmp_path / os.fsdecode(b"f\xeates")
+    music.song(root / os.fsdecode(b"caf\xe9") / os.fsdecode(b"\xe9t\xe9.wav"), "jazz", 0)
+    dataset = load(root)
+    assert dataset.name == r"f\xeates"
+    (clip,) = dataset.clips
+    assert clip.name == r"caf\xe9/\xe9t\xe9.wav"
+    assert clip.labels == dataset.labels == (r"caf\xe9",)
+    assert clip.group.encode()
+    source, _ = open_source(dataset.with_split(0), ARCHIVE_FRONT_END, tmp_path / "cache")
+    assert len(source.clips) == 1
+
+
 def test_folders_under_split_names_are_splits(tmp_path: Path) -> None:
     music.folders(tmp_path / "train", 2)
     for genre in music.GENRES:
