@@ -319,7 +319,12 @@ def draw(evaluation: Evaluation, folder: Path) -> Path:
         [[label, *label_cells(report, label)] for label in report["f1"]],
     )
     if report["kind"] == "single":
-        gallery.picture("confusion", _confusion(report), "Confusion", "Rows are the truth.")
+        gallery.picture(
+            "confusion",
+            _confusion(report),
+            "Confusion",
+            f"Rows are the truth; at most {MAX_PICTURED_LABELS} labels, the commonest.",
+        )
     confidence = mean.scores[np.arange(len(mean.best)), mean.best]
     hits = mean.hits(predictions.targets)
     gallery.picture(
@@ -354,9 +359,13 @@ def draw(evaluation: Evaluation, folder: Path) -> Path:
 
 
 def _confusion(report: dict[str, Any]) -> Figure:
-    counts, labels = np.asarray(report["confusion"]), report["labels"]
+    counts = np.asarray(report["confusion"])
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    figure, axes = canvas(7, 6)
+    shown = np.sort(np.argsort(-counts.sum(1), kind="stable")[:MAX_PICTURED_LABELS])
+    counts, shares = counts[np.ix_(shown, shown)], shares[np.ix_(shown, shown)]
+    labels = [report["labels"][column] for column in shown]
+    side = max(6, 2 + 0.3 * len(labels))
+    figure, axes = canvas(side + 1, side)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
     axes.set_yticks(range(len(labels)), labels)

@@ -20,6 +20,7 @@ from model.logmel_cnn import ARCHIVE_FRONT_END
 from model.pictures import MOST_POINTS, Gallery, canvas, drawn_by_chance, scatter_by_class, tsne
 
 SHOWN_LABELS = 12
+MOST_LINES = 200  # of a picture with a line a label; FMA's hierarchy has 161
 QUICK_CLIPS = 40
 PICTURED_S = 30.0
 
@@ -35,7 +36,7 @@ def explore(
     say: Say = lambda _: None,
 ) -> Path:
     """Draw waveforms, spectrograms, class balance, durations and t-SNE into `out`; the page."""
-    gallery = Gallery(out, dataset.name)
+    gallery, labels = Gallery(out, dataset.name), _lines(dataset)
     gallery.table(
         "The data set",
         ["", ""],
@@ -49,16 +50,19 @@ def explore(
         ],
     )
     gallery.picture(
-        "balance", _balance(dataset), "Class balance", "Clips by label, and by split within each."
+        "balance",
+        _balance(dataset, labels),
+        "Class balance",
+        f"Clips by label, and by split within each; at most {MOST_LINES} labels, the commonest.",
     )
     chosen = _sample(dataset, QUICK_CLIPS if quick else MOST_POINTS, seed)
     say(f"{dataset.name}: log-mels of {len(chosen.clips)} of {len(dataset.clips)} clips")
     source, chosen = open_source(chosen, ARCHIVE_FRONT_END, out / "logmels")
     gallery.picture(
         "durations",
-        _durations(chosen, source),
+        _durations(chosen, source, labels),
         "Duration by label",
-        "Seconds of audio in a clip; boxes hold the middle half.",
+        "Seconds of audio in a clip of the same labels; boxes hold the middle half.",
     )
     firsts = _firsts(chosen)
     if dataset.logmels is None:
@@ -111,25 +115,32 @@ def _firsts(dataset: Dataset) -> list[int]:
     return [seen[label] for label in sorted(seen)][:SHOWN_LABELS]
 
 
-def _balance(dataset: Dataset) -> Figure:
+def _lines(dataset: Dataset) -> list[str]:
+    """Labels that have a line in a picture: the commonest, in their order."""
+    counts = Counter(label for clip in dataset.clips for label in clip.labels)
+    commonest = {label for label, _ in counts.most_common(MOST_LINES)}
+    return [label for label in dataset.labels if label in commonest]
+
+
+def _balance(dataset: Dataset, labels: list[str]) -> Figure:
     counts = Counter(
         (label, clip.split or "no split") for clip in dataset.clips for label in clip.labels
     )
-    figure, axes = canvas(8, 1.5 + 0.25 * len(dataset.labels))
-    places, start = np.arange(len(dataset.labels)), np.zeros(len(dataset.labels))
+    figure, axes = canvas(8, 1.5 + 0.25 * len(labels))
+    places, start = np.arange(len(labels)), np.zeros(len(labels))
     for split in (*dataset.splits, "no split"):
-        width = np.array([counts[label, split] for label in dataset.labels])
+        width = np.array([counts[label, split] for label in labels])
         if width.any():
             axes.barh(places, width, left=start, label=split)
         start += width
-    axes.set_yticks(places, dataset.labels)
+    axes.set_yticks(places, labels)
     axes.invert_yaxis()
     axes.set_xlabel("clips")
     axes.legend()
     return figure
 
 
-def _durations(dataset: Dataset, source: LogMelSource) -> Figure:
+def _durations(dataset: Dataset, source: LogMelSource, labels: list[str]) -> Figure:
     """By the length of the log-mels; long files are said at their full length where known."""
     hop_s = source.front_end.hop / source.front_end.sample_rate_hz
     decoded_s = [len(source.clip(row)) * hop_s for row in range(len(source.clips))]
@@ -139,10 +150,10 @@ def _durations(dataset: Dataset, source: LogMelSource) -> Figure:
     ]
     by_label = [
         [s for s, clip in zip(seconds, dataset.clips, strict=True) if label in clip.labels]
-        for label in dataset.labels
+        for label in labels
     ]
-    figure, axes = canvas(8, 1.5 + 0.25 * len(dataset.labels))
-    axes.boxplot(by_label, orientation="horizontal", tick_labels=list(dataset.labels))
+    figure, axes = canvas(8, 1.5 + 0.25 * len(labels))
+    axes.boxplot(by_label, orientation="horizontal", tick_labels=labels)
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
     return figure

@@ -1,5 +1,6 @@
 """Pictures in a folder, with an HTML page that shows them. Needs no display and no network."""
 
+import warnings
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -44,7 +45,10 @@ class Gallery:
     def picture(self, name: str, figure: Figure, title: str, caption: str) -> None:
         """Save `figure` as `name`.png."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.folder / f"{name}.png", dpi=110, bbox_inches="tight")
+        with warnings.catch_warnings():
+            # A box stands for a letter that the font lacks.
+            warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+            figure.savefig(self.folder / f"{name}.png", dpi=110, bbox_inches="tight")
         self.parts.append(
             f'<figure><h2>{escape(title)}</h2><img src="{name}.png" alt="{escape(title)}">'
             f"<figcaption>{escape(caption)}</figcaption></figure>"

@@ -6,12 +6,14 @@ import re
 from html import unescape
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 from model.cli import app
+from model.explore import MOST_LINES
 from tests import collections_of_music as music
 from tests.integration.model.command import refused
 from worker.errors import DatasetInvalid
@@ -107,6 +109,17 @@ def test_explore_draws_audio_and_archives(tmp_path: Path) -> None:
     with np.load(archive) as stored:
         np.savez(archive, **(dict(stored) | {"X": stored["X"][:, :, :1]}))  # 41 ms a clip
     timbre_model("explore", "-d", archive, "-o", tmp_path / "short")
+
+
+def test_of_very_many_labels_explore_pictures_the_commonest(tmp_path: Path) -> None:
+    archive, count = tmp_path / "a.npz", MOST_LINES + 100
+    names = np.array([f"label {number}" for number in range(count)])
+    pixels = np.random.default_rng(0).integers(0, 255, (count, 128, 2)).astype(np.uint8)
+    np.savez(archive, X=pixels, y=np.arange(count), names=names, genres=names)
+    timbre_model("explore", "-d", archive, "-o", tmp_path / "out", "--quick")
+    for name in ("balance", "durations"):
+        height = matplotlib.image.imread(tmp_path / "out" / f"{name}.png").shape[0]
+        assert height < 110 * (2 + 0.25 * MOST_LINES)
 
 
 @pytest.mark.parametrize(

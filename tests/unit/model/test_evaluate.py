@@ -11,7 +11,16 @@ import torch
 from model import learnt
 from model.bundle import Bundle
 from model.datasets import load
-from model.evaluate import _coverage, _intervals, _neighbours, _paired, draw, evaluate
+from model.evaluate import (
+    MAX_PICTURED_LABELS,
+    _confusion,
+    _coverage,
+    _intervals,
+    _neighbours,
+    _paired,
+    draw,
+    evaluate,
+)
 from model.heads import Head
 from model.logmel_cnn import LogMelCnnConfig, MemberConfig, build_logmel_cnn
 from model.measure import Voted, nll, window_accuracy
@@ -109,6 +118,14 @@ def test_pictures_and_page_are_drawn(tmp_path: Path) -> None:
     for name in ("confusion", "reliability", "coverage", "embeddings", "taggram"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 2_000
         assert f'src="{name}.png"' in told
+
+
+def test_of_many_labels_the_confusion_shows_the_commonest() -> None:
+    counts = np.diag(np.r_[np.ones(60, int), np.full(MAX_PICTURED_LABELS, 2)])
+    labels = [f"label {number}" for number in range(len(counts))]
+    axes = _confusion({"confusion": counts.tolist(), "labels": labels}).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == labels[60:]
+    assert len(axes.texts) == MAX_PICTURED_LABELS
 
 
 def test_multi_label_has_areas_under_curves(tmp_path: Path) -> None:

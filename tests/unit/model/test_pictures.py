@@ -7,7 +7,7 @@ from model.pictures import MOST_NAMED, Gallery, scatter_by_class, tsne
 
 def test_labels_are_drawn_and_told_as_they_are(tmp_path: Path) -> None:
     gallery = Gallery(tmp_path, "$\\x$ <script>")
-    figure = scatter_by_class(np.zeros((1, 2)), np.zeros(1, np.intp), ("$\\x$",))
+    figure = scatter_by_class(np.zeros((1, 2)), np.zeros(1, np.intp), ("$\\x$ 音楽",))
     gallery.picture("labels", figure, "<script>", '"><script>')
     gallery.table("Left out", ["clip"], [["<script>"]])
     assert "<script>" not in gallery.write().read_text()
