@@ -194,7 +194,8 @@ def train(
         if side not in dataset.splits:
             raise DatasetInvalid(
                 f"{dataset.name}: no readable clip is in split {side!r}; a run needs clips to "
-                f"learn from and others, of another {dataset.grouped_by}, to measure on"
+                f"learn from and others, of another {dataset.grouped_by}, to measure on. Without a "
+                f"split of its own, three {dataset.grouped_by}s of a label are enough"
             )
     songs, held = dataset.indices("train"), dataset.indices("valid")
     targets = dataset.targets()

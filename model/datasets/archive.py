@@ -2,7 +2,8 @@
 
 `X` uint8 (clips, mels, frames), `y` (clips,) positions in `genres`, or (clips, labels) zeros and
 ones for several labels a clip, `names`, `genres`, and perhaps `split`, under any names: one a clip,
-or one for all. Where there is none, songs of GTZAN's names have the fault-filtered split.
+or one for all. Where there is none, songs of GTZAN's names have the fault-filtered split. Clips
+without a label are skipped.
 """
 
 import zlib
@@ -14,7 +15,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from model.datasets.dataset import Clip, Dataset, LogMels, split_name, utf8
+from model.datasets.dataset import Clip, Dataset, LogMels, Skipped, split_name, utf8
 from model.datasets.gtzan import LICENCE, fault_filtered_split
 from worker.errors import DatasetInvalid
 
@@ -54,6 +55,7 @@ def load(path: Path) -> Dataset:
         raise DatasetInvalid(f"{path}: genres must be text, each of them once")
     multi, genres = y.ndim == 2, tuple(titles.tolist())
     table = _several(path, y, genres) if multi else _one(path, y, genres)
+    labelled = table.any(1)
     return Dataset(
         name=utf8(path.stem) + (" (GTZAN log-mels)" if known else ""),
         layout="archive",
@@ -67,10 +69,15 @@ def load(path: Path) -> Dataset:
                 split=split_name(str(split)),
             )
             for name, row, split in zip(names, table, splits, strict=True)
+            if row.any()
         ),
         grouped_by="recording",
         licence=LICENCE if known else "that of the archive's audio",
-        logmels=LogMels(values),
+        skipped=tuple(
+            Skipped(str(name), "has no label", split_name(str(split)))
+            for name, split in zip(names[~labelled], splits[~labelled], strict=True)
+        ),
+        logmels=LogMels(values if labelled.all() else values[labelled]),
     )
 
 

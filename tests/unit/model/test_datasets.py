@@ -338,6 +338,18 @@ def test_texts_of_an_archive_may_be_bytes_and_one_split_all_of_it(tmp_path: Path
         load(edited(tmp_path / "a.npz", genres=pickled))
 
 
+def test_clips_of_an_archive_without_a_label_are_skipped(tmp_path: Path) -> None:
+    y = np.repeat([[1, 1], [0, 1], [0, 0]], 4, axis=0)
+    path = edited(tmp_path / "a.npz", y=y)
+    dataset = load(path)
+    assert len(dataset.clips) == 8
+    assert {skipped.reason for skipped in dataset.skipped} == {"has no label"}
+    assert dataset.skipped[0].name == "blues.00008"
+    assert dataset.logmels is not None
+    with np.load(path) as stored:
+        assert (dataset.logmels.values == stored["X"][:8]).all()
+
+
 def edited(path: Path, **changes: Any) -> Path:
     """An archive of 12 clips of two genres with some arrays exchanged."""
     with np.load(music.archive(path)) as stored:

@@ -173,6 +173,10 @@ def test_nothing_to_train_on_is_said(tmp_path: Path) -> None:
     dataset = load(music.archive(tmp_path / "a.npz", split="test"))
     with pytest.raises(DatasetInvalid, match="only test"):
         train(dataset, tmp_path / "b", recipe=SMALL)
+    with np.load(music.archive(tmp_path / "few.npz", clips=2, optional=False)) as stored:
+        np.savez(tmp_path / "few.npz", **(dict(stored) | {"names": np.array(["a", "b"])}))
+    with pytest.raises(DatasetInvalid, match="three recordings of a label are enough"):
+        train(load(tmp_path / "few.npz"), tmp_path / "b", recipe=SMALL)
     broken = music.folders(tmp_path / "valid", 1)
     for file in broken.glob("*/*"):
         file.write_bytes(b"no audio")
