@@ -340,7 +340,16 @@ def _show(evaluation: "Evaluation") -> None:
     from rich.table import Table
 
     from model.datasets.dataset import left_out
-    from model.evaluate import PAIRED, VOTES, curves, label_cells, paired_rows, vote_rows
+    from model.evaluate import (
+        FIGURES,
+        PAIRED,
+        VOTES,
+        curves,
+        figure_rows,
+        label_cells,
+        paired_rows,
+        vote_rows,
+    )
     from worker.commands.console import out
 
     console, report = out(), evaluation.report
@@ -353,32 +362,16 @@ def _show(evaluation: "Evaluation") -> None:
     for names, reason in left_out(evaluation.predictions.skipped):
         console.print(f"skipped {names}: {reason}")
     votes = Table(*VOTES)
-    votes.add_row("one window", f"{report['window']['accuracy']:.1%}", "", "")
-    for method, *cells in vote_rows(report):
-        votes.add_row(f"track, {method}", *cells)
+    for row in vote_rows(report):
+        votes.add_row(*row)
     console.print(votes)
-    pairs = Table("votes, paired", *PAIRED[1:])
+    pairs = Table(*PAIRED)
     for row in paired_rows(report):
         pairs.add_row(*row)
     console.print(pairs)
-    sure = report["coverage"]
-    figures = Table("figure", "value")
-    figures.add_row("expected calibration error", f"{report['ece']:.3f}")
-    figures.add_row(
-        "the same by chance, of scores that are right", f"{report['ece_by_chance']:.3f}"
-    )
-    figures.add_row("negative log-likelihood", f"{report['nll']:.3f}")
-    figures.add_row("right at 70 % coverage", f"{sure['accuracy_at_70']:.1%}")
-    figures.add_row(
-        f"not uncertain ({sure['certain']:.0%} of tracks)", _percent(sure["accuracy_of_certain"])
-    )
-    figures.add_row(
-        "nearest neighbour shares a label", _percent(report["neighbours"]["same_label"])
-    )
-    figures.add_row("macro F1", _percent(report["macro_f1"]))
-    for curve, title in curves(report).items():
-        macro = report[curve]["macro"]
-        figures.add_row(title, "-" if macro is None else f"{macro:.3f}")
+    figures = Table(*FIGURES)
+    for row in figure_rows(report):
+        figures.add_row(*row)
     console.print(figures)
     counts = report.get("confusion", [])
     columns = map(str, range(len(counts)))
@@ -388,7 +381,3 @@ def _show(evaluation: "Evaluation") -> None:
             said = map(str, counts[number]) if counts else ()
             by_label.add_row(str(number), label, *label_cells(report, label), *said)
     console.print(by_label)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"

@@ -259,19 +259,23 @@ def _mean(values: dict[str, float]) -> float | None:
 
 
 VOTES = ("vote", "accuracy", "95 % interval", "NLL")
-PAIRED = ("votes", "difference", "95 % interval", "only first / second right", "p")
+PAIRED = ("votes, paired", "difference", "95 % interval", "only first / second right", "p")
+FIGURES = ("figure", "value")
 
 
 def vote_rows(report: dict[str, Any]) -> list[list[str]]:
-    """What `VOTES` heads: each vote over the tracks."""
+    """What `VOTES` heads: one window, and each vote over the tracks."""
     return [
-        [
-            method,
-            f"{figures['accuracy']:.1%}",
-            f"{figures['interval'][0]:.1%} to {figures['interval'][1]:.1%}",
-            f"{figures['nll']:.3f}",
-        ]
-        for method, figures in report["track"].items()
+        ["one window", f"{report['window']['accuracy']:.1%}", "", ""],
+        *(
+            [
+                f"track, {method}",
+                f"{figures['accuracy']:.1%}",
+                f"{figures['interval'][0]:.1%} to {figures['interval'][1]:.1%}",
+                f"{figures['nll']:.3f}",
+            ]
+            for method, figures in report["track"].items()
+        ),
     ]
 
 
@@ -287,6 +291,28 @@ def paired_rows(report: dict[str, Any]) -> list[list[str]]:
         ]
         for pair in report["paired"]
     ]
+
+
+def figure_rows(report: dict[str, Any]) -> list[list[str]]:
+    """What `FIGURES` heads: those of the mean vote."""
+    sure = report["coverage"]
+    return [
+        ["expected calibration error", f"{report['ece']:.3f}"],
+        ["the same by chance, of scores that are right", f"{report['ece_by_chance']:.3f}"],
+        ["negative log-likelihood", f"{report['nll']:.3f}"],
+        ["right at 70 % coverage", f"{sure['accuracy_at_70']:.1%}"],
+        [f"not uncertain ({sure['certain']:.0%} of tracks)", _percent(sure["accuracy_of_certain"])],
+        ["nearest neighbour shares a label", _percent(report["neighbours"]["same_label"])],
+        ["macro F1", _percent(report["macro_f1"])],
+        *(
+            [title, "-" if (macro := report[curve]["macro"]) is None else f"{macro:.3f}"]
+            for curve, title in curves(report).items()
+        ),
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def curves(report: dict[str, Any]) -> dict[str, str]:
@@ -311,8 +337,9 @@ def draw(evaluation: Evaluation, folder: Path) -> Path:
     gallery = Gallery(folder, f"{report['bundle']['name']} on {report['dataset']}")
     for caveat in report["caveats"]:
         gallery.note(caveat)
-    gallery.table("Accuracy over tracks", list(VOTES), vote_rows(report))
+    gallery.table("Accuracy", list(VOTES), vote_rows(report))
     gallery.table("Votes, paired", list(PAIRED), paired_rows(report))
+    gallery.table("Figures", list(FIGURES), figure_rows(report))
     gallery.table(
         "By label",
         ["label", "F1", *curves(report).values()],

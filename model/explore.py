@@ -136,7 +136,7 @@ def _balance(dataset: Dataset, labels: list[str]) -> Figure:
     axes.set_yticks(places, labels)
     axes.invert_yaxis()
     axes.set_xlabel("clips")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

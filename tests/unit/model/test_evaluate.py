@@ -118,6 +118,10 @@ def test_pictures_and_page_are_drawn(tmp_path: Path) -> None:
     for name in ("confusion", "reliability", "coverage", "embeddings", "taggram"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 2_000
         assert f'src="{name}.png"' in told
+    assert all(
+        f"<td>{figure}</td>" in told
+        for figure in ("one window", "track, majority", "expected calibration error", "macro F1")
+    )
 
 
 def test_of_many_labels_the_confusion_shows_the_commonest() -> None:
