@@ -19,6 +19,8 @@ app = typer.Typer(no_args_is_help=True, help="Models: train, evaluate, compare, 
 import_app = typer.Typer(no_args_is_help=True, help="Bundles out of published networks.")
 app.add_typer(import_app, name="import")
 
+MAX_COUNTED_LABELS = 25  # whose confusion a terminal's table has room for
+
 BundlePath = Annotated[
     str | None,
     typer.Argument(help="A bundle's folder, or the name of a shipped one; the default if none."),
@@ -373,7 +375,8 @@ def _show(evaluation: "Evaluation") -> None:
     for row in figure_rows(report):
         figures.add_row(*row)
     console.print(figures)
-    counts = report.get("confusion", [])
+    wide = len(report["labels"]) > MAX_COUNTED_LABELS
+    counts = [] if wide else report.get("confusion", [])
     columns = map(str, range(len(counts)))
     by_label = Table("", "label", "F1", *curves(report).values(), *columns)
     for number, label in enumerate(report["labels"]):

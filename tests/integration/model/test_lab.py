@@ -151,6 +151,19 @@ def test_train_evaluate_and_info_by_command(tmp_path: Path) -> None:
     assert "learnt" not in told
 
 
+def test_the_table_of_many_labels_leaves_out_who_was_taken_for_whom(tmp_path: Path) -> None:
+    archive, recipe = tmp_path / "a.npz", tmp_path / "recipe.json"
+    genres = np.array([f"genre {number}" for number in range(60)])
+    names = np.array([f"song {number}" for number in range(240)])
+    pixels = np.random.default_rng(0).integers(0, 255, (240, 128, 72)).astype(np.uint8)
+    np.savez(archive, X=pixels, y=np.arange(240) % 60, names=names, genres=genres)
+    recipe.write_text(json.dumps({"network": {"members": [{}], "channels": [8]}}))
+    bundle = tmp_path / "own"
+    timbre_model("train", "-d", archive, "-o", bundle, "--recipe", recipe, "--passes", 0.1)
+    told = timbre_model("evaluate", bundle, "-d", archive)
+    assert re.search(r"│ 59 │ genre 59 │ \d\.\d\d │\n", told)
+
+
 def test_the_default_bundle_is_fine_tuned_on_ones_own_folders(tmp_path: Path) -> None:
     root = music.folders(tmp_path / "own", 6)
     timbre_model("train", "-d", root, "-o", tmp_path / "b", "--from", "default", "--passes", 2)
