@@ -109,6 +109,7 @@ class Kafka(Service):
             "-XX:TieredStopAtLevel=1",
             "-XX:-UsePerfData",
             "-Djava.awt.headless=true",
+            f"-Djava.io.tmpdir={self.folder}",  # what a killed broker unpacked there ends with it
             f"-Dlog4j2.configurationFile={self.folder / 'log4j2.properties'}",
             "-cp",
             os.pathsep.join(map(str, self._jars)),
