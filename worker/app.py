@@ -46,6 +46,7 @@ from worker.kafka.consumer import Consumer, Place
 from worker.kafka.lag import LagProbe
 from worker.kafka.record_batches import bounded_unpacking
 from worker.metrics import BatchMetrics, Metrics
+from worker.printable import printable
 from worker.publish import Failure, Publisher
 from worker.record import Record
 from worker.settings import Settings
@@ -324,6 +325,11 @@ class Worker:
         await self._until_delivered(
             lambda: self._publisher.dead_letter(record, failures, self.tagger.model)
         )
+        error = failures[0].error
+        log.info(
+            "Dead letter of %s, partition %d, offset %d: %s (%s)",
+            record.topic, record.partition, record.offset, printable(error.message), error.code,
+        )  # fmt: skip
         for failure in failures:
             self.metrics.dead_letters.labels(failure.error.code).inc()
             priority = self._priority(record, failure.track)

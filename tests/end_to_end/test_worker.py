@@ -226,6 +226,8 @@ async def test_what_cannot_pass_is_a_dead_letter_and_its_neighbours_are_tagged(
         letter.value: dict(letter.headers)["timbre-reason-code"].decode() for letter in letters
     }
     assert found == bad
+    told = [line for line in worker.log.read_text().splitlines() if "Dead letter of" in line]
+    assert sorted(line.rpartition("(")[2].rstrip(")") for line in told) == sorted(bad.values())
 
 
 async def test_what_cannot_be_read_of_a_notification_is_one_dead_letter_and_the_rest_is_tagged(
