@@ -4,6 +4,7 @@ A command imports what it needs when it runs, so that `timbre --help` stays quic
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -243,13 +244,22 @@ def info(bundle: BundlePath = None, as_json: AsJson = False) -> None:
     )
     for head in loaded.heads:
         console.print(f"{head.name} ({head.kind}-label): {', '.join(head.labels)}")
+    console.print(f"uncertain below a score of {loaded.uncertain_threshold:.3f}")
     for section in ("training", "figures"):
         for key, value in told[section].items():
             if key == learnt.KEY:  # hashes, which tell people nothing
                 continue
-            console.print(
-                f"{section}.{key}: {json.dumps(value, ensure_ascii=False)}", soft_wrap=True
-            )
+            for name, text in _leaves(f"{section}.{key}", value):
+                console.print(f"{name}: {text}", soft_wrap=True)
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """What stands in nested figures, a line each, by the path to it."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(f"{name}.{key}", inner)
+    else:
+        yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 @import_app.command("musicnn")
