@@ -66,13 +66,14 @@ def down(settings: Settings) -> bool:
     if state is None:
         return False
     for process in reversed(_alive(state.processes)):
-        process.terminate()
-        _, late = psutil.wait_procs([process], timeout=STOP_TIMEOUT_S)
-        for stubborn in late:
-            stubborn.kill()
+        with suppress(psutil.NoSuchProcess):  # it may end by itself, or by another `down`
+            process.terminate()
+            _, late = psutil.wait_procs([process], timeout=STOP_TIMEOUT_S)
+            for stubborn in late:
+                stubborn.kill()
     for folder in state.folders:
         shutil.rmtree(folder, ignore_errors=True)
-    _state_file(settings.services).unlink()
+    _state_file(settings.services).unlink(missing_ok=True)
     return True
 
 
