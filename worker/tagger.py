@@ -28,7 +28,8 @@ from worker.vote import vote
 Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 
-BLOCKS_AHEAD = 2  # one in the batcher, one being queued; the decoder fills the next meanwhile
+# In the time of a batch's delay and its pass a decoder makes some four: with fewer it would wait.
+BLOCKS_AHEAD = 4
 TAGGRAM_DECIMALS = 4
 EMBEDDING_DECIMALS = 6
 
