@@ -1,7 +1,6 @@
 """The command `timbre`. Thin and quick to load: a command's own module is imported when it runs."""
 
 import errno
-import importlib.metadata
 import io
 import logging
 import os
@@ -71,6 +70,8 @@ def main() -> None:
 
 def _version(*, wanted: bool) -> None:
     if wanted:
+        import importlib.metadata
+
         typer.echo(f"timbre {importlib.metadata.version('timbre')}")
         raise typer.Exit
 
