@@ -418,6 +418,16 @@ def load(**sections: object) -> Settings:
         raise SettingsInvalid(f"Settings can't be read: {error}") from None
 
 
+def sections() -> dict[str, type[Section]]:
+    """The models of the sections, by name."""
+    found = {}
+    for name, field in Settings.model_fields.items():
+        assert isinstance(field.annotation, type)
+        assert issubclass(field.annotation, Section)
+        found[name] = field.annotation
+    return found
+
+
 def _refuse_unknown_sections() -> None:
     """Pydantic refuses unknown names within a section; a misspelt section it would pass over."""
     prefix, delimiter = "TIMBRE_", "__"
@@ -435,10 +445,7 @@ def _told(fault: ErrorDetails) -> str:
     if fault["type"] != "extra_forbidden":
         return fault["msg"].removeprefix("Value error, ")
     section, *_, name = fault["loc"]
-    annotation = Settings.model_fields[str(section)].annotation
-    assert isinstance(annotation, type)
-    assert issubclass(annotation, BaseModel)
-    near = difflib.get_close_matches(str(name), annotation.model_fields, n=1)
+    near = difflib.get_close_matches(str(name), sections()[str(section)].model_fields, n=1)
     variable = f"TIMBRE_{section}__{near[0]}".upper() if near else ""
     return "there is no such setting" + (f"; perhaps {variable} is meant" if near else "")
 

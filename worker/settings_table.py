@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, SecretStr
+from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from worker.settings import Settings
+from worker.settings import sections
 
 HEAD = """# Configuration
 
@@ -27,10 +27,7 @@ def table() -> str:
 
 
 def _sections() -> Iterator[str]:
-    for name, field in Settings.model_fields.items():
-        section = field.annotation
-        assert isinstance(section, type)
-        assert issubclass(section, BaseModel)
+    for name, section in sections().items():
         yield f"\n## {name}\n\n{section.__doc__}\n\n"
         yield "| variable | default | meaning |\n|---|---|---|\n"
         for key, value in section.model_fields.items():
