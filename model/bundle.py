@@ -6,7 +6,7 @@ looked up in a fixed list, every tensor must have the name, shape and type that 
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -230,7 +230,7 @@ def _check_values(folder: Path, tensors: dict[str, Tensor]) -> None:
             )
         if not tensor.numel():  # its other sizes may be such as no array can have
             raise BundleInvalid(f"{folder / WEIGHTS}: {name} is empty")
-        if not bool(tensor.isfinite().all()):
+        if not all_finite([tensor]):
             raise BundleInvalid(f"{folder / WEIGHTS}: {name} has values that are not finite")
 
 
@@ -324,10 +324,13 @@ def _probe(folder: Path, manifest: Manifest, network: nn.Module) -> None:
         raise BundleInvalid(f"{folder}: the network can't take its own window: {error}") from error
     if tuple(output.embedding.shape) != (1, manifest.embedding_dim):
         raise BundleInvalid(f"{folder}: embedding_dim is not the network's")
-    if not all(
-        bool(said.isfinite().all()) for said in (output.embedding, *output.probabilities.values())
-    ):
+    if not all_finite([output.embedding, *output.probabilities.values()]):
         raise BundleInvalid(f"{folder}: what the network says of silence is not finite")
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no value of any tensor is infinite or not a number."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _version(manifest: Manifest, tensors: dict[str, Tensor]) -> str:

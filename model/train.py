@@ -24,7 +24,13 @@ from torch.nn import functional
 
 from model import learnt
 from model.augment import Augmentation, Augmenter
-from model.bundle import LONGEST_WINDOW_S, SHORTEST_WINDOW_S, Bundle, make_bundle_folder
+from model.bundle import (
+    LONGEST_WINDOW_S,
+    SHORTEST_WINDOW_S,
+    Bundle,
+    all_finite,
+    make_bundle_folder,
+)
 from model.calibration import Calibration, fit_temperature, threshold_for_coverage
 from model.datasets.dataset import Dataset, left_out
 from model.datasets.logmels import LogMelSource, open_source
@@ -306,7 +312,7 @@ class Trainer:
                 self.progress.say(f"{part} {done / steps:4.0%}  loss {mean:.3f}  {told}")
                 losses.clear()
             if done % max(1, steps // CHECKPOINTS) == 0 or done == steps:
-                if not all(bool(kept.isfinite().all()) for kept in average.state_dict().values()):
+                if not all_finite(average.state_dict().values()):
                     raise SettingsInvalid(
                         f"{part}: weights have grown without bounds by step {done} of {steps}; "
                         "lower the recipe's learning_rate"
