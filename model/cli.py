@@ -373,18 +373,15 @@ def _show(evaluation: "Evaluation") -> None:
         console.print(caveat, style="bold")
     for names, reason in left_out(evaluation.predictions.skipped):
         console.print(f"skipped {names}: {reason}")
-    votes = Table(*VOTES)
-    for row in vote_rows(report):
-        votes.add_row(*row)
-    console.print(votes)
-    pairs = Table(*PAIRED)
-    for row in paired_rows(report):
-        pairs.add_row(*row)
-    console.print(pairs)
-    figures = Table(*FIGURES)
-    for row in figure_rows(report):
-        figures.add_row(*row)
-    console.print(figures)
+    for heads, rows in (
+        (VOTES, vote_rows(report)),
+        (PAIRED, paired_rows(report)),
+        (FIGURES, figure_rows(report)),
+    ):
+        table = Table(*heads)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     wide = len(report["labels"]) > MAX_COUNTED_LABELS
     counts = [] if wide else report.get("confusion", [])
     columns = map(str, range(len(counts)))

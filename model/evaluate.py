@@ -19,7 +19,7 @@ from model.calibration import chance_calibration_error, expected_calibration_err
 from model.datasets.dataset import Dataset
 from model.datasets.gtzan import fault_filtered_split
 from model.measure import METHODS, Voted, nll, window_accuracy
-from model.pictures import Gallery, canvas, drawn_by_chance, scatter_by_class, tsne
+from model.pictures import Gallery, canvas, commonest, drawn_by_chance, scatter_by_class, tsne
 from model.predict import HOP_S, Predictions, predict
 from worker.settings import VoteMethod
 
@@ -388,7 +388,7 @@ def draw(evaluation: Evaluation, folder: Path) -> Path:
 def _confusion(report: dict[str, Any]) -> Figure:
     counts = np.asarray(report["confusion"])
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    shown = np.sort(np.argsort(-counts.sum(1), kind="stable")[:MAX_PICTURED_LABELS])
+    shown = commonest(counts.sum(1), MAX_PICTURED_LABELS)
     counts, shares = counts[np.ix_(shown, shown)], shares[np.ix_(shown, shown)]
     labels = [report["labels"][column] for column in shown]
     side = max(6, 2 + 0.3 * len(labels))

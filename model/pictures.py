@@ -90,8 +90,7 @@ def scatter_by_class(
     Of more than `MOST_NAMED` classes the others than the commonest are grey.
     """
     figure, axes = canvas(8, 6)
-    counts = np.bincount(classes, minlength=len(labels))
-    named = np.sort(np.argsort(-counts, kind="stable")[:MOST_NAMED])
+    named = commonest(np.bincount(classes, minlength=len(labels)), MOST_NAMED)
     others = points[~np.isin(classes, named)]
     if len(others):
         axes.scatter(others[:, 0], others[:, 1], s=10, c="lightgrey", label="other")
@@ -104,6 +103,11 @@ def scatter_by_class(
     axes.set_yticks([])
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     return figure
+
+
+def commonest(counts: NDArray[np.integer], most: int) -> NDArray[np.intp]:
+    """Positions of the `most` largest of `counts`, in their order."""
+    return np.sort(np.argsort(-counts, kind="stable")[:most])
 
 
 def drawn_by_chance(count: int, most: int = MOST_POINTS, seed: int = 0) -> NDArray[np.intp]:

@@ -68,8 +68,9 @@ def load(path: Path) -> Dataset:
                 group=str(name),
                 split=split_name(str(split)),
             )
-            for name, row, split in zip(names, table, splits, strict=True)
-            if row.any()
+            for name, row, split in zip(
+                names[labelled], table[labelled], splits[labelled], strict=True
+            )
         ),
         grouped_by="recording",
         licence=LICENCE if known else "that of the archive's audio",

@@ -145,9 +145,8 @@ def _cached(clip: Clip, front_end: LogMelConfig, cache: Path) -> Path:
     assert clip.path is not None
     stat = clip.path.stat()
     identity = f"{clip.path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{front_end!r}"
-    stored = (
-        cache / f"{hashlib.sha256(identity.encode(errors='surrogateescape')).hexdigest()[:24]}.npy"
-    )
+    digest = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()
+    stored = cache / f"{digest[:24]}.npy"
     if not stored.is_file():
         made = logmel_of(samples_of(clip.path, front_end.sample_rate_hz), front_end)
         partial = stored.with_suffix(".partial.npy")
