@@ -218,8 +218,12 @@ class VoteSettings(Section):
     uncertain_below: float | None = Field(
         None, ge=0, le=1, description="Best score below which a track is uncertain; unset: bundle's"
     )
-    max_tags: int = Field(10, ge=1, description="Tags of one head in the result")
-    min_score: float = Field(0.05, ge=0, le=1, description="Tags below this are left out")
+    max_tags: int | None = Field(
+        None, ge=1, description="Best tags of a head that results carry; unset: all"
+    )
+    min_score: float = Field(
+        0.0, ge=0, le=1, description="Tags below this are left out, but for the best of a head"
+    )
     taggram: bool = Field(False, description="Whether results carry the windows x labels table")
 
 

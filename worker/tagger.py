@@ -233,7 +233,10 @@ class Tagger:
         for voted in verdict.tags:
             count = counts[voted.head] = counts.get(voted.head, 0) + 1
             # The best tag of a head always stands, however low its score.
-            if count == 1 or (count <= options.max_tags and voted.score >= options.min_score):
+            if count == 1 or (
+                voted.score >= options.min_score
+                and (options.max_tags is None or count <= options.max_tags)
+            ):
                 tags.append(
                     Tag(
                         head=voted.head,

@@ -191,18 +191,14 @@ def tags(*labelled: tuple[str, float]) -> list[dict[str, Any]]:
     return [{"head": "genre", "label": label, "score": score} for label, score in labelled]
 
 
-FULL = [(f"label {number}", 0.9 - number / 20) for number in range(9)]
-
-
 @pytest.mark.parametrize(
     ("one", "other"),
     [
         pytest.param([("rock", 0.9)], [("jazz", 0.9)], id="another label"),
         pytest.param([("rock", 0.9)], [], id="a head is gone"),
         pytest.param([("rock", 0.9), ("jazz", 0.4)], [("rock", 0.9)], id="the second is gone"),
-        pytest.param([("rock", 0.9), ("jazz", 0.06)], [("rock", 0.9)], id="above the least score"),
-        pytest.param([*FULL, ("rock", 0.1)], FULL, id="the tenth is gone"),
-        pytest.param([*FULL, ("rock", 0.2)], [*FULL, ("jazz", 0.1)], id="another tenth, far off"),
+        pytest.param([("rock", 0.9), ("jazz", 0.0)], [("rock", 0.9)], id="the least is gone"),
+        pytest.param([("rock", 0.9)], [("rock", 0.8)], id="another score"),
     ],
 )
 def test_tags_that_are_missing_or_others_contradict(
@@ -212,19 +208,6 @@ def test_tags_that_are_missing_or_others_contradict(
     assert not same_tags(tags(*other), tags(*one))
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        pytest.param([("rock", 0.9), ("jazz", 0.05002)], [("rock", 0.9)], id="at the least score"),
-        pytest.param(
-            [*FULL, ("rock", 0.10005)],
-            [*FULL, ("jazz", 0.1)],
-            id="two that tie for the tenth place",
-        ),
-    ],
-)
-def test_a_tag_at_the_limit_of_what_is_told_may_be_missing(
-    one: list[tuple[str, float]], other: list[tuple[str, float]]
-) -> None:
-    assert same_tags(tags(*one), tags(*other))
-    assert same_tags(tags(*other), tags(*one))
+def test_tags_whose_scores_are_close_may_change_places() -> None:
+    one = tags(("rock", 0.40004), ("jazz", 0.4))
+    assert same_tags(one, tags(("jazz", 0.40003), ("rock", 0.4)))

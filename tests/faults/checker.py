@@ -16,8 +16,6 @@ from typing import Any, Self
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 TOLERANCE = 1e-4
-MIN_SCORE, MAX_TAGS = 0.05, 10
-"""By default a worker leaves out tags below that score, and what is beyond so many of a head."""
 HEADER = "timbre-"
 PER_FAILURE = ("failed-at", "attempts", "reason")
 POLL_MS = 200
@@ -278,17 +276,9 @@ def same(one: Any, other: Any) -> bool:
 
 
 def same_tags(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
-    """Tags by head and label; only one at the limit of what a list holds may be in one alone."""
+    """Whether tags are of the same heads and labels, and say the same of each.
+
+    Their order may differ, where scores lie so close that the tolerance turns them round.
+    """
     ours, theirs = ({(tag["head"], tag["label"]): tag for tag in tags} for tags in (one, other))
-    return (
-        all(same(ours[name], theirs[name]) for name in ours.keys() & theirs.keys())
-        and all(_is_marginal(ours[name], other) for name in ours.keys() - theirs.keys())
-        and all(_is_marginal(theirs[name], one) for name in theirs.keys() - ours.keys())
-    )
-
-
-def _is_marginal(tag: dict[str, Any], others: list[dict[str, Any]]) -> bool:
-    """Whether other tags may be without this one, whose score is the least that is told there."""
-    scores = [other["score"] for other in others if other["head"] == tag["head"]]
-    limits = [MIN_SCORE, min(scores)] if len(scores) == MAX_TAGS else [MIN_SCORE]
-    return any(abs(tag["score"] - limit) <= TOLERANCE for limit in limits)
+    return ours.keys() == theirs.keys() and all(same(ours[name], theirs[name]) for name in ours)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from itertools import groupby, islice
 from typing import Protocol
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -17,6 +18,9 @@ BAR_CELLS = 12
 BLOCKS = " ▏▎▍▌▋▊▉"
 PIPE_WIDTH = 160
 HEAD_STYLES = {"genre": "bold cyan"}
+# What a table shows of a head, the best tag always.
+TABLE_TAGS = 10
+TABLE_SCORE = 0.05
 
 
 class Result(Protocol):
@@ -112,24 +116,24 @@ def facts(result: Result) -> Text:
 
 
 def tag_table(result: Result) -> Table:
-    """Every tag with its score and its share of the votes."""
+    """The best tags of each head, with their scores and their shares of the votes."""
     table = Table(box=None, padding=(0, 1), show_header=True, header_style="dim")
     table.add_column("")
     table.add_column("tag", min_width=14)
     table.add_column("score", justify="right")
     table.add_column("")
     table.add_column("votes", justify="right")
-    head = ""
-    for t in result.tags:
-        shown, head = ("" if t.head == head else t.head), t.head
-        style = HEAD_STYLES.get(t.head, "")
-        table.add_row(
-            Text(f"  {shown}", style="dim"),
-            Text(t.label, style=style),
-            f"{t.score:.3f}",
-            bar(t.score),
-            f"{t.share:.0%}",
-        )
+    for head, tags in groupby(result.tags, lambda tag: tag.head):
+        for place, t in enumerate(islice(tags, TABLE_TAGS)):
+            if place and t.score < TABLE_SCORE:
+                break
+            table.add_row(
+                Text("" if place else f"  {head}", style="dim"),
+                Text(t.label, style=HEAD_STYLES.get(head, "")),
+                f"{t.score:.3f}",
+                bar(t.score),
+                f"{t.share:.0%}",
+            )
     return table
 
 

@@ -111,6 +111,20 @@ def test_the_status_is_0_when_all_were_tagged(
     assert "genre" in shown
 
 
+def test_the_table_shows_of_each_head_the_best_tags_alone(
+    given_settings: Settings, files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tag_tracks(given_settings, [files[0]], form="json") == 0
+    tags = json.loads(capsys.readouterr().out)["tags"]
+    assert tag_tracks(given_settings, [files[0]]) == 0
+    shown = capsys.readouterr().out
+    clear = 0
+    for head in ("genre", "tags"):
+        scores = [tag["score"] for tag in tags if tag["head"] == head]
+        clear += 1 + sum(score >= 0.05 for score in scores[1:10])
+    assert shown.count("%") == clear < len(tags) == 60
+
+
 def test_csv_has_a_row_for_each_tag_and_each_error(
     given_settings: Settings, files: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

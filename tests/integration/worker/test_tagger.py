@@ -6,7 +6,7 @@ import pytest
 from model.bundle import Bundle
 from tests.audio import encode, noise
 from worker.errors import DeadlineExceeded
-from worker.settings import DecodeSettings, FetchSettings, Settings, WorkerSettings
+from worker.settings import DecodeSettings, FetchSettings, Settings, VoteSettings, WorkerSettings
 from worker.tagger import Tagger, Timings
 
 
@@ -15,11 +15,12 @@ def song(tmp_path: Path) -> Path:
     return encode(tmp_path / "song.flac", noise(60.0, 16_000), 16_000, muxer="flac", codec="flac")
 
 
-def tagger_of(song: Path, deadline_s: float) -> Tagger:
+def tagger_of(song: Path, deadline_s: float = 60.0, votes: VoteSettings | None = None) -> Tagger:
     settings = Settings(
         fetch=FetchSettings(file_roots=(song.parent,), spool_dir=song.parent / "spool"),
         decode=DecodeSettings(processes=1, slots=2, slot_windows=4),
         worker=WorkerSettings(track_deadline_s=deadline_s),
+        vote=votes or VoteSettings(),
     )
     return Tagger(settings, Bundle.load("fast"))
 
@@ -41,3 +42,33 @@ async def test_a_track_that_takes_too_long_by_itself_meets_its_deadline(song: Pa
     async with tagger_of(song, 0.001) as tagger:
         with pytest.raises(DeadlineExceeded):
             await tagger.tag(song.as_uri())
+
+
+async def test_a_result_has_a_score_for_every_label_of_every_head(song: Path) -> None:
+    async with tagger_of(song) as tagger:
+        tags = (await tagger.tag(song.as_uri())).tags
+    heads = Bundle.load("fast").heads
+    assert [tag.head for tag in tags] == [head.name for head in heads for _ in head.labels]
+    for head in heads:
+        assert {tag.label for tag in tags if tag.head == head.name} == set(head.labels)
+        scores = [tag.score for tag in tags if tag.head == head.name]
+        assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("votes", "left"),
+    [(VoteSettings(max_tags=3), 3), (VoteSettings(min_score=1.0), 1)],
+)
+async def test_results_carry_no_more_tags_than_are_wanted_but_the_best_of_each_head(
+    song: Path, votes: VoteSettings, left: int
+) -> None:
+    async with tagger_of(song) as tagger:
+        all_tags = (await tagger.tag(song.as_uri())).tags
+    async with tagger_of(song, votes=votes) as tagger:
+        tags = (await tagger.tag(song.as_uri())).tags
+    wanted = [
+        label
+        for head in ("genre", "tags")
+        for label in [tag.label for tag in all_tags if tag.head == head][:left]
+    ]
+    assert [tag.label for tag in tags] == wanted
