@@ -1,5 +1,6 @@
 """The least rate at which audio must arrive."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Sized
 from typing import TypeVar
@@ -16,8 +17,9 @@ async def paced(
 ) -> AsyncGenerator[Piece, None]:
     """The pieces as they arrive; raises `FetchTooSlow` where they arrive too slowly.
 
-    What counts is the time spent waiting for the sender, not what is done between pieces. One that
-    stops sending altogether meets its client's own timeout.
+    What counts is the time spent waiting for the sender, not what is done between pieces. A
+    `TimeoutError` is one that sends no piece for `stall_timeout_s`: its client's own timeout would
+    wait on where bytes come that are none of the audio, such as a chunk's extensions.
 
     Parameters
     ----------
@@ -28,8 +30,13 @@ async def paced(
         Where they come from, for the message.
     """
     least_per_s, window_s = settings.min_bytes_per_s, settings.stall_timeout_s
-    received_bytes, waited_s, since_s = 0, 0.0, time.monotonic()
-    async for piece in pieces:
+    received_bytes, waited_s, coming = 0, 0.0, aiter(pieces)
+    while True:
+        since_s = time.monotonic()
+        async with asyncio.timeout(window_s):
+            piece = await anext(coming, None)
+        if piece is None:
+            return
         received_bytes += len(piece)
         waited_s += time.monotonic() - since_s
         if waited_s >= window_s:
@@ -41,4 +48,3 @@ async def paced(
                 )
             received_bytes, waited_s = 0, 0.0
         yield piece
-        since_s = time.monotonic()

@@ -646,6 +646,20 @@ class TestSlowSenders:
         assert isinstance(await failure(fetcher, url), FetchTooSlow)
         assert time.monotonic() - started < 2 * STALL_S + 0.5
 
+    @pytest.mark.parametrize("begun", [b"0\r\nx: ", b"1;", b"1\r\na\r\n0"])
+    async def test_are_left_where_what_they_send_is_no_audio(
+        self, server: Server, fetcher: Fetcher, begun: bytes
+    ) -> None:
+        """A trailer, a chunk's extension, the digits of its size: aiohttp gives none of them on."""
+        drips = [piece for _ in range(500) for piece in (0.05, b"0")]
+        chunked = head(transfer_encoding="chunked") + b"1\r\na\r\n" + begun
+        started = time.monotonic()
+        assert isinstance(
+            await failure(fetcher, server.answer("/a", raw(chunked, *drips))), FetchTimeout
+        )
+        assert time.monotonic() - started < 2 * STALL_S + 1
+        assert len(server.requests) == 2
+
     async def test_may_be_as_slow_as_the_limit(
         self, server: Server, configured: Callable[..., FetchSettings]
     ) -> None:
