@@ -19,6 +19,7 @@ from worker.fetch.addresses import shown
 from worker.fetch.spool import SpoolFile, in_thread
 
 READ_BYTES = 1024 * 1024
+ABSENT = {errno.ENOENT, errno.ENAMETOOLONG}  # no file has a name longer than names may be
 FILE_URI = re.compile(r"file:(?://(?:localhost)?(?=/)|(?!//))(/.*)", re.IGNORECASE | re.DOTALL)
 
 
@@ -46,11 +47,11 @@ class LocalFiles:
             file.expect(await in_thread(opened.open))
             while data := await in_thread(opened.read):
                 await file.write(data)
-        except FileNotFoundError:
-            raise AudioNotFound(f"There is no file at {shown(uri)}.") from None
         except PermissionError:
             raise FetchForbidden(f"The worker may not read {shown(uri)}.") from None
         except OSError as error:
+            if error.errno in ABSENT:
+                raise AudioNotFound(f"There is no file at {shown(uri)}.") from None
             raise FetchUnavailable(f"Reading {shown(uri)} failed: {error.strerror}.") from error
         finally:
             opened.close()
@@ -115,7 +116,7 @@ class _Opened:
 
 def _path(uri: str) -> str:
     match = FILE_URI.fullmatch(uri)
-    path = unquote_to_bytes(match[1]) if match else b""
+    path = unquote_to_bytes(os.fsencode(match[1])) if match else b""
     if not path or b"\0" in path:
         raise UriUnsupported(
             f"{shown(uri)} is not a file on this machine; write file:///absolute/path."

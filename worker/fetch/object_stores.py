@@ -204,9 +204,10 @@ def location(uri: str) -> Location:
     try:
         key = unquote(match[3], errors="strict")
         version = unquote(match[4], errors="strict") if match[4] else None
-    except UnicodeDecodeError:
+        key_bytes = len(key.encode())
+    except UnicodeError:
         raise UriUnsupported(f"The key of {shown(uri)} is not UTF-8.") from None
-    if len(key.encode()) > MAX_KEY_BYTES or not all(
+    if key_bytes > MAX_KEY_BYTES or not all(
         segment not in {"", ".", ".."} and not CONTROL.search(segment) for segment in key.split("/")
     ):
         raise UriUnsupported(

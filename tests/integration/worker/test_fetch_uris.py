@@ -83,6 +83,9 @@ async def fetcher(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fet
 @example("http://h/" + "%" * 8000)
 @example("http://[" + "1:" * 4000)
 @example("https://\ud800/")
+@example("s3://bucket/\udcff")
+@example("s3://bucket/a?versionId=\udcff")
+@example("file:///\udcff")
 @example("http://[::1]user:pass@")
 async def test_any_text(fetcher: Fetcher, uri: str) -> None:
     with pytest.raises(FetchFailed) as raised:
