@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from datetime import UTC, datetime
+from hashlib import sha256
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -58,10 +59,10 @@ async def retry(
     """Send dead letters to the topic they came from, as they were; returns those sent.
 
     `places` picks single ones; without it all are sent again, or all of one reason `code`. A
-    letter stays in its topic: it is a log, and the event's id stays the same. A message of which
-    several tracks failed is sent once. What can't be sent is left out, or, where its place is
-    given, an error: a value that was too large for the topic and is only at its origin, and a
-    message that Timbre did not write.
+    letter stays in its topic: it is a log, and the event's id stays the same. A message is sent
+    once, however often it failed: what fails again would be twice as many at each retry. What can't
+    be sent is left out, or, where its place is given, an error: a value that was too large for the
+    topic and is only at its origin, and a message that Timbre did not write.
 
     Raises
     ------
@@ -72,7 +73,7 @@ async def retry(
     ServicesUnavailable
         Kafka can't be reached.
     """
-    sent, origins = list[Place](), set[Origin]()
+    sent, known = list[Place](), set[bytes]()
     async with (
         connection.started(connection.producer(settings.kafka), settings.kafka) as producer,
         aclosing(_chosen(settings.kafka, places)) as messages,
@@ -83,9 +84,10 @@ async def retry(
                 continue
             if _obstacle(message) is not None:
                 continue
-            if letter.origin in origins:
+            original = letter.origin.topic.encode() + letter.original.to_bytes()
+            if (digest := sha256(original).digest()) in known:
                 continue
-            origins.add(letter.origin)
+            known.add(digest)
             headers = [(n, v) for n, v in message.headers if not n.startswith(HEADER)]
             await producer.send_and_wait(
                 letter.origin.topic, message.value, key=message.key, headers=headers

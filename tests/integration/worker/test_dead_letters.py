@@ -159,12 +159,12 @@ async def test_a_message_that_failed_at_two_deliveries_is_sent_again_once(
 ) -> None:
     own = await topics()
     async with Publisher(own) as publisher:
-        for _ in range(2):
-            failure = Failure(AudioNotFound("Nothing there."))
-            await publisher.dead_letter(record(own, 7, b"{}"), [failure], MODEL)
-        later = replace(record(own, 7, b"{}"), timestamp_s=1_800_000_000.0)
-        await publisher.dead_letter(later, [failure], MODEL)
-    assert len(await dead_letters.retry(Settings(kafka=own))) == 2, "the topic was made anew"
+        failure = Failure(AudioNotFound("Nothing there."))
+        twice = record(own, 7, b"{}")
+        again = replace(twice, offset=8, timestamp_s=1_800_000_000.0)  # sent again, failed again
+        for failed in (twice, twice, again, replace(twice, value=b"[]")):
+            await publisher.dead_letter(failed, [failure], MODEL)
+    assert await dead_letters.retry(Settings(kafka=own)) == [(0, 0), (0, 3)]
 
 
 async def test_a_value_too_large_for_the_topic_is_left_out_and_naming_its_letter_an_error(
