@@ -51,7 +51,7 @@ NOT_FOUND = {404, 410}
 MAX_INTERIM = 16  # answers (1xx) before the one that counts
 MAX_HOST_CHARS = 255  # more than DNS has, and what encoding a name takes grows with its square
 MAX_LOOKUPS = 256  # of names at once; most wait, should a name server not answer
-PASSING = {408, 425, 429}
+PASSING = {408, 425, 429}  # among 4xx, of a store as well
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # yarl would drop some and escape the others
 # What may not stand in a path or query by RFC 3986: a percent sign that begins no escape, and all
 # characters but these.

@@ -27,6 +27,7 @@ from worker.errors import (
     UriUnsupported,
 )
 from worker.fetch.addresses import shown
+from worker.fetch.downloads import PASSING
 from worker.fetch.pace import paced
 from worker.fetch.spool import SpoolFile
 from worker.settings import FetchSettings
@@ -51,7 +52,6 @@ UNREADABLE = {
 MAX_KEY_BYTES = 1024
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 MAX_STORES = 64  # events name buckets; clients for them are kept, but not without end
-PASSING = {408, 425, 429}
 STATUS = re.compile(r"status code: (\d{3})")
 TIMED_OUT = "kind: Timeout"
 NO_RETRIES: "RetryConfig" = {"max_retries": 0}
