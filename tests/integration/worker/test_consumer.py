@@ -5,7 +5,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from tests.conftest import MakeTopics
+from tests.waiting import until
 from tests.worker_process import environment
 from worker.kafka import connection
 from worker.kafka import consumer as consumer_module
@@ -59,12 +60,6 @@ async def committed(own: KafkaSettings, partitions: int) -> int:
     ) as reader:
         reader.assign(tps)
         return sum([await reader.committed(tp) or 0 for tp in tps])
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.05)
 
 
 async def test_every_event_is_handled_once_and_committed_at_a_graceful_stop(

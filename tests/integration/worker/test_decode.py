@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from schemas.events import Priority
 from tests.audio import ENCODINGS, encode, encode_as, noise, tone, wav
+from tests.waiting import until
 from worker.decode import pool as pool_module
 from worker.decode import process as decoder_process
 from worker.decode.decoder import DecodedFacts, decode_windows
@@ -97,12 +98,6 @@ async def hold_all(pool: DecoderPool, path: Path, *, timeout_s: float) -> None:
 async def leave_half_way(pool: DecoderPool, path: Path) -> None:
     async with pool.decode(path, timeout_s=60) as decoding:
         await anext(decoding)
-
-
-async def until(holds: Callable[[], bool], *, timeout_s: float = 5.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not holds():
-            await asyncio.sleep(0.01)
 
 
 async def kill_idle(pool: DecoderPool) -> None:
@@ -735,7 +730,7 @@ async def test_a_decoder_that_says_what_none_of_ours_does_is_ended(
         before = pool.pids
         with pytest.raises(DecoderCrashed, match="take it over"):
             await hear(pool, song)
-        await until(lambda: bool(pool.pids) and before.isdisjoint(pool.pids))
+        await until(lambda: pool.pids and before.isdisjoint(pool.pids))
 
 
 async def test_a_decoder_that_speaks_without_a_track_is_ended(
@@ -746,7 +741,7 @@ async def test_a_decoder_that_speaks_without_a_track_is_ended(
         before = pool.pids
         async with pool.decode(song, timeout_s=60) as decoding:
             await drain(decoding)
-        await until(lambda: bool(pool.pids) and before.isdisjoint(pool.pids))
+        await until(lambda: pool.pids and before.isdisjoint(pool.pids))
 
 
 async def test_uploads_go_before_backfill_which_leaves_them_one_decoder(song: Path) -> None:

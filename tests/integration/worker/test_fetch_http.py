@@ -22,6 +22,7 @@ import pytest
 import trustme
 from aiohttp.abc import AbstractResolver, ResolveResult
 
+from tests.waiting import until
 from worker.errors import (
     AddressRefused,
     AudioNotFound,
@@ -1004,9 +1005,7 @@ class TestAddresses:
         async with Fetcher(configured(), resolver=Changing(["127.0.0.1"])) as fetcher:
             for number in range(50):
                 await failure(fetcher, f"http://host{number}.example:{port}/")
-            async with asyncio.timeout(5):
-                while connections:
-                    await asyncio.sleep(0.01)
+            await until(lambda: not connections, timeout_s=5)
         listening.close()
         await listening.wait_closed()
 

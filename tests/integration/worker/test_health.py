@@ -15,14 +15,9 @@ from pydantic import SecretStr
 
 from model.bundle import Bundle
 from tests.conftest import MakeTopics
-from tests.integration.worker.test_consumer import (
-    committed,
-    consuming,
-    send,
-    settings_of,
-    until,
-)
+from tests.integration.worker.test_consumer import committed, consuming, send, settings_of
 from tests.unit.worker.test_batch import MARK, Hanging, Tracks, batcher_of, noise
+from tests.waiting import until
 from tests.web import running
 from worker import health
 from worker.app import Worker

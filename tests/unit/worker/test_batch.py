@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from model.bundle import Bundle, Head
 from schemas.events import Priority
+from tests.unit.worker.small_network import Answer, SmallNet
+from tests.waiting import until
 from worker.batch.batcher import Batcher, Ticket, WindowOutputs
 from worker.batch.device import Buffer
 from worker.errors import (
@@ -28,40 +30,6 @@ from worker.settings import BatchSettings
 SAMPLES = 400
 MARK = 7.0  # a first sample like this tells the networks below to misbehave
 LABELS = ("blues", "jazz", "rock")
-
-
-@dataclass
-class Answer:
-    probabilities: dict[str, Tensor]
-    embedding: Tensor
-
-
-class SmallNet(nn.Module):
-    """A real network, small: one convolution, mean and maximum over time, one dense layer.
-
-    `order` holds the first samples of all windows as they come; `go` holds it up when cleared.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(5)
-            self.conv = nn.Conv1d(1, 8, 9, stride=4)
-            self.dense = nn.Linear(16, 3)
-        self.order: list[list[float]] = []
-        self.go = threading.Event()
-        self.go.set()
-
-    def forward(self, samples: Tensor) -> Answer:
-        self.order.append(samples[:, 0].tolist())
-        self.misbehave(samples)
-        assert self.go.wait(60)
-        features = self.conv(samples.unsqueeze(1)).relu()
-        embedding = torch.cat([features.amax(-1), features.mean(-1)], 1)
-        return Answer({"genre": self.dense(embedding).softmax(-1)}, embedding)
-
-    def misbehave(self, samples: Tensor) -> None:
-        pass
 
 
 class Choking(SmallNet):
@@ -221,14 +189,6 @@ def same(got: WindowOutputs, windows: np.ndarray) -> bool:
     return np.allclose(got.probabilities["genre"], want.probabilities["genre"], atol=1e-5) and (
         np.allclose(got.embedding, want.embedding, atol=1e-5)
     )
-
-
-async def until(condition: Callable[[], object], within_s: float = 10.0) -> None:
-    for _ in range(int(within_s / 0.005)):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError(f"not so within {within_s:g} s")
 
 
 async def held_up(network: SmallNet, tracks: Tracks) -> "list[asyncio.Task[WindowOutputs]]":

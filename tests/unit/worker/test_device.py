@@ -4,15 +4,16 @@ import asyncio
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.unit.worker.small_network import Answer, SmallNet
+from tests.waiting import until
 from worker.batch.device import (
     CPU_CHUNK_WINDOWS,
     DECODE_S_PER_WINDOW,
@@ -32,32 +33,6 @@ SAMPLES = 64
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@dataclass
-class Answer:
-    probabilities: dict[str, Tensor]
-    embedding: Tensor
-
-
-class SmallNet(nn.Module):
-    """A real network, small: one convolution, mean and maximum over time, one dense layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(5)
-            self.conv = nn.Conv1d(1, 8, 9, stride=4)
-            self.dense = nn.Linear(16, 3)
-        self.sizes: list[int] = []
-        self.dtypes: set[torch.dtype] = set()
-
-    def forward(self, samples: Tensor) -> Answer:
-        self.sizes.append(len(samples))
-        features = self.conv(samples.unsqueeze(1)).relu()
-        self.dtypes.add(features.dtype)
-        embedding = torch.cat([features.amax(-1), features.mean(-1)], 1)
-        return Answer({"genre": self.dense(embedding).float().softmax(-1)}, embedding.float())
-
-
 class Cramped(SmallNet):
     """Runs out of memory above `room` windows, as a crowded GPU does."""
 
@@ -66,19 +41,6 @@ class Cramped(SmallNet):
     def forward(self, samples: Tensor) -> Answer:
         if len(samples) > self.room:
             raise torch.OutOfMemoryError(f"CUDA out of memory at {len(samples)} windows")
-        return super().forward(samples)
-
-
-class Stalling(SmallNet):
-    """Waits for `go` as a device that hangs would."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.go = threading.Event()
-        self.go.set()
-
-    def forward(self, samples: Tensor) -> Answer:
-        assert self.go.wait(60)
         return super().forward(samples)
 
 
@@ -91,14 +53,6 @@ async def engine_of(network: nn.Module, **settings: object) -> AsyncIterator[Eng
         yield engine
     finally:
         engine.close()
-
-
-async def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> None:
-    for _ in range(int(within_s / 0.01)):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError(f"not so within {within_s:g} s")
 
 
 def noise(windows: int, seed: int = 0) -> np.ndarray:
@@ -135,7 +89,7 @@ async def test_outputs_come_in_the_order_of_the_windows(threads: int, windows: i
 async def test_on_a_cpu_batches_are_cut_into_chunks_and_never_padded() -> None:
     network = SmallNet()
     async with engine_of(network, threads=2) as engine:
-        network.sizes.clear()
+        network.order.clear()
         await outputs_of(engine, noise(21))
     assert sum(network.sizes) == 21
     assert max(network.sizes) <= CPU_CHUNK_WINDOWS
@@ -164,7 +118,7 @@ async def test_running_out_of_memory_halves_the_batch_and_goes_on() -> None:
     samples = noise(16)
     async with engine_of(network) as engine:
         assert engine.out_of_memory_total == 3  # 16, 8 and 4 windows, when warming up
-        network.sizes.clear()
+        network.order.clear()
         outputs = await outputs_of(engine, samples)
         assert set(network.sizes) == {2}
         assert engine.out_of_memory_total == 3  # it remembers
@@ -177,7 +131,7 @@ async def test_larger_batches_are_tried_again_after_a_while() -> None:
         network.room = 8
         for _ in range(60):
             await outputs_of(engine, noise(16))
-        network.sizes.clear()
+        network.order.clear()
         await outputs_of(engine, noise(16))
         assert set(network.sizes) == {8}
 
@@ -204,16 +158,16 @@ async def test_a_cpu_allocation_that_fails_counts_as_out_of_memory() -> None:
 
 
 async def test_a_hung_thread_is_left_behind_and_others_go_on() -> None:
-    network = Stalling()
+    network = SmallNet()
     async with engine_of(network, timeout_s=0.5, threads=2) as engine:
         network.go.clear()
         with pytest.raises(DeviceHung, match=r"0\.5 s"):
             await outputs_of(engine, noise(4))
-        await eventually(lambda: engine.stuck == 1)  # once its idle neighbour has ended
+        await until(lambda: engine.stuck == 1)  # once its idle neighbour has ended
         network.go.set()
         outputs = await outputs_of(engine, noise(4))
         np.testing.assert_allclose(outputs.probabilities["genre"], expected(noise(4)), atol=1e-5)
-        await eventually(lambda: engine.stuck == 0)  # it came back after all
+        await until(lambda: engine.stuck == 0)  # it came back after all
 
 
 def test_a_hung_thread_does_not_hold_up_the_end_of_the_process() -> None:
@@ -242,7 +196,7 @@ async def test_the_threads_end_with_the_engine() -> None:
     async with engine_of(SmallNet(), threads=3) as engine:
         await outputs_of(engine, noise(20))
         assert len(set(threading.enumerate()) - before) == 4
-    await eventually(lambda: not set(threading.enumerate()) - before)
+    await until(lambda: not set(threading.enumerate()) - before)
 
 
 async def test_a_broken_device_is_lost_for_good() -> None:
@@ -315,7 +269,7 @@ async def test_cuda_answers_as_a_cpu_does(precision: str) -> None:
     async with engine_of(
         network, device="cuda", precision=precision, max_windows=64, threads=0
     ) as engine:
-        network.sizes.clear()
+        network.order.clear()
         outputs = await outputs_of(engine, samples)
         assert network.sizes == [64]  # padded to its bucket
     atol = 1e-5 if precision == "float32" else 2e-2
