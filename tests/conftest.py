@@ -5,10 +5,11 @@ Services are started once a session, when the first test asks for one, and end w
 """
 
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from redis.asyncio import Redis
 
 from worker.demo.music import Sample, sample_tracks
 from worker.services.local import local_services
@@ -51,6 +52,13 @@ def redis_url(given_settings: Settings) -> Iterator[str]:
     with local_services(given_settings, kafka=False) as addresses:
         assert addresses.redis is not None
         yield addresses.redis
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    """A client of that Redis, to see what Timbre keeps there."""
+    async with Redis.from_url(redis_url) as client:
+        yield client
 
 
 @pytest.fixture

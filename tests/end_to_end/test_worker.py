@@ -7,7 +7,7 @@ import socket
 import subprocess
 from base64 import b64encode
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,7 @@ from model.bundle import Bundle
 from schemas.events import TrackFeatures, TrackTags
 from tests.audio import ENCODINGS, encode, tone
 from tests.conftest import MakeTopics
+from tests.waiting import until
 from tests.web import running
 from tests.worker_process import (
     TIMBRE,
@@ -61,12 +62,24 @@ def tracks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def s3() -> Iterator[str]:
-    """The endpoint of moto's S3 server."""
+def s3(tracks: dict[str, Path]) -> Iterator[dict[str, str]]:
+    """Settings to read the bucket `music` of moto's S3 server, which holds the tracks."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     _, port = server.get_host_and_port()
-    yield f"http://127.0.0.1:{port}"
+    endpoint = f"http://127.0.0.1:{port}"
+    client = boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id="k",
+        aws_secret_access_key="s",
+    )
+    client.create_bucket(Bucket="music")
+    for file in tracks.values():
+        for key in (file.name, f"new songs/a+{file.name}"):
+            client.upload_file(str(file), "music", key)
+    yield credentials(endpoint)
     server.stop()
 
 
@@ -81,24 +94,17 @@ async def serving(folder: Path) -> AsyncIterator[str]:
 
 async def test_tracks_of_five_codecs_over_http_s3_and_as_files_are_tagged_stored_and_counted(
     topics: MakeTopics,
+    redis: Redis,
     redis_url: str,
     redis_prefix: str,
     tracks: dict[str, Path],
-    s3: str,
+    s3: dict[str, str],
     tmp_path: Path,
 ) -> None:
     own = await topics(partitions=2)
-    upload(s3, {"new songs/a+b.ogg": tracks["ogg"], "track.m4a": tracks["m4a"]})
-    settings = environment(
-        own,
-        redis_url,
-        redis_prefix,
-        TIMBRE_FETCH__FILE_ROOTS=json.dumps([str(tracks["opus"].parent)]),
-        **credentials(s3),
-    )
     async with (
         serving(tracks["mp3"].parent) as http,
-        running_worker(settings, tmp_path / "worker.log") as worker,
+        file_worker(own, redis_url, redis_prefix, tracks, tmp_path, **s3) as worker,
     ):
         await send(
             own,
@@ -106,7 +112,7 @@ async def test_tracks_of_five_codecs_over_http_s3_and_as_files_are_tagged_stored
             event("over-http-flac", f"{http}/track.flac"),
             event("from-s3", "s3://music/track.m4a"),
             event("a-file", tracks["opus"].as_uri()),
-            bucket_notification("music", "new+songs/a%2Bb.ogg"),
+            bucket_notification("music", "new+songs/a%2Btrack.ogg"),
         )
         results = await receive_json(own, own.topic_tags, 5)
         features = await receive_json(own, own.topic_features, 5)
@@ -121,13 +127,11 @@ async def test_tracks_of_five_codecs_over_http_s3_and_as_files_are_tagged_stored
             embedding = np.array(TrackFeatures.model_validate(feature).embedding)
             assert np.linalg.norm(embedding) == pytest.approx(1, abs=1e-4)
 
-        redis = Redis.from_url(redis_url)
         for track_id, result in results.items():
             stored = await stored_of(redis, f"{redis_prefix}track:{track_id}", result["event_id"])
             assert json.loads(stored[b"result"]) == result
             genre = stored[b"genre"].decode()
             assert await redis.zscore(f"{redis_prefix}genre:{genre}", track_id) is not None
-        await redis.aclose()
 
         assert worker.metric("timbre_tracks_total", outcome="tagged") == 5
         assert worker.metric("timbre_stage_seconds_count", stage="decode") == 5
@@ -156,7 +160,12 @@ async def test_the_same_event_and_the_same_audio_again_are_answered_from_the_cac
 
 
 async def test_a_track_uploaded_again_ends_with_the_tags_of_its_new_audio(
-    topics: MakeTopics, redis_url: str, redis_prefix: str, tracks: dict[str, Path], tmp_path: Path
+    topics: MakeTopics,
+    redis: Redis,
+    redis_url: str,
+    redis_prefix: str,
+    tracks: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     own = await topics(partitions=1)
 
@@ -166,22 +175,17 @@ async def test_a_track_uploaded_again_ends_with_the_tags_of_its_new_audio(
 
     app = web.Application()
     app.router.add_get("/slow.mp3", slowly)
-    settings = environment(
-        own,
-        redis_url,
-        redis_prefix,
-        TIMBRE_FETCH__FILE_ROOTS=json.dumps([str(tracks["mp3"].parent)]),
-    )
-    async with running(app) as http, running_worker(settings, tmp_path / "worker.log"):
+    async with (
+        running(app) as http,
+        file_worker(own, redis_url, redis_prefix, tracks, tmp_path),
+    ):
         await send(
             own,
             event("again", f"{http}/slow.mp3", uploaded_at="2026-01-01T00:00:00Z"),
             event("again", tracks["flac"].as_uri(), uploaded_at="2026-01-02T00:00:00Z"),
         )
         results = [json.loads(one.value) for one in await receive(own, own.topic_tags, 2)]
-        redis = Redis.from_url(redis_url)
         await stored_of(redis, f"{redis_prefix}track:again", results[1]["event_id"])
-        await redis.aclose()
     assert [result["audio"]["codec"] for result in results] == ["mp3", "flac"]
 
 
@@ -231,23 +235,17 @@ async def test_what_cannot_pass_is_a_dead_letter_and_its_neighbours_are_tagged(
 
 
 async def test_what_cannot_be_read_of_a_notification_is_one_dead_letter_and_the_rest_is_tagged(
-    topics: MakeTopics,
-    redis_url: str,
-    redis_prefix: str,
-    tracks: dict[str, Path],
-    s3: str,
-    tmp_path: Path,
+    topics: MakeTopics, redis_url: str, redis_prefix: str, s3: dict[str, str], tmp_path: Path
 ) -> None:
     own = await topics(partitions=1)
-    upload(s3, {"a.ogg": tracks["ogg"], "b.opus": tracks["opus"]})
-    settings = environment(own, redis_url, redis_prefix, **credentials(s3))
-    keys = ("a.ogg", "%FF.mp3", "", "x" * 1025, "b.opus")
+    settings = environment(own, redis_url, redis_prefix, **s3)
+    keys = ("track.ogg", "%FF.mp3", "", "x" * 1025, "track.opus")
     message = bucket_notification("music", *keys)
     async with running_worker(settings, tmp_path / "worker.log"):
         await send(own, message)
         results = await receive_json(own, own.topic_tags, 2)
         await receive(own, own.topic_dead_letter, 1)
-    assert results.keys() == {"music/a.ogg", "music/b.opus"}
+    assert results.keys() == {"music/track.ogg", "music/track.opus"}
     [(_, letter)] = [found async for found in list_dead_letters(Settings(kafka=own))]
     assert letter.original.value_b64 == b64encode(message).decode()
     assert (letter.reason.code, letter.track_id) == ("event_malformed", None)
@@ -298,34 +296,26 @@ async def test_all_tracks_of_a_message_have_one_deadline_and_a_retry_does_those_
 
 
 async def test_what_kafka_takes_to_accept_a_result_is_no_time_of_the_tracks_behind_it(
-    topics: MakeTopics,
-    redis_url: str,
-    redis_prefix: str,
-    tracks: dict[str, Path],
-    s3: str,
-    tmp_path: Path,
+    topics: MakeTopics, redis_url: str, redis_prefix: str, s3: dict[str, str], tmp_path: Path
 ) -> None:
     own = await topics(partitions=1)
     own = own.model_copy(update={"topic_tags": f"{own.topic_tags}-later"})
-    upload(s3, {"a.ogg": tracks["ogg"], "b.opus": tracks["opus"]})
     settings = environment(
         own,
         redis_url,
         redis_prefix,
         TIMBRE_KAFKA__REQUEST_TIMEOUT_S="1",
         TIMBRE_WORKER__TRACK_DEADLINE_S="5",
-        **credentials(s3),
+        **s3,
     )
     async with running_worker(settings, tmp_path / "worker.log") as worker:
-        await send(own, bucket_notification("music", "a.ogg", "b.opus"))
-        async with asyncio.timeout(60):
-            while not worker.metric("timbre_retries_total", code="publish_failed"):
-                await asyncio.sleep(0.1)
+        await send(own, bucket_notification("music", "track.ogg", "track.opus"))
+        await until(lambda: worker.metric("timbre_retries_total", code="publish_failed"))
         await asyncio.sleep(5)
         await create_topics(own, {own.topic_tags: 1})
         results = await receive_json(own, own.topic_tags, 2)
         assert worker.metric("timbre_tracks_total", outcome="dead_letter") == 0
-    assert results.keys() == {"music/a.ogg", "music/b.opus"}
+    assert results.keys() == {"music/track.ogg", "music/track.opus"}
 
 
 async def test_waiting_while_others_hold_the_decoders_is_no_time_of_the_tracks_behind_it(
@@ -333,18 +323,17 @@ async def test_waiting_while_others_hold_the_decoders_is_no_time_of_the_tracks_b
     redis_url: str,
     redis_prefix: str,
     tracks: dict[str, Path],
-    s3: str,
+    s3: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     own = await topics(partitions=1)
-    upload(s3, {"c.ogg": tracks["ogg"], "d.opus": tracks["opus"]})
     given = environment(
         own,
         redis_url,
         redis_prefix,
         TIMBRE_DECODE__PROCESSES="1",
         TIMBRE_WORKER__TRACK_DEADLINE_S="3",
-        **credentials(s3),
+        **s3,
     )
     for name, value in given.items():
         monkeypatch.setenv(name, value)
@@ -352,15 +341,13 @@ async def test_waiting_while_others_hold_the_decoders_is_no_time_of_the_tracks_b
         working = asyncio.create_task(worker.run())
         async with worker.tagger.decoders.decode(tracks["mp3"], timeout_s=60) as holding:
             await anext(holding)
-            await send(own, bucket_notification("music", "c.ogg", "d.opus"))
-            async with asyncio.timeout(60):
-                while not worker.consumer.in_flight:
-                    await asyncio.sleep(0.1)
+            await send(own, bucket_notification("music", "track.ogg", "track.opus"))
+            await until(lambda: worker.consumer.in_flight)
             await asyncio.sleep(4)
         results = await receive_json(own, own.topic_tags, 2)
         worker.consumer.stop()
         await working
-    assert results.keys() == {"music/c.ogg", "music/d.opus"}
+    assert results.keys() == {"music/track.ogg", "music/track.opus"}
 
 
 async def test_a_server_that_stalls_holds_a_place_only_twice_and_one_that_fails_is_asked_on(
@@ -499,20 +486,6 @@ def event(track_id: str, uri: str, **more: Any) -> dict[str, Any]:
     return {"track_id": track_id, "audio": {"uri": uri}, **more}
 
 
-def upload(endpoint: str, files: Mapping[str, Path]) -> None:
-    """Put files into a new bucket `music`, each under its key."""
-    client = boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        region_name="us-east-1",
-        aws_access_key_id="k",
-        aws_secret_access_key="s",
-    )
-    client.create_bucket(Bucket="music")
-    for key, file in files.items():
-        client.upload_file(str(file), "music", key)
-
-
 def credentials(endpoint: str) -> dict[str, str]:
     """What a worker needs to read from the bucket."""
     return {
@@ -542,13 +515,19 @@ def bucket_notification(bucket: str, *keys: str) -> bytes:
 
 @asynccontextmanager
 async def file_worker(
-    own: KafkaSettings, redis_url: str, prefix: str, tracks: dict[str, Path], folder: Path
+    own: KafkaSettings,
+    redis_url: str,
+    prefix: str,
+    tracks: dict[str, Path],
+    folder: Path,
+    **more: str,
 ) -> AsyncIterator[WorkerProcess]:
     settings = environment(
         own,
         redis_url,
         prefix,
         TIMBRE_FETCH__FILE_ROOTS=json.dumps([str(tracks["mp3"].parent)]),
+        **more,
     )
     async with running_worker(settings, folder / "worker.log") as worker:
         yield worker

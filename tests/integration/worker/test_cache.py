@@ -1,4 +1,3 @@
-import asyncio
 import json
 import resource
 import time
@@ -25,6 +24,7 @@ from schemas.events import (
     WindowCounts,
 )
 from tests.audio import audio_facts
+from tests.waiting import until
 from worker import cache as cache_module
 from worker import publish
 from worker.analysis import Analysis
@@ -96,6 +96,10 @@ async def store(cache: Cache, track_id: str, found: Analysis, **more: JsonObject
     return tags.event_id
 
 
+async def stored(redis: Redis, *keys: str | bytes) -> bool:
+    return int(await redis.exists(*keys)) == len(keys)
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -150,36 +154,32 @@ async def test_another_model_or_setting_does_not_find_it(redis_url: str, redis_p
 
 
 async def test_a_track_whose_genre_changes_leaves_the_old_one(
-    redis_url: str, redis_prefix: str
+    redis: Redis, redis_url: str, redis_prefix: str
 ) -> None:
-    redis = Redis.from_url(redis_url)
     async with cache_at(redis_url, redis_prefix) as cache:
         await store(cache, "t", analysis("jazz"))
         await store(cache, "t", analysis("rock", 0.5))
     assert await redis.zscore(f"{redis_prefix}genre:jazz", "t") is None
     assert await redis.zscore(f"{redis_prefix}genre:rock", "t") == 0.5
-    await redis.aclose()
 
 
 async def test_a_track_leaves_its_old_genre_also_when_its_hash_is_gone(
-    redis_url: str, redis_prefix: str
+    redis: Redis, redis_url: str, redis_prefix: str
 ) -> None:
-    redis = Redis.from_url(redis_url)
     async with cache_at(redis_url, redis_prefix) as cache:
         await store(cache, "t", analysis("jazz"))
         await redis.delete(f"{redis_prefix}track:t")
         await store(cache, "t", analysis("rock", 0.5))
     assert await redis.zrange(f"{redis_prefix}genre:jazz", 0, -1) == []
     assert await redis.zrange(f"{redis_prefix}genre:rock", 0, -1) == [b"t"]
-    await redis.aclose()
 
 
-async def test_a_damaged_analysis_is_made_anew(redis_url: str, redis_prefix: str) -> None:
-    redis = Redis.from_url(redis_url)
+async def test_a_damaged_analysis_is_made_anew(
+    redis: Redis, redis_url: str, redis_prefix: str
+) -> None:
     await redis.set(f"{redis_prefix}cache:{SHA256}:key", b"{}")
     async with cache_at(redis_url, redis_prefix) as cache:
         assert await cache.by_audio(SHA256) is None
-    await redis.aclose()
 
 
 @pytest.mark.parametrize(
@@ -206,22 +206,19 @@ async def test_a_damaged_analysis_is_made_anew(redis_url: str, redis_prefix: str
     ],
 )
 async def test_an_analysis_that_the_model_cannot_have_made_is_made_anew(
-    redis_url: str, redis_prefix: str, field: str, value: object
+    redis: Redis, redis_url: str, redis_prefix: str, field: str, value: object
 ) -> None:
-    redis = Redis.from_url(redis_url)
     changed = json.dumps(analysis().model_dump(mode="json") | {field: value})
     await redis.set(f"{redis_prefix}cache:{SHA256}:key", changed)
     async with cache_at(redis_url, redis_prefix) as cache:
         assert await cache.by_audio(SHA256) is None
-    await redis.aclose()
 
 
 @pytest.mark.parametrize("field", ["tags", "embedding", "taggram"])
 @pytest.mark.parametrize("size_bytes", [4 * MIB, 32 * MIB])
 async def test_an_enormous_analysis_takes_neither_long_nor_much_memory(
-    redis_url: str, redis_prefix: str, field: str, size_bytes: int
+    redis: Redis, redis_url: str, redis_prefix: str, field: str, size_bytes: int
 ) -> None:
-    redis = Redis.from_url(redis_url)
     wrong = "[" + "{}," * (size_bytes // 3) + "{}]"
     whole = json.dumps(analysis().model_dump(mode="json") | {field: "here"})
     value = whole.replace('"here"', f'{{"genre": {wrong}}}' if field == "taggram" else wrong)
@@ -232,7 +229,6 @@ async def test_an_enormous_analysis_takes_neither_long_nor_much_memory(
         assert time.perf_counter() - began_s < 1.5, "12 s for 4 MiB with an error for each"
         assert peak_bytes() - peak < 1024 * MIB, "5 GB"
     await redis.delete(f"{redis_prefix}cache:{SHA256}:key")
-    await redis.aclose()
 
 
 async def test_what_others_put_into_a_tracks_hash_and_genres_is_never_read(
@@ -252,9 +248,8 @@ async def test_what_others_put_into_a_tracks_hash_and_genres_is_never_read(
 
 
 async def test_bytes_that_are_no_text_are_as_good_as_none(
-    redis_url: str, redis_prefix: str
+    redis: Redis, redis_url: str, redis_prefix: str
 ) -> None:
-    redis = Redis.from_url(redis_url)
     async with cache_at(redis_url, redis_prefix) as cache:
         event_id = await store(cache, "t", analysis())
         await redis.set(f"{redis_prefix}event:{event_id}", b"\xff")
@@ -262,13 +257,11 @@ async def test_bytes_that_are_no_text_are_as_good_as_none(
         assert await cache.by_event(event_id) is None
         assert await store(cache, "t", analysis()) == event_id
         assert await cache.by_event(event_id) == analysis()
-    await redis.aclose()
 
 
 async def test_what_others_keep_under_our_keys_holds_up_no_other_track(
-    redis_url: str, redis_prefix: str
+    redis: Redis, redis_url: str, redis_prefix: str
 ) -> None:
-    redis = Redis.from_url(redis_url)
     await redis.set(f"{redis_prefix}track:theirs", "x")
     await redis.rpush(f"{redis_prefix}cache:{SHA256}:key", "x")
     async with cache_at(redis_url, redis_prefix) as cache:
@@ -278,7 +271,6 @@ async def test_what_others_keep_under_our_keys_holds_up_no_other_track(
         await store(cache, "ours", analysis(sha256=other))
         assert await cache.by_audio(other) == analysis(sha256=other)
         assert await redis.hget(f"{redis_prefix}track:ours", "genre") == b"jazz"
-    await redis.aclose()
 
 
 async def test_what_redis_missed_is_stored_once_it_is_back(
@@ -291,12 +283,9 @@ async def test_what_redis_missed_is_stored_once_it_is_back(
         assert await cache.by_audio(SHA256) is None
 
         own_redis.start()
-        redis = Redis.from_url(own_redis.address)
         keys = [f"{redis_prefix}track:t{number}" for number in range(3)]
-        async with asyncio.timeout(20):
-            while await redis.exists(*keys) < len(keys):
-                await asyncio.sleep(0.05)
-        await redis.aclose()
+        async with Redis.from_url(own_redis.address) as redis:
+            await until(lambda: stored(redis, *keys))
 
 
 async def test_of_what_redis_missed_the_newest_results_are_kept(
@@ -308,13 +297,10 @@ async def test_of_what_redis_missed_the_newest_results_are_kept(
             await store(cache, f"t{number}", analysis(sha256=f"{number:064x}"))
 
         own_redis.start()
-        redis = Redis.from_url(own_redis.address)
-        async with asyncio.timeout(20):
-            while not await redis.exists(f"{redis_prefix}track:t4"):
-                await asyncio.sleep(0.05)
-        kept = await redis.keys(f"{redis_prefix}track:*")
-        assert set(kept) == {f"{redis_prefix}track:t{number}".encode() for number in (3, 4)}
-        await redis.aclose()
+        newest = {f"{redis_prefix}track:t{number}".encode() for number in (3, 4)}
+        async with Redis.from_url(own_redis.address) as redis:
+            await until(lambda: stored(redis, *newest))
+            assert set(await redis.keys(f"{redis_prefix}track:*")) == newest
 
 
 async def test_what_redis_missed_takes_bounded_memory(
@@ -332,9 +318,8 @@ async def test_what_redis_missed_takes_bounded_memory(
 
 
 async def test_a_track_leaves_its_genre_when_its_life_there_is_over(
-    redis_url: str, redis_prefix: str
+    redis: Redis, redis_url: str, redis_prefix: str
 ) -> None:
-    redis = Redis.from_url(redis_url)
     genre, since = f"{redis_prefix}genre:jazz", f"{redis_prefix}genre-since:jazz"
     async with cache_at(redis_url, redis_prefix, genre_ttl_s=3600) as cache:
         await store(cache, "old", analysis("jazz"))
@@ -346,4 +331,3 @@ async def test_a_track_leaves_its_genre_when_its_life_there_is_over(
         assert set(await redis.zrange(genre, 0, -1)) == {b"again", b"young"}
         assert set(await redis.zrange(since, 0, -1)) == {b"again", b"young"}
         assert 0 < await redis.ttl(genre) <= 3600
-    await redis.aclose()

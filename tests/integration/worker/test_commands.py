@@ -207,7 +207,11 @@ async def test_a_watch_prints_tags_and_failures_in_lines(
 
 
 async def test_what_others_wrote_steers_no_terminal(
-    settings: Settings, redis_url: str, redis_prefix: str, capsys: pytest.CaptureFixture[str]
+    settings: Settings,
+    redis: Redis,
+    redis_url: str,
+    redis_prefix: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     steering = "[red]\x1b[2J\x9b31m\u202e"
     told = result("t-\u202e").model_copy(
@@ -220,8 +224,7 @@ async def test_what_others_wrote_steers_no_terminal(
         kafka=settings.kafka,
         redis=RedisSettings.model_validate({"url": redis_url, "prefix": redis_prefix}),
     )
-    async with Redis.from_url(redis_url) as client:
-        await client.hset(Keys(redis_prefix).track(told.track_id), "result", told.to_bytes())
+    await redis.hset(Keys(redis_prefix).track(told.track_id), "result", told.to_bytes())
     await publish(settings.kafka, settings.kafka.topic_tags, told.to_bytes())
     async with connection.producer(settings.kafka) as producer:
         await producer.send_and_wait(
@@ -261,12 +264,10 @@ async def test_a_watch_of_a_topic_that_is_not_there_says_so(settings: Settings) 
 
 
 async def test_a_track_is_shown_from_redis(
-    redis_url: str, redis_prefix: str, capsys: pytest.CaptureFixture[str]
+    redis: Redis, redis_url: str, redis_prefix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = load(redis=RedisSettings.model_validate({"url": redis_url, "prefix": redis_prefix}))
-    async with Redis.from_url(redis_url) as client:
-        key = Keys(redis_prefix).track("t-1")
-        await client.hset(key, "result", result("t-1").to_bytes())
+    await redis.hset(Keys(redis_prefix).track("t-1"), "result", result("t-1").to_bytes())
     await asyncio.to_thread(show_track, settings, "t-1", as_json=False)
     shown = capsys.readouterr().out
     assert "1:01" in shown
@@ -276,8 +277,7 @@ async def test_a_track_is_shown_from_redis(
     assert TrackTags.from_bytes(capsys.readouterr().out.encode()) == result("t-1")
     with pytest.raises(TrackUnknown, match="t-2"):
         await asyncio.to_thread(show_track, settings, "t-2", as_json=False)
-    async with Redis.from_url(redis_url) as client:
-        await client.hset(Keys(redis_prefix).track("t-3"), "result", b"{}")
+    await redis.hset(Keys(redis_prefix).track("t-3"), "result", b"{}")
     with pytest.raises(TrackUnknown, match="tagged again"):
         await asyncio.to_thread(show_track, settings, "t-3", as_json=False)
 
