@@ -117,6 +117,24 @@ async def test_topics_made_after_the_start_are_seen_soon(
         await until(lambda: len(seen) == 10, timeout_s=30)
 
 
+async def test_what_is_in_flight_at_a_stop_finishes_and_is_committed(topics: MakeTopics) -> None:
+    own = await topics(partitions=1)
+    begun, done = list[int](), list[int]()
+
+    async def slowly(record: Record, _: Place) -> None:
+        begun.append(record.offset)
+        await asyncio.sleep(1)
+        done.append(record.offset)
+
+    await send(own, 50)
+    async with consuming(settings_of(own), slowly):
+        await until(lambda: len(begun) == 8)
+    assert begun == sorted(done) == list(range(8)), (
+        "nothing is given back, and nothing new is taken"
+    )
+    assert await committed(own, 1) == 8
+
+
 async def test_what_hangs_at_a_stop_is_given_back_and_delivered_again(topics: MakeTopics) -> None:
     own = await topics(partitions=1)
     first, second = list[bytes | None](), list[bytes | None]()
