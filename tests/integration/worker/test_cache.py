@@ -61,9 +61,11 @@ def own_redis(tmp_path: Path) -> Iterator[LocalRedis]:
 
 
 @asynccontextmanager
-async def cache_at(url: str, prefix: str, key: str = "key", **more: int) -> AsyncIterator[Cache]:
+async def cache_at(
+    url: str, prefix: str, key: str = "key", metrics: Metrics | None = None, **more: int
+) -> AsyncIterator[Cache]:
     settings = RedisSettings(url=SecretStr(url), prefix=prefix, timeout_s=1.0, **more)
-    async with Cache(settings, key, BUNDLE, Metrics()) as cache:
+    async with Cache(settings, key, BUNDLE, metrics or Metrics()) as cache:
         yield cache
 
 
@@ -264,13 +266,15 @@ async def test_what_others_keep_under_our_keys_holds_up_no_other_track(
 ) -> None:
     await redis.set(f"{redis_prefix}track:theirs", "x")
     await redis.rpush(f"{redis_prefix}cache:{SHA256}:key", "x")
-    async with cache_at(redis_url, redis_prefix) as cache:
+    metrics = Metrics()
+    async with cache_at(redis_url, redis_prefix, metrics=metrics) as cache:
         assert await cache.by_audio(SHA256) is None
         await store(cache, "theirs", analysis())
         other = "cd" * 32
         await store(cache, "ours", analysis(sha256=other))
         assert await cache.by_audio(other) == analysis(sha256=other)
         assert await redis.hget(f"{redis_prefix}track:ours", "genre") == b"jazz"
+    assert metrics.registry.get_sample_value("timbre_redis_dropped_total") == 1
 
 
 async def test_what_redis_missed_is_stored_once_it_is_back(
@@ -291,7 +295,8 @@ async def test_what_redis_missed_is_stored_once_it_is_back(
 async def test_of_what_redis_missed_the_newest_results_are_kept(
     own_redis: LocalRedis, redis_prefix: str
 ) -> None:
-    async with cache_at(own_redis.address, redis_prefix, catch_up_max=2) as cache:
+    metrics = Metrics()
+    async with cache_at(own_redis.address, redis_prefix, metrics=metrics, catch_up_max=2) as cache:
         own_redis.stop()
         for number in range(5):
             await store(cache, f"t{number}", analysis(sha256=f"{number:064x}"))
@@ -301,6 +306,7 @@ async def test_of_what_redis_missed_the_newest_results_are_kept(
         async with Redis.from_url(own_redis.address) as redis:
             await until(lambda: stored(redis, *newest))
             assert set(await redis.keys(f"{redis_prefix}track:*")) == newest
+    assert metrics.registry.get_sample_value("timbre_redis_dropped_total") == 3
 
 
 async def test_what_redis_missed_takes_bounded_memory(
