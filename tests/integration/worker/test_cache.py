@@ -226,9 +226,9 @@ async def test_an_enormous_analysis_takes_neither_long_nor_much_memory(
     value = whole.replace('"here"', f'{{"genre": {wrong}}}' if field == "taggram" else wrong)
     await redis.set(f"{redis_prefix}cache:{SHA256}:key", value)
     async with cache_at(redis_url, redis_prefix) as cache:
-        peak, began_s = peak_bytes(), time.perf_counter()
+        peak, began_s = peak_bytes(), time.process_time()
         assert await cache.by_audio(SHA256) is None
-        assert time.perf_counter() - began_s < 1.5, "12 s for 4 MiB with an error for each"
+        assert time.process_time() - began_s < 1.5, "12 s for 4 MiB with an error for each"
         assert peak_bytes() - peak < 1024 * MIB, "5 GB"
     await redis.delete(f"{redis_prefix}cache:{SHA256}:key")
 

@@ -247,10 +247,10 @@ def test_a_line_of_a_manifest_with_a_comma_too_many_is_named(tmp_path: Path) -> 
 
 def test_a_manifest_of_very_many_columns_is_read_in_no_time(tmp_path: Path) -> None:
     header = ",".join(["path", "label", *(f"c{number}" for number in range(50_000))])
-    began_s = time.perf_counter()
+    began_s = time.process_time()
     with pytest.raises(DatasetInvalid, match="no labelled clip"):
         load(listing(tmp_path, header, "absent.wav,a"))
-    assert time.perf_counter() - began_s < 5, "18 s where it grows with their square"
+    assert time.process_time() - began_s < 5, "18 s where it grows with their square"
 
 
 def test_two_columns_of_one_name_in_a_manifest_are_refused(tmp_path: Path) -> None:
