@@ -47,13 +47,17 @@ async def port(stand: Stand, quick: bool) -> Outcome:
 
 @scenario
 async def secrets(stand: Stand, quick: bool) -> Outcome:
-    """Kafka over TLS and SASL, Redis over TLS: passwords come from files and are told nowhere."""
+    """Kafka over TLS and SASL, Redis over TLS: no password, of file or environment, is told."""
     del quick
     folder = stand.folder / f"tls-{os.urandom(4).hex()}"
     folder.mkdir()
     async with Stand(security=security(folder)) as secured, secured.lane("secrets") as lane:
-        for mechanism in MECHANISMS:
-            await lane.ready(**_options(secured, mechanism, folder / "secrets"))
+        given: tuple[dict[str, Any], ...] = (
+            {"secrets_dir": folder / "secrets"},
+            {"kafka__sasl_password": PASSWORD, "redis__password": PASSWORD},
+        )
+        for mechanism, passwords in zip(MECHANISMS, given, strict=True):
+            await lane.ready(**_options(secured, mechanism), **passwords)
         events = [*lane.tracks(range(5)), b"no event", lane.event("http://127.0.0.1:1/x.mp3")]
         await lane.send(events)
         await lane.until_answered(len(events), 60)
@@ -61,10 +65,8 @@ async def secrets(stand: Stand, quick: bool) -> Outcome:
         await _untold(lane)
         outcome = await conclude(lane, [])
         require(outcome.verdict.tags == 5, f"tracks are tagged: {outcome.verdict}")
-        (wrong := folder / "wrong").mkdir()
-        (wrong / "kafka__sasl_password").write_text(WRONG)
         for mechanism in MECHANISMS:
-            stranger = lane.worker(**_options(secured, mechanism, wrong))
+            stranger = lane.worker(**_options(secured, mechanism), kafka__sasl_password=WRONG)
             require(await _ends(stranger) == 1, f"a wrong password ends it: {stranger.tail()}")
             require("Traceback" not in stranger.text(), f"with a sentence: {stranger.text()}")
             require(WRONG not in stranger.text(), f"a wrong password is told nowhere: {mechanism}")
@@ -79,11 +81,10 @@ def security(folder: Path) -> Security:
     return issue_security(folder, USER, PASSWORD)
 
 
-def _options(stand: Stand, mechanism: str, secrets_dir: Path) -> dict[str, Any]:
+def _options(stand: Stand, mechanism: str) -> dict[str, Any]:
     assert stand.security is not None
     ca_file = stand.security.ca_file
     return {
-        "secrets_dir": secrets_dir,
         "worker__log_level": "debug",
         "kafka__security_protocol": "SASL_SSL",
         "kafka__sasl_mechanism": mechanism,
