@@ -137,6 +137,11 @@ class Checker:
         ended_s = self._ended_s()
         return [event.place for event in self.events if event.place not in ended_s]
 
+    def answered(self) -> Counter[int]:
+        """How many events have their answer, by partition."""
+        sent = Counter(event.place[1] for event in self.events)
+        return sent - Counter(place[1] for place in self.unanswered)
+
     def verdict(self) -> Verdict:
         """Counts over all that was read."""
         sent = Counter(event.identity for event in self.events)

@@ -60,14 +60,18 @@ async def broker_frozen(stand: Stand, quick: bool) -> Outcome:
 @scenario
 async def kafka_refusing(stand: Stand, quick: bool) -> Outcome:
     """Kafka refuses results for a while: their topics are not there yet."""
-    refusing_s, tracks = (8, 40) if quick else (60, 200)
+    refusing_s, tracks = (20, 40) if quick else (60, 200)
     async with stand.lane("kafka-refusing", missing=("tags", "dead-letter")) as lane:
-        await lane.ready()
+        (worker,) = await lane.ready(worker__stalled_after_s=5)
         events = lane.tracks(range(tracks))
         events += [lane.event(stand.audio.url(n, "status", 404)) for n in range(5)]
         await lane.send(events)
         await lane.watch(refusing_s)
         require(await lane.committed() == 0, "what Kafka has not confirmed is not acknowledged")
+        taken = await worker.metric("timbre_in_flight")
+        require(taken == IN_FLIGHT, f"no more is taken than may be in flight: {taken:g}")
+        status, why = await worker.get("/health/live")
+        require(status == 503, f"the worker tells that it is stalled: {status} {why}")
         await lane.make_topics()
         moment_s = now_s()
         await lane.until_answered(len(events), 90)
@@ -101,7 +105,7 @@ async def redis_stopped(stand: Stand, quick: bool) -> Outcome:
     """Redis stopped for a minute: tags still flow, the cache is filled in afterwards."""
     down_s, tracks = (4, 60) if quick else (60, 600)
     async with stand.lane("redis-stopped") as lane:
-        await lane.ready()
+        (worker,) = await lane.ready()
         half = tracks // 2
         await lane.send(lane.tracks(range(half)))
         await lane.watch(1)
@@ -109,6 +113,9 @@ async def redis_stopped(stand: Stand, quick: bool) -> Outcome:
         moments = [now_s()]
         await lane.send(lane.tracks(range(half, tracks)))
         await lane.until_answered(tracks, 120)  # tags flow meanwhile
+        require(await worker.metric("timbre_redis_backlog") > 0, "the backlog is told")
+        errors = await worker.metric("timbre_cache_lookups_total", result="error")
+        require(errors > 0, "lookups that fail are counted")
         await asyncio.sleep(max(0.0, moments[0] + down_s - now_s()))
         await asyncio.to_thread(stand.redis.start)
         moment_s = now_s()

@@ -134,12 +134,13 @@ async def hang_device(stand: Stand, quick: bool) -> Outcome:
         await _held(lane, new + 1)
         patient.kill()
         at_s = now_s()
-        await lane.ready(launcher="hang", **SHORT)
+        (short,) = await lane.ready(launcher="hang", **SHORT)
         await _moved_on(lane, events)
         require(
             lane.checker.reasons() == {"device_hung": 1},
             f"only the track that hangs the device is given up: {lane.checker.reasons()}",
         )
+        require(await short.metric("timbre_batch_faults_total", kind="hung") > 0, "it is told")
         return await conclude(lane, [at_s], duplicates_at_most=known)
 
 
@@ -179,7 +180,7 @@ async def device_failing(stand: Stand, quick: bool) -> Outcome:
     tracks = 40 if quick else 200
     async with stand.lane("device-failing") as lane:
         # Several decoders and some patience, for batches of several tracks.
-        await lane.ready(launcher="fail", decode__processes=4, batch__max_delay_s=0.5)
+        (worker,) = await lane.ready(launcher="fail", decode__processes=4, batch__max_delay_s=0.5)
         events = lane.tracks(range(tracks))
         marked = [lane.event(stand.audio.url(n, "marked")) for n in range(tracks // 10)]
         await lane.send(random.sample(events + marked, tracks + len(marked)))
@@ -188,6 +189,7 @@ async def device_failing(stand: Stand, quick: bool) -> Outcome:
             lane.checker.reasons() == {"inference_failed": len(marked)},
             f"only tracks on which the network fails are given up: {lane.checker.reasons()}",
         )
+        require(await worker.metric("timbre_batch_faults_total", kind="failed") > 0, "it is told")
         return await conclude(lane, [])
 
 
