@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ import yaml
 from tests.conftest import MakeTopics
 from tests.unit.deploy.compose import ROOT, services
 from worker.kafka.connection import producer
+from worker.services.service import free_ports
 from worker.settings import KafkaSettings
 
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy/grafana/dashboards/timbre.json").read_text())
@@ -45,12 +45,6 @@ WAVES = 2
 """A rate is the difference of two scrapes: what is counted for the first time shows none."""
 
 Series = list[dict[str, Any]]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port
 
 
 def filled(query: str) -> str:
@@ -113,7 +107,7 @@ def worker(
 ) -> Iterator[tuple[str, Path]]:
     """The address of a worker, started as its image starts it, and where it may read files."""
     music = tmp_path_factory.mktemp("music")
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{free_ports(1)[0]}"
     kafka = kafka_of_worker.model_dump(include=KAFKA_NAMES)
     environment = {
         **os.environ,
@@ -152,7 +146,7 @@ def prometheus(worker: tuple[str, Path], tmp_path_factory: pytest.TempPathFactor
     job["static_configs"] = [{"targets": [worker[0]]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration))
 
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{free_ports(1)[0]}"
     given = dict(flag.split("=") for flag in services()["prometheus"]["command"])
     ours = {
         "--config.file": folder / "prometheus.yml",
@@ -188,7 +182,7 @@ async def scraped(worker: tuple[str, Path], prometheus: str, kafka_of_worker: Ka
     A wave holds the same kinds of tracks as the one before, so that every rate has two scrapes.
     """
     _, music = worker
-    closed = f"http://127.0.0.1:{free_port()}/gone.mp3"
+    closed = f"http://127.0.0.1:{free_ports(1)[0]}/gone.mp3"
     sent = 0
     async with producer(kafka_of_worker) as kafka:
         for number in range(WAVES):
@@ -261,7 +255,9 @@ async def test_a_container_that_is_not_ready_fails_its_healthcheck(
     worker: tuple[str, Path],
 ) -> None:
     wrong = await asyncio.to_thread(healthcheck, f"http://{worker[0]}/health/no-such")
-    nobody = await asyncio.to_thread(healthcheck, f"http://127.0.0.1:{free_port()}/health/ready")
+    nobody = await asyncio.to_thread(
+        healthcheck, f"http://127.0.0.1:{free_ports(1)[0]}/health/ready"
+    )
     assert (wrong.returncode, nobody.returncode) == (1, 1)
     assert "refused" in nobody.stdout
 

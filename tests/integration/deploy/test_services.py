@@ -24,9 +24,9 @@ from jgo.maven import MavenContext
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from tests.integration.deploy.test_dashboard import free_port
 from tests.unit.deploy.compose import ROOT, services
 from worker.services.jars import kafka_jars
+from worker.services.service import free_ports
 from worker.services.topics import topics_of
 from worker.settings import KafkaSettings, Settings
 
@@ -82,14 +82,15 @@ def broker(scripts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """A broker with the compose file's settings; what stands for its addresses in the file."""
     folder = tmp_path_factory.mktemp("kafka")
     environment = SERVICES["kafka"]["environment"]
+    internal, host, controller = free_ports(3)
     ours = {
         "://:": "://127.0.0.1:",
         "kafka:": "127.0.0.1:",
         "localhost:": "127.0.0.1:",
         "/var/lib/kafka/data": str(folder / "data"),
-        ":19092": f":{free_port()}",
-        ":9092": f":{free_port()}",
-        ":29093": f":{free_port()}",
+        ":19092": f":{internal}",
+        ":9092": f":{host}",
+        ":29093": f":{controller}",
     }
     properties = {
         # The image's own rule.
@@ -212,7 +213,7 @@ def running_redis(
     command: list[str], folder: Path, password: str | None = None
 ) -> Iterator[tuple[subprocess.Popen[bytes], redis.Redis]]:
     """Redis by the compose file's command, and a client of it, until it is killed."""
-    port = free_port()
+    (port,) = free_ports(1)
     (folder / "redis.port").write_text(str(port))
     process = subprocess.Popen(
         [word.replace("redis-server ", f"redis-server --port {port} ") for word in command]
