@@ -78,15 +78,13 @@ class Failed(AssertionError):
     """A scenario did not go as promised."""
 
 
-async def until(
-    condition: Callable[[], bool], what: str, timeout_s: float, *, every_s: float = POLL_S
-) -> None:
+async def until(condition: Callable[[], bool], what: str, timeout_s: float) -> None:
     """Wait for a condition; raises `Failed` naming `what` when it doesn't come true in time."""
     end_s = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > end_s:
             raise Failed(f"{what}: not within {timeout_s:g} s")
-        await asyncio.sleep(every_s)
+        await asyncio.sleep(POLL_S)
 
 
 class Worker:
