@@ -87,7 +87,9 @@ async def fetcher(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fet
 @example("s3://bucket/a?versionId=\udcff")
 @example("file:///\udcff")
 @example("http://[::1]user:pass@")
-async def test_any_text(fetcher: Fetcher, uri: str) -> None:
+async def test_any_text_ends_as_a_short_printable_reason_without_its_password(
+    fetcher: Fetcher, uri: str
+) -> None:
     with pytest.raises(FetchFailed) as raised:
         async with fetcher.fetch(uri):
             pass

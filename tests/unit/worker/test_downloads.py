@@ -9,11 +9,11 @@ from worker.fetch.downloads import retry_after_s
 
 
 @pytest.mark.parametrize(("value", "seconds"), [("0", 0), (" 120 ", 120), ("999999999", 999999999)])
-def test_seconds(value: str, seconds: int) -> None:
+def test_a_wait_in_seconds_is_taken_as_it_is(value: str, seconds: int) -> None:
     assert retry_after_s(value) == seconds
 
 
-def test_dates() -> None:
+def test_a_date_is_a_wait_until_then_and_of_nothing_once_it_has_passed() -> None:
     moment = datetime.now(UTC) + timedelta(seconds=90)
     assert retry_after_s(format_datetime(moment, usegmt=True)) == pytest.approx(90, abs=2)
     assert retry_after_s("Sat, 31 Jan 2015 12:00:00 GMT") == 0
