@@ -490,12 +490,11 @@ class Stand:
                 for worker in lane.workers:
                     worker.signal(signal.SIGCONT)
                     worker.kill()
-                with contextlib.suppress(ProcessLookupError):
-                    self.kafka.resume()
-                    self.redis.resume()
                 self.audio.released.set()
                 self.audio.released = asyncio.Event()
                 self.audio.delay_s = 0.0
                 for service in (self.kafka, self.redis):
-                    if not service.running:
+                    if service.running:
+                        service.resume()
+                    else:
                         await asyncio.to_thread(service.start)
