@@ -22,7 +22,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 setup: $(STAMP)  ## Make the environment in .venv and nothing else.
 
-lock:  ## Resolve all locks anew: hashes and versions only; needs uv.
+lock: setup  ## Resolve all locks anew: hashes and versions only; needs uv.
 	uv pip compile pyproject.toml --all-extras --generate-hashes --universal --python-version 3.11 \
 	    --no-header --no-annotate --quiet --upgrade --output-file requirements.lock
 	uv pip compile pyproject.toml --constraint requirements.lock --generate-hashes --universal \
