@@ -387,7 +387,7 @@ def _show(evaluation: "Evaluation") -> None:
     columns = map(str, range(len(counts)))
     by_label = Table("", "label", "F1", *curves(report).values(), *columns)
     for number, label in enumerate(report["labels"]):
-        if label in report["f1"]:
+        if counts or label in report["f1"]:  # a column of counts is named by its row
             said = map(str, counts[number]) if counts else ()
             by_label.add_row(str(number), label, *label_cells(report, label), *said)
     console.print(by_label)

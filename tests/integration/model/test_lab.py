@@ -164,6 +164,11 @@ def test_the_table_of_many_labels_leaves_out_who_was_taken_for_whom(tmp_path: Pa
     assert re.search(r"│ 59 │ genre 59 │ \d\.\d\d │\n", told)
 
 
+def test_the_table_names_every_label_that_it_has_a_column_for(tmp_path: Path) -> None:
+    told = timbre_model("evaluate", "-d", music.manifest(tmp_path), "--split", "test")
+    assert re.search(r"│ 4 │ hiphop +│ - +│", told)
+
+
 def test_the_default_bundle_is_fine_tuned_on_ones_own_folders(tmp_path: Path) -> None:
     root = music.folders(tmp_path / "own", 6)
     timbre_model("train", "-d", root, "-o", tmp_path / "b", "--from", "default", "--passes", 2)
