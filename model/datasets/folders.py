@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from model.datasets.dataset import Clip, Dataset, recordings, split_name, utf8
+from model.datasets.dataset import Clip, Dataset, Skipped, recordings, split_name, utf8
 from worker.audio_files import is_audio
 from worker.errors import DatasetInvalid
 
@@ -18,30 +18,24 @@ def load(path: Path) -> Dataset:
     """Clips under `path`; artists are unknown, so that files of the same bytes stay together."""
     if not path.is_dir():
         raise DatasetInvalid(f"{path} is not a folder")
-    by_split: dict[Path, str | None] = {
-        folder: split_name(folder.name)
-        for folder in sorted(path.iterdir())
-        if folder.is_dir() and split_name(folder.name) in SPLITS
-    }
-    files = {
-        file: split
-        for top, split in (by_split or {path: None}).items()
+    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
+    splits = [folder for folder in folders if split_name(folder.name) in SPLITS]
+    top_of = {
+        file: top
+        for top in splits or [path]
         for file in sorted(top.glob("*/**/*"))
         if is_audio(file)
     }
-    tops = {
-        file: top for top in (by_split or {path: None}) for file in files if top in file.parents
-    }
-    same = recordings(files)
+    same = recordings(top_of)
     clips = tuple(
         Clip(
             name=utf8(file.relative_to(path).as_posix()),
-            labels=(utf8(file.relative_to(tops[file]).parts[0]),),
+            labels=(utf8(file.relative_to(top).parts[0]),),
             group=same[file],
-            split=split,
+            split=split_name(top.name) if splits else None,
             path=file,
         )
-        for file, split in files.items()
+        for file, top in top_of.items()
     )
     return Dataset(
         name=utf8(path.resolve().name),
@@ -51,4 +45,9 @@ def load(path: Path) -> Dataset:
         clips=clips,
         grouped_by="recording",
         licence="that of your own files",
+        skipped=tuple(
+            Skipped(utf8(folder.name), f"is a folder beside {utf8(splits[0].name)}, but no split")
+            for folder in folders
+            if splits and folder not in splits and any(map(is_audio, folder.glob("**/*")))
+        ),
     )

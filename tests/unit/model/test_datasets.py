@@ -178,6 +178,15 @@ def test_folders_under_split_names_are_splits(tmp_path: Path) -> None:
     assert dataset.labels == music.GENRES
 
 
+def test_a_folder_beside_those_of_the_split_is_named(tmp_path: Path) -> None:
+    for name in ("train", "bonus", "notes"):
+        (tmp_path / name / "blues").mkdir(parents=True)
+    for file in ("train/blues/1.mp3", "bonus/blues/2.mp3", "notes/blues/read.me"):
+        (tmp_path / file).write_bytes(file.encode())
+    [skipped] = load(tmp_path).skipped
+    assert (skipped.name, skipped.reason) == ("bonus", "is a folder beside train, but no split")
+
+
 def test_the_same_file_on_both_sides_is_refused(tmp_path: Path) -> None:
     music.folders(tmp_path / "train", 2)
     for genre in music.GENRES:
