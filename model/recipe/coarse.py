@@ -13,7 +13,7 @@ import torchaudio
 from numpy.typing import NDArray
 
 from model.datasets.archive import decibels
-from model.frontend import LogMel, LogMelConfig
+from model.frontend import LogMelConfig
 
 Floats = NDArray[np.float32]
 
@@ -28,24 +28,6 @@ BANDS = 115
 TOP_HZ = 7801.85  # where the lowest 115 of the archive's bands end
 ARCHIVE_FPS = 22_050 / 914.375
 WINDOW_FRAMES = FINE.frames
-BLOCK = 4_000  # frames at a time
-
-
-def fine(samples: Floats) -> NDArray[np.float16]:
-    """The reference's log-mels of a recording, `(frames, 96)`."""
-    front_end = LogMel(FINE)
-    blocks = []
-    step = BLOCK * FINE.hop
-    padded = np.pad(samples, (0, FINE.n_fft))
-    for start in range(0, len(samples), step):
-        count = min(BLOCK, (len(samples) - start) // FINE.hop + 1)
-        # A frame more on the left, where the block's own start would be padded with zeros.
-        lead = 1 if start else 0
-        piece = padded[start - lead * FINE.hop : start + (count + 1) * FINE.hop]
-        config = FINE.model_copy(update={"frames": count + lead})
-        front_end.config = config
-        blocks.append(front_end(torch.from_numpy(piece)[None])[0, lead:].half().numpy())
-    return np.concatenate(blocks)
 
 
 def coarse(samples: Floats) -> NDArray[np.float16]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from model.datasets.logmels import logmel_of
 from model.recipe import coarse
 from worker.decode.decoder import decode_samples
 from worker.errors import DecodeFailed
@@ -164,6 +165,6 @@ def _logmels(file: Path, cache: Path) -> Path | None:
         if len(samples) < window:
             samples = np.tile(samples, -(-window // len(samples)))[:window]
         partial = made.with_suffix(".partial.npz")
-        np.savez(partial, fine=coarse.fine(samples), coarse=coarse.coarse(samples))
+        np.savez(partial, fine=logmel_of(samples, coarse.FINE), coarse=coarse.coarse(samples))
         partial.replace(made)
     return made

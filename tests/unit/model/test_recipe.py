@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from model.bundle import Bundle
+from model.datasets.logmels import logmel_of
 from model.frontend import LogMel, LogMelConfig
 from model.heads import Head
 from model.musicnn import folded
@@ -34,16 +35,17 @@ def recording(seed: int, *, duration_s: float = 6.0) -> Recording:
     samples = sound(seed, duration_s)
     label = LABELS[seed % 2]
     split = "valid" if seed % 4 > 1 else "train"
-    return Recording(f"{seed}", coarse.fine(samples), coarse.coarse(samples), label, split)
+    fine = logmel_of(samples, coarse.FINE)
+    return Recording(f"{seed}", fine, coarse.coarse(samples), label, split)
 
 
 def test_log_mels_of_a_whole_recording_are_those_of_its_windows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     samples = sound(0, 9.0)
-    monkeypatch.setattr(coarse, "BLOCK", 100)  # several blocks, whose seams must not show
+    monkeypatch.setattr("model.datasets.logmels.BLOCK_S", 1.6)  # several, whose seams must not show
 
-    whole = coarse.fine(samples)
+    whole = logmel_of(samples, coarse.FINE)
 
     assert len(whole) == len(samples) // 256 + 1
     # Three seconds are no whole number of frames: windows are held against multiples of the hop.
