@@ -22,9 +22,9 @@ class Calibration(BaseModel):
 
     temperature: dict[VoteMethod, Temperature] = Field(default_factory=dict)
 
-    def apply(self, voted: np.ndarray, *, kind: Kind, method: str) -> np.ndarray:
+    def apply(self, voted: np.ndarray, *, kind: Kind, method: VoteMethod) -> np.ndarray:
         """Calibrated scores of `voted` `(..., labels)`; a method without a fit is left as it is."""
-        temperature = {str(name): value for name, value in self.temperature.items()}.get(method)
+        temperature = self.temperature.get(method)
         scores = np.asarray(voted, dtype=np.float64)
         if temperature is None:
             return scores

@@ -7,6 +7,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from model.calibration import Calibration, Kind
+from worker.settings import VoteMethod
 
 CONTROL = frozenset({"Cc", "Zl", "Zp"})  # categories of characters that steer a terminal or a log
 
@@ -44,6 +45,6 @@ class Head(BaseModel):
             raise ValueError("every label needs its category")
         return self
 
-    def calibrate(self, voted: np.ndarray, method: str) -> np.ndarray:
+    def calibrate(self, voted: np.ndarray, method: VoteMethod) -> np.ndarray:
         """Calibrated scores of voted scores `(labels,)`; applied after the vote, by its method."""
         return self.calibration.apply(voted, kind=self.kind, method=method)
