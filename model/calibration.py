@@ -1,5 +1,6 @@
 """Scores that mean what they say: calibration of voted probabilities, and how to measure it."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ from worker.settings import VoteMethod
 Kind = Literal["single", "multi"]
 FLOOR = 1e-3  # a vote of zero windows is no proof of impossibility
 NO_PROOF = 1e-9  # nor is one of all windows, or of none, a proof of a label's yes or no
+BINS = 10  # of scores
 # A power of 20 keeps every score's within what a float holds, and `fit_temperature` looks no
 # further than 5 times either way.
 Temperature = Annotated[float, Field(ge=1 / 20, le=20, allow_inf_nan=False)]
@@ -56,17 +58,21 @@ def fit_temperature(voted: np.ndarray, target: np.ndarray) -> float:
     return float(grid[int(np.argmin(losses))])
 
 
-def expected_calibration_error(
-    confidence: np.ndarray, correct: np.ndarray, *, bins: int = 10
-) -> float:
-    """Mean gap between confidence and accuracy over equally wide bins, weighted by their size."""
-    placed = np.minimum((np.asarray(confidence) * bins).astype(int), bins - 1)
-    error = 0.0
-    for index in range(bins):
-        inside = placed == index
+def bins(confidence: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each of `BINS` equally wide bins that a score falls into: its number, and which scores do."""
+    placed = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    for number in range(BINS):
+        inside = placed == number
         if inside.any():
-            gap = abs(float(confidence[inside].mean()) - float(correct[inside].mean()))
-            error += gap * float(inside.mean())
+            yield number, inside
+
+
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Mean gap between confidence and accuracy over equally wide bins, weighted by their size."""
+    error = 0.0
+    for _, inside in bins(confidence):
+        gap = abs(float(confidence[inside].mean()) - float(correct[inside].mean()))
+        error += gap * float(inside.mean())
     return error
 
 

@@ -15,7 +15,7 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from model import learnt
 from model.bundle import Bundle
-from model.calibration import chance_calibration_error, expected_calibration_error
+from model.calibration import BINS, bins, chance_calibration_error, expected_calibration_error
 from model.datasets.dataset import Dataset
 from model.datasets.gtzan import fault_filtered_split
 from model.measure import METHODS, Voted, nll, window_accuracy
@@ -406,12 +406,10 @@ def _confusion(report: dict[str, Any]) -> Figure:
 
 def _reliability(confidence: NDArray[np.float64], hits: NDArray[np.bool_]) -> Figure:
     figure, axes = canvas(6, 5)
-    placed = np.minimum((confidence * 10).astype(int), 9)
-    for index in range(10):
-        inside = placed == index
-        if inside.any():
-            bar = axes.bar(index / 10 + 0.05, hits[inside].mean(), width=0.09, color="C0")
-            axes.bar_label(bar, [str(inside.sum())], padding=2)
+    for number, inside in bins(confidence):
+        middle = (number + 0.5) / BINS
+        bar = axes.bar(middle, hits[inside].mean(), width=0.9 / BINS, color="C0")
+        axes.bar_label(bar, [str(inside.sum())], padding=2)
     axes.plot([0, 1], [0, 1], "--", color="grey")
     axes.set(xlim=(0, 1), ylim=(0, 1.08), xlabel="score of the first tag", ylabel="share right")
     return figure
