@@ -6,7 +6,7 @@ A command imports what it needs when it runs, so that `timbre --help` stays quic
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -65,7 +65,8 @@ def train(  # noqa: PLR0917
         float | None, typer.Option("--passes", min=0.01, help="Passes over the clips.")
     ] = None,
     fit: Annotated[
-        str, typer.Option("--fit", help="all: train and validation in the end; train: never.")
+        Literal["all", "train"],
+        typer.Option("--fit", help="all: train and validation in the end; train: never."),
     ] = "all",
     seed: Seed = 0,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
@@ -85,8 +86,6 @@ def train(  # noqa: PLR0917
     from model.train import Progress, load_recipe
     from model.train import train as run
 
-    if fit not in {"all", "train"}:
-        raise typer.BadParameter("all or train", param_hint="--fit")
     told = load_recipe(recipe, passes, fine_tuning=start is not None)
     begin = Bundle.load(None if start == "default" else start) if start else None
     data = load(dataset, layout)
@@ -105,7 +104,7 @@ def train(  # noqa: PLR0917
             out,
             recipe=told,
             start=begin,
-            fit="all" if fit == "all" else "train",
+            fit=fit,
             seed=seed,
             device=device,
             resume=resume,
