@@ -80,10 +80,10 @@ class Dataset:
 
     def __post_init__(self) -> None:
         if not self.clips:
-            left_out = [f"{skipped.name}: {skipped.reason}" for skipped in self.skipped]
+            reasons = [f"{skipped.name}: {skipped.reason}" for skipped in self.skipped]
             raise DatasetInvalid(
                 f"{self.name}: no labelled clip found in layout {self.layout!r}"
-                + (f"; left out: {_listed(left_out, 3, '; ')}" if left_out else "")
+                + (f"; left out: {_listed(reasons, MAX_SKIPPED, '; ')}" if reasons else "")
             )
         if len({clip.name for clip in self.clips}) != len(self.clips):
             twice = [name for name, n in Counter(c.name for c in self.clips).items() if n > 1]
