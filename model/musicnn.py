@@ -90,11 +90,11 @@ def import_musicnn(out: Path, *, network: Network = "MSD_musicnn") -> Bundle:
 
     Needs pip and a package index; raises BundleInvalid when the wheel can't be had.
     """
+    make_bundle_folder(out)
     with TemporaryDirectory() as folder:
         wheel = fetch_wheel(Path(folder))
         bundle = folded(read_checkpoint(wheel, network), network)
         text = licence(wheel)
-    make_bundle_folder(out)
     (out / "LICENSE.musicnn.md").write_text(text, encoding="utf-8")
     return bundle.save(out, card=_CARD.format(network=network, wheel=REQUIREMENT, licence=text))
 

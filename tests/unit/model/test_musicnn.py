@@ -1,9 +1,13 @@
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
 
-from model.musicnn import LABELS, as_published, category, folded, tags_head
+from model.musicnn import LABELS, as_published, category, folded, import_musicnn, tags_head
 from model.network import Tagger
 from tests.unit.model.music import chords
+from worker.errors import SettingsInvalid
 
 
 def checkpoint(seed: int = 0) -> dict[str, np.ndarray]:
@@ -79,3 +83,13 @@ def test_labels_are_told_apart_by_what_they_are_about() -> None:
     assert category("guitar") == "instrument"
     assert category("80s") == "era"
     assert category("female vocalists") == "voice"
+
+
+def test_nothing_is_fetched_for_a_place_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.musicnn.fetch_wheel", lambda _: pytest.fail("fetched"))
+    taken = tmp_path / "file"
+    taken.write_bytes(b"")
+    with pytest.raises(SettingsInvalid, match="can't be made a folder"):
+        import_musicnn(taken)
