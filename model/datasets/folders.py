@@ -24,7 +24,7 @@ def load(path: Path) -> Dataset:
         file: top
         for top in splits or [path]
         for file in sorted(top.glob("*/**/*"))
-        if is_audio(file)
+        if is_audio(file) and file.is_file()
     }
     same = recordings(top_of)
     clips = tuple(

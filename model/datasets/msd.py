@@ -74,7 +74,7 @@ def _previews(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in sorted(folder.rglob("*")):
         match = TRACK_ID.search(file.name)
-        if match and is_audio(file):
+        if match and is_audio(file) and file.is_file():
             found.setdefault(match.group(), file)
     return found
 

@@ -169,6 +169,15 @@ def test_names_that_are_no_utf8_are_told_as_text(tmp_path: Path) -> None:
     assert len(source.clips) == 1
 
 
+def test_a_folder_with_a_files_name_is_no_clip_nor_is_a_link_to_nothing(tmp_path: Path) -> None:
+    for album in ("first.mp3", "second.mp3"):
+        (tmp_path / "blues" / album).mkdir(parents=True)
+        (tmp_path / "blues" / album / "song.mp3").write_bytes(album.encode())
+    (tmp_path / "blues" / "gone.mp3").symlink_to("nothing")
+    names = [clip.name for clip in load(tmp_path).clips]
+    assert names == [f"blues/{album}/song.mp3" for album in ("first.mp3", "second.mp3")]
+
+
 def test_folders_under_split_names_are_splits(tmp_path: Path) -> None:
     music.folders(tmp_path / "train", 2)
     for genre in music.GENRES:
