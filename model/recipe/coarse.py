@@ -17,8 +17,8 @@ from model.frontend import LogMelConfig
 
 Floats = NDArray[np.float32]
 
-RATE_HZ = 16_000
 FINE = LogMelConfig()
+RATE_HZ = FINE.sample_rate_hz
 FINE_FPS = RATE_HZ / FINE.hop
 # The archive's 2048 samples and 914 a hop at 22,050 Hz, and its 128 bands up to 11,025 Hz, of
 # which the lowest 115 lie below half of our rate.

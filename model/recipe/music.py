@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from model.datasets.logmels import logmel_of
 from model.recipe import coarse
+from model.recipe.coarse import RATE_HZ
 from worker.decode.decoder import decode_samples
 from worker.errors import DecodeFailed
 
 log = logging.getLogger(__name__)
 
-RATE_HZ = 16_000
 PACKAGES = (
     "asc-music",
     "drascula-music",
