@@ -18,7 +18,7 @@ from model.bundle import Bundle
 from model.calibration import BINS, bins, chance_calibration_error, expected_calibration_error
 from model.datasets.dataset import Dataset
 from model.datasets.gtzan import fault_filtered_split
-from model.measure import METHODS, Voted, nll, window_accuracy
+from model.measure import METHODS, Voted, nll, window_hits
 from model.pictures import Gallery, canvas, commonest, drawn_by_chance, scatter_by_class, tsne
 from model.predict import HOP_S, Predictions, predict
 from worker.settings import VoteMethod
@@ -70,6 +70,8 @@ def evaluate(
     pairs = list(combinations(METHODS, 2))
     values = [*hits.values(), *(hits[first] - hits[second] for first, second in pairs)]
     intervals = _intervals(np.stack(values, 1), groups, seed)
+    of_windows = window_hits(predictions.probabilities, targets).astype(np.float64)
+    lengths = [len(windows) for windows in predictions.probabilities]
     mean = voted["mean"]
     confidence, right = mean.scores[np.arange(len(targets)), mean.best], hits["mean"]
     report: dict[str, Any] = {
@@ -86,8 +88,9 @@ def evaluate(
         "groups": int(groups.max()) + 1,
         "skipped": {clip.name: clip.reason for clip in predictions.skipped},
         "window": {
-            "count": sum(len(windows) for windows in predictions.probabilities),
-            "accuracy": window_accuracy(predictions.probabilities, targets),
+            "count": len(of_windows),
+            "accuracy": float(of_windows.mean()),
+            "interval": _intervals(of_windows[:, None], np.repeat(groups, lengths), seed)[0],
         },
         "track": {
             method: {
@@ -149,7 +152,7 @@ def _caveats(bundle: Bundle, predictions: Predictions) -> list[str]:
 def _intervals(
     values: NDArray[np.float64], groups: NDArray[np.intp], seed: int
 ) -> list[list[float]]:
-    """95 % bootstrap interval of the mean of each column of `values` `(tracks, columns)`.
+    """95 % bootstrap interval of the mean of each column of `values`, a row a track or window.
 
     Whole artists or recordings are drawn with replacement, so that several excerpts of one don't
     count as independent.
@@ -266,17 +269,17 @@ FIGURES = ("figure", "value")
 def vote_rows(report: dict[str, Any]) -> list[list[str]]:
     """What `VOTES` heads: one window, and each vote over the tracks."""
     return [
-        ["one window", f"{report['window']['accuracy']:.1%}", "", ""],
+        ["one window", *_accuracy(report["window"]), ""],
         *(
-            [
-                f"track, {method}",
-                f"{figures['accuracy']:.1%}",
-                f"{figures['interval'][0]:.1%} to {figures['interval'][1]:.1%}",
-                f"{figures['nll']:.3f}",
-            ]
+            [f"track, {method}", *_accuracy(figures), f"{figures['nll']:.3f}"]
             for method, figures in report["track"].items()
         ),
     ]
+
+
+def _accuracy(figures: dict[str, Any]) -> tuple[str, str]:
+    low, high = figures["interval"]
+    return f"{figures['accuracy']:.1%}", f"{low:.1%} to {high:.1%}"
 
 
 def paired_rows(report: dict[str, Any]) -> list[list[str]]:

@@ -59,10 +59,17 @@ class Voted:
         return float(self.hits(targets).mean())
 
 
+def window_hits(
+    tracks: Sequence[NDArray[np.floating]], targets: NDArray[np.floating]
+) -> NDArray[np.bool_]:
+    """Whether the best label of each window, track after track, is (one of) its track's."""
+    right = [target[windows.argmax(1)] > 0 for windows, target in zip(tracks, targets, strict=True)]
+    return np.concatenate(right)
+
+
 def window_accuracy(tracks: Sequence[NDArray[np.floating]], targets: NDArray[np.floating]) -> float:
     """Share of all windows whose best label is (one of) their track's."""
-    right = [target[windows.argmax(1)] > 0 for windows, target in zip(tracks, targets, strict=True)]
-    return float(np.concatenate(right).mean())
+    return float(window_hits(tracks, targets).mean())
 
 
 def nll(scores: Scores, targets: NDArray[np.floating], kind: Kind) -> float:

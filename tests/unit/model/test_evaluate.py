@@ -54,6 +54,8 @@ def test_report_has_every_figure(tmp_path: Path) -> None:
     report = json.loads(json.dumps(report))
     assert report["tracks"] == 12
     assert report["window"]["count"] == 36
+    low, high = report["window"]["interval"]
+    assert 0 <= low <= report["window"]["accuracy"] <= high <= 1
     for method in ("mean", "majority", "weighted"):
         figures = report["track"][method]
         low, high = figures["interval"]
@@ -260,6 +262,17 @@ def test_excerpts_of_one_recording_are_resampled_together() -> None:
     assert ones == [1.0, 1.0]
     assert together == pytest.approx([0.5, 0.5])
     assert halves == pytest.approx([0.0, 1.0])
+
+
+def test_a_long_track_counts_in_the_interval_of_windows_by_its_windows() -> None:
+    right = np.repeat([[1.0], [0.0]], [9, 1], axis=0)  # nine windows of one track, one of another
+    ((low, high),) = _intervals(right, np.repeat([0, 1], [9, 1]), 0)
+    assert (low, high) == (0.0, 1.0)
+    ((low, high),) = _intervals(
+        np.tile(right, (100, 1)), np.repeat(np.arange(200), [9, 1] * 100), 0
+    )
+    assert low < 0.9 < high
+    assert high - low < 0.06
 
 
 def test_figures_do_not_depend_on_how_much_is_computed_at_once(
