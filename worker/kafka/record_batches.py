@@ -1,7 +1,8 @@
 """Records out of Kafka's batches, whatever an outsider packed into one.
 
-The broker accepts header names that are not text, millions of headers, and batches that unpack to
-thousands of times their size. The first stop aiokafka's consumer for good; the others exhaust the
+The broker accepts header names that are not text, millions of headers, batches that unpack to
+thousands of times their size, and records that claim an offset outside their batch. The first stop
+aiokafka's consumer for good, the last have faust pass over all that follows, the others exhaust the
 time and memory of every worker in turn. But honest batches unpack to hundreds of times their size
 too, as a producer bounds what it sends and not what it packs. So a batch is unpacked no further
 than the record that is asked for, and a record that can't be read is given with neither key nor
@@ -22,6 +23,7 @@ from worker.kafka import compression
 from worker.record import UNREAD
 
 MAX_HEADERS = 1000  # of one record
+HEAD_BYTES = 21  # hold a record's attributes, time and offset
 # A record that is too large is passed over to read those behind it, where it is no larger than
 # this; a producer in good faith doesn't make such.
 MAX_SKIPPED_BYTES = 16 << 20
@@ -82,6 +84,7 @@ class _Batch(default_records._DefaultRecordBatchPy):  # type: ignore[misc]
     def __init__(self, buffer: bytes | bytearray | memoryview) -> None:
         super().__init__(buffer)
         self._stream: _Stream | None = _Stream(self._unpacked())
+        self._least_delta = 0  # of the next record; compaction leaves gaps
 
     def _unpacked(self) -> Iterator[bytes]:
         yield from compression.unpacked(bytes(self._buffer[self._pos :]), self.compression_type)
@@ -92,38 +95,43 @@ class _Batch(default_records._DefaultRecordBatchPy):  # type: ignore[misc]
     def __next__(self) -> Any:
         if self._next_record_index >= self._num_records:
             raise StopIteration
-        offset_delta = self._next_record_index
         self._next_record_index += 1
         if self._stream is not None:
             try:
-                return self._read(self._stream, offset_delta)
+                return self._read(self._stream)
             except compression.ERRORS:
                 self._stream = None
-        return self._unread(offset_delta)
+        return self._unread(self._least_delta)
 
-    def _read(self, stream: "_Stream", offset_delta: int) -> Any:
+    def _read(self, stream: "_Stream") -> Any:
         length = stream.number()
-        if self.compression_type != self.CODEC_NONE and length > self.max_unpacked_bytes:
+        too_large = self.compression_type != self.CODEC_NONE and length > self.max_unpacked_bytes
+        record = _Reader(stream.take(HEAD_BYTES if too_large else length))
+        record.number()  # attributes, of which there are none
+        time_delta, offset_delta = record.number(), record.number()
+        behind = self._num_records - self._next_record_index
+        if not self._least_delta <= offset_delta < self.next_offset - self.base_offset - behind:
+            raise ValueError("the record's offset is not its own")
+        if too_large:
             if length <= MAX_SKIPPED_BYTES:
-                stream.skip(length)
+                stream.skip(length - HEAD_BYTES)
             else:
                 self._stream = None
             return self._unread(offset_delta, length)
-        record = _Reader(stream.take(length))
-        record.number()  # attributes, of which there are none
-        time_delta, offset_delta = record.number(), record.number()
         timestamp = self.first_timestamp + time_delta
         if self.timestamp_type == self.LOG_APPEND_TIME:
             timestamp = self.max_timestamp
         key, value, headers = record.field(), record.field(), record.number()
         if headers > MAX_HEADERS:
             return self._unread(offset_delta)
+        kept = [header for _ in range(headers) if (header := record.header())[0] != UNREAD]
+        self._least_delta = offset_delta + 1
         return default_records._DefaultRecordPy(
-            self.base_offset + offset_delta, timestamp, self.timestamp_type, key, value,
-            [header for _ in range(headers) if (header := record.header())[0] != UNREAD],
-        )  # fmt: skip
+            self.base_offset + offset_delta, timestamp, self.timestamp_type, key, value, kept
+        )
 
     def _unread(self, offset_delta: int, too_many_bytes: int | None = None) -> Any:
+        self._least_delta = offset_delta + 1
         why = b"" if too_many_bytes is None else b"%d" % too_many_bytes
         return default_records._DefaultRecordPy(
             self.base_offset + offset_delta, self.max_timestamp, self.timestamp_type, None, None,

@@ -6,7 +6,7 @@ import os
 import subprocess
 import tracemalloc
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -195,14 +195,17 @@ async def test_an_event_that_compresses_well_is_read(consumer: Any, bounded: Non
         assert (await consumer.getone()).value == value
 
 
-def batch(codec: int, values: list[bytes]) -> bytearray:
-    """A batch as a producer makes it."""
+def batch(
+    codec: int, values: list[bytes], *, offsets: Sequence[int] | None = None, end: int | None = None
+) -> bytearray:
+    """A batch as a producer makes it; or with other offsets, up to `end`."""
     builder = default_records._DefaultRecordBatchBuilderPy(
         magic=2, compression_type=codec, is_transactional=False,
         producer_id=-1, producer_epoch=-1, base_sequence=-1, batch_size=64 * MIB,
     )  # fmt: skip
-    for offset, value in enumerate(values):
+    for offset, value in zip(offsets or range(len(values)), values, strict=True):
         builder.append(offset, 1000, b"key", value, [])
+    builder._last_offset = len(values) - 1 if end is None else end
     return bytearray(builder.build())
 
 
@@ -268,6 +271,33 @@ def test_a_broken_batch_gives_as_many_records_as_it_says(
     assert [record.offset for record in records] == [0, 1, 2, 3, 4]
     for record, value in zip(records, values, strict=True):
         assert record.value is None or len(record.value) == len(value)
+
+
+@pytest.mark.parametrize(
+    ("claimed", "sound"),
+    [
+        ([0, 1_000_000, 2], 1),
+        ([0, 2, 1], 1),
+        ([0, 0, 2], 1),
+        ([0, -1, 2], 1),
+        ([3, 4, 5], 0),
+    ],
+)
+@pytest.mark.parametrize("codec", [0, 4])
+def test_an_offset_that_is_not_the_records_own_is_not_taken(
+    codec: int, claimed: list[int], sound: int
+) -> None:
+    """The broker takes them, and whoever believes one passes over what follows in the partition."""
+    records = read(bytes(batch(codec, [b"0", b"1", b"2"], offsets=claimed)))
+    assert [record.offset for record in records] == [0, 1, 2]
+    assert [record.value for record in records] == [b"0", b"1", b"2"][:sound] + [None] * (3 - sound)
+
+
+def test_what_compaction_left_of_a_batch_keeps_its_offsets(bounded: None) -> None:
+    values = [b"0", b"2", bytes(3 * MIB), b"9"]
+    records = read(bytes(batch(4, values, offsets=[0, 2, 7, 9], end=11)))
+    assert [record.offset for record in records] == [0, 2, 7, 9]
+    assert [record.value for record in records] == [b"0", b"2", None, b"9"]
 
 
 @pytest.mark.parametrize(("headers", "read"), [(1000, True), (1001, False)])
