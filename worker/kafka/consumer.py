@@ -235,6 +235,7 @@ class Consumer:
         self._app: _App | None = None
         self._stop = asyncio.Event()
         self._ending = False
+        self._giving_back = asyncio.Lock()
         self._grace_s = min(worker.rebalance_grace_s, worker.stop_deadline_s)
         self.last_progress_s = time.monotonic()
         self.assigned = False
@@ -433,10 +434,11 @@ class Consumer:
             )
 
     async def _give_back(self) -> None:
-        partitions = list(self._partitions.values())
-        self._partitions.clear()
-        self.assigned = False
-        await asyncio.gather(*(partition.give_back(self._grace_s) for partition in partitions))
+        async with self._giving_back:  # a rebalance during a stop waits for it to be done
+            partitions = list(self._partitions.values())
+            self._partitions.clear()
+            self.assigned = False
+            await asyncio.gather(*(partition.give_back(self._grace_s) for partition in partitions))
 
 
 def _cancel(tasks: set[asyncio.Task[None]]) -> None:

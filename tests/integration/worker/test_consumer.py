@@ -324,6 +324,31 @@ async def test_events_that_rest_do_not_hold_up_a_rebalance(topics: MakeTopics) -
             await until(lambda: second.assigned and len(resting) == 10, timeout_s=25)
 
 
+async def test_a_rebalance_during_a_stop_waits_for_what_is_in_flight(topics: MakeTopics) -> None:
+    """Or the event would be worked on twice at once, and a track's later event overtake it."""
+    own = await topics(partitions=2)
+    finish = asyncio.Event()
+    others = list[bytes | None]()
+
+    async def handle(record: Record, _: Place) -> None:
+        await finish.wait()
+
+    async def handle_of_another(record: Record, _: Place) -> None:
+        others.append(record.value)
+
+    await send(own, 8)
+    async with consuming(settings_of(own, stop_deadline_s=15), handle) as consumer:
+        await until(lambda: consumer.in_flight == 8)
+        consumer.stop()
+        async with consuming(settings_of(own), handle_of_another) as another:
+            await asyncio.sleep(6)
+            assert others == []
+            finish.set()
+            await until(lambda: another.assigned)
+    assert others == []
+    assert await committed(own, 2) == 8
+
+
 async def test_a_stop_does_not_wait_for_a_new_consumer(
     topics: MakeTopics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
