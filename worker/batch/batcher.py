@@ -163,8 +163,8 @@ class Batcher:
         Parameters
         ----------
         windows : np.ndarray [shape=(n, window_samples), dtype=float32]
-            Mono samples in [-1, 1]. They are read in place, maybe still after this raised, so
-            they must not change.
+            At least one, of mono samples in [-1, 1]. They are read in place, maybe still after
+            this raised, so they must not change.
         ticket : Ticket
             Whose windows these are and until when they are wanted.
 
@@ -179,7 +179,7 @@ class Batcher:
         WorkerStopping
             The batcher stops.
         ValueError
-            `windows` has another shape or type.
+            There are no `windows`, or they have another shape or type.
         """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[WindowOutputs] = loop.create_future()
@@ -198,7 +198,7 @@ class Batcher:
 
     def _admit(self, request: Request) -> None:
         shape, dtype = request.windows.shape, request.windows.dtype
-        if shape != (len(request.windows), self._window_samples) or dtype != "float32":
+        if shape[1:] != (self._window_samples,) or dtype != "float32" or shape[0] == 0:
             raise ValueError(
                 f"windows are float32 (n, {self._window_samples}), these are {dtype} {shape}"
             )
@@ -210,8 +210,6 @@ class Batcher:
         request.ticket.requests.add(request)
         self._queue.put(request)
         self._queue_changed()
-        if len(request.windows) == 0:
-            request.answer.set_result(self._engine.empty)
 
     def _dismiss(self, request: Request) -> None:
         """Nobody waits for the answer any more, whatever it was."""

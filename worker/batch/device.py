@@ -130,8 +130,6 @@ class Engine:
         self._copiers = Crew("timbre-copy", 1)
         self._runners = Crew("timbre-network", self._threads or 1)
         self._streams = None if on_cpu else Streams(self._device)
-        self.empty = WindowOutputs({}, np.zeros((0, 0), np.float32))
-        """Outputs of no window at all, once started"""
 
     @property
     def stuck(self) -> int:
@@ -150,7 +148,7 @@ class Engine:
         elif self._autocast is None:
             # Otherwise convolutions would round float32 to TF32.
             torch.backends.cudnn.allow_tf32 = False
-        (self.empty,) = await self._runners.run([self._warm_up], START_TIMEOUT_S)
+        await self._runners.run([self._warm_up], START_TIMEOUT_S)
         if not self._threads:
             await self._choose_threads()
 
@@ -209,14 +207,13 @@ class Engine:
 
     # From here on: in the engine's threads.
 
-    def _warm_up(self) -> WindowOutputs:
+    def _warm_up(self) -> None:
         self._network.eval().to(self._device)
         buffer = Buffer(self._max_windows, self._window_samples, self._device)
         # The largest first: the memory it takes serves the smaller ones.
         for windows in reversed(self._buckets):
-            outputs = self._run(buffer, 0, windows)
+            self._run(buffer, 0, windows)
         self._buffers.append(buffer)
-        return outputs.rows(0, 0)
 
     def _time_a_window(self) -> float:
         """Seconds in the best of a few passes over as many windows as a pass takes."""

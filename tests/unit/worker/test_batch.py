@@ -624,19 +624,15 @@ async def test_the_batch_on_the_device_ends_before_the_batcher_is_left() -> None
     assert told.batches == [1]
 
 
-async def test_no_windows_are_answered_at_once() -> None:
-    async with batcher_of(SmallNet()) as batcher:
-        tracks = Tracks(batcher)
-        outputs = await tracks.send("none", noise(0))
-    assert outputs.probabilities["genre"].shape == (0, 3)
-    assert outputs.embedding.shape == (0, 16)
-    assert not tracks.staged
-
-
 @pytest.mark.parametrize(
     "windows",
-    [np.zeros((2, SAMPLES)), np.zeros((2, SAMPLES + 1), np.float32), np.zeros(SAMPLES, np.float32)],
-    ids=["float64", "longer", "flat"],
+    [
+        np.zeros((2, SAMPLES)),
+        np.zeros((2, SAMPLES + 1), np.float32),
+        np.zeros(SAMPLES, np.float32),
+        np.zeros((0, SAMPLES), np.float32),
+    ],
+    ids=["float64", "longer", "flat", "none"],
 )
 async def test_windows_of_another_shape_or_type_are_refused(windows: np.ndarray) -> None:
     async with batcher_of(SmallNet()) as batcher:
