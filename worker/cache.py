@@ -188,8 +188,8 @@ class Cache:
         assert self._catching_up is not None
         self._catching_up.cancel()
         await asyncio.gather(self._catching_up, return_exceptions=True)
-        for missed in list(self._missed.values()):
-            if not await self._try_to_store(missed.result()):
+        while self._missed:
+            if not await self._store_oldest():
                 log.warning("Redis is down: %d results were not stored there", len(self._missed))
                 break
         await self._redis.aclose()
@@ -347,11 +347,17 @@ class Cache:
         while True:
             await self._missing.wait()
             while self._missed:
-                event_id, missed = next(iter(self._missed.items()))
-                if await self._try_to_store(missed.result()):
-                    self._forget(event_id)
-                    self._metrics.redis_backlog.set(len(self._missed))
+                if await self._store_oldest():
                     backoff.reset()
                 else:
                     await asyncio.sleep(backoff.next_s())
             self._missing.clear()
+
+    async def _store_oldest(self) -> bool:
+        """Store what Redis missed first; whether that is done with."""
+        event_id, missed = next(iter(self._missed.items()))
+        if not await self._try_to_store(missed.result()):
+            return False
+        self._forget(event_id)
+        self._metrics.redis_backlog.set(len(self._missed))
+        return True

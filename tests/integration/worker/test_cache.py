@@ -323,6 +323,21 @@ async def test_what_redis_missed_takes_bounded_memory(
         assert await cache.by_event(last) == own
 
 
+async def test_a_stop_tells_how_much_of_what_redis_missed_is_lost(
+    redis_prefix: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = iter([True, False])
+
+    async def store_one(_: object) -> bool:
+        return next(answers)
+
+    async with cache_at("redis://127.0.0.1:9/0", redis_prefix) as cache:
+        for number in range(3):
+            await store(cache, f"t{number}", analysis(sha256=f"{number:064x}"))
+        monkeypatch.setattr(cache, "_try_to_store", store_one)
+    assert "2 results were not stored" in caplog.text
+
+
 async def test_a_track_leaves_its_genre_when_its_life_there_is_over(
     redis: Redis, redis_url: str, redis_prefix: str
 ) -> None:
