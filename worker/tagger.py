@@ -176,7 +176,7 @@ class Tagger:
                 scope.reschedule(None)
                 async with timings.measure("wait"):  # for a free decoder
                     decoding = await stack.enter_async_context(
-                        self.decoders.decode(path, timeout_s=left_s, priority=priority)
+                        self.decoders.decode(path, priority=priority)
                     )
                 deadline = loop.time() + left_s
                 scope.reschedule(deadline)

@@ -339,7 +339,7 @@ async def test_waiting_while_others_hold_the_decoders_is_no_time_of_the_tracks_b
         monkeypatch.setenv(name, value)
     async with Worker(load(), Bundle.load()) as worker:
         working = asyncio.create_task(worker.run())
-        async with worker.tagger.decoders.decode(tracks["mp3"], timeout_s=60) as holding:
+        async with worker.tagger.decoders.decode(tracks["mp3"]) as holding:
             await anext(holding)
             await send(own, bucket_notification("music", "track.ogg", "track.opus"))
             await until(lambda: worker.consumer.in_flight)

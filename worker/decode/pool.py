@@ -11,7 +11,7 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -25,7 +25,6 @@ from worker.errors import (
     AudioEmpty,
     AudioTooLong,
     AudioUnreadable,
-    DeadlineExceeded,
     DecodeFailed,
     DecoderCrashed,
     DecoderKilled,
@@ -131,43 +130,28 @@ class DecoderPool:
         """Ids of the processes that live now, for whoever watches their memory."""
         return {process.pid for process in self._living}
 
-    def decode(
-        self, path: Path, *, timeout_s: float, priority: Priority = "upload"
-    ) -> AbstractAsyncContextManager["Decoding"]:
+    @asynccontextmanager
+    async def decode(
+        self, path: Path, *, priority: Priority = "upload"
+    ) -> AsyncIterator["Decoding"]:
         """Decode the file at `path`: enter the result, then iterate over its blocks.
 
         Entering waits for a free process, however long others hold them.
 
         Leaving before the end abandons the track; leaving after it waits until all blocks are
-        released.
-
-        Parameters
-        ----------
-        timeout_s
-            For everything from then on, the waiting for blocks to be released included. The
-            decoder's own work is limited by `decode.timeout_s`.
+        released. The decoder's own work is limited by `decode.timeout_s`, all else by the caller.
 
         Raises
         ------
         AudioUnreadable, AudioEmpty, AudioTooLong, DecodeTimeout, DecoderCrashed, DecodeFailed
             From the iteration, after the blocks that were decoded.
-        DeadlineExceeded
-            `timeout_s` has passed.
         """
-        return self._decode(path, timeout_s, priority)
-
-    @asynccontextmanager
-    async def _decode(
-        self, path: Path, timeout_s: float, priority: Priority
-    ) -> AsyncIterator["Decoding"]:
         process = await self._line.take(priority)
-        deadline = _Deadline(timeout_s)
-        decoding = Decoding(process, path, deadline, self._timeout_s, self._help_out)
+        decoding = Decoding(process, path, self._timeout_s, self._help_out)
         try:
             yield decoding
             if decoding.ended:
-                async with deadline.scope():
-                    await process.released.wait()
+                await process.released.wait()
         finally:
             self._line.leave(priority)
             if decoding.ended_in_order and process.released.is_set():
@@ -250,18 +234,12 @@ class Decoding:
     """One track being decoded: an asynchronous iterator over its blocks, in order."""
 
     def __init__(
-        self,
-        process: DecoderProcess,
-        path: Path,
-        deadline: "_Deadline",
-        work_s: float,
-        on_block: Callable[[], None],
+        self, process: DecoderProcess, path: Path, work_s: float, on_block: Callable[[], None]
     ) -> None:
         self.ended = False
         self._process_sound = True
         self._facts: DecodedFacts | None = None
         self._process = process
-        self._deadline = deadline
         self._work_s = work_s
         self._on_block = on_block
         process.begin(path, work_s)
@@ -283,8 +261,7 @@ class Decoding:
     async def __anext__(self) -> Block:
         if self.ended:
             raise StopAsyncIteration
-        async with self._deadline.scope():
-            message = await self._process.inbox.get()
+        message = await self._process.inbox.get()
         if message is not None and "slot" in message:
             self._on_block()
             return self._process.block(message)
@@ -318,25 +295,6 @@ class Decoding:
             )
         how = f"with status {status}" if status >= 0 else f"of {signal.Signals(-status).name}"
         return DecoderCrashed(f"The decoder process died {how}: the file may be damaged.")
-
-
-class _Deadline:
-    """A point in time by which waiting ends."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._at = asyncio.get_running_loop().time() + timeout_s
-
-    @asynccontextmanager
-    async def scope(self) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout_at(self._at):
-                yield
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"The track was not decoded within {self._timeout_s:g} s, its waiting for the "
-                "network included."
-            ) from None
 
 
 def _error(told: dict[str, str]) -> TimbreError:

@@ -28,7 +28,6 @@ from worker.decode.pool import DecoderPool, Decoding
 from worker.errors import (
     AudioTooLong,
     AudioUnreadable,
-    DeadlineExceeded,
     DecodeFailed,
     DecoderCrashed,
     DecodeTimeout,
@@ -61,12 +60,10 @@ def pool_of(processes: int = 1, **limits: float) -> DecoderPool:
     return DecoderPool(settings, WindowSettings(), Model())
 
 
-async def hear(
-    pool: DecoderPool, path: Path, *, timeout_s: float = 60.0, priority: Priority = "upload"
-) -> Heard:
+async def hear(pool: DecoderPool, path: Path, *, priority: Priority = "upload") -> Heard:
     """Decode a track, giving each block back as soon as it is copied."""
     windows, silent = [np.empty((0, WINDOW), np.float32)], [np.empty(0, np.bool_)]
-    async with pool.decode(path, timeout_s=timeout_s, priority=priority) as decoding:
+    async with pool.decode(path, priority=priority) as decoding:
         async for block in decoding:
             windows.append(block.windows.copy())
             silent.append(block.silent)
@@ -88,15 +85,8 @@ async def drain(decoding: Decoding) -> None:
         block.release()
 
 
-async def hold_all(pool: DecoderPool, path: Path, *, timeout_s: float) -> None:
-    """Decode a track and give no block back."""
-    async with pool.decode(path, timeout_s=timeout_s) as decoding:
-        blocks = [block async for block in decoding]
-        assert blocks
-
-
 async def leave_half_way(pool: DecoderPool, path: Path) -> None:
-    async with pool.decode(path, timeout_s=60) as decoding:
+    async with pool.decode(path) as decoding:
         await anext(decoding)
 
 
@@ -186,7 +176,7 @@ async def test_silent_windows_are_told_from_the_others(pool: DecoderPool, tmp_pa
 async def test_a_held_block_stays_as_it_is_while_the_track_goes_on(song: Path) -> None:
     async with pool_of(slots=2, slot_windows=3) as pool:
         whole = await hear(pool, song)
-        async with pool.decode(song, timeout_s=60) as decoding:
+        async with pool.decode(song) as decoding:
             held = await anext(decoding)
             following: list[Windows] = []
             async for block in decoding:
@@ -202,7 +192,7 @@ async def test_a_held_block_stays_as_it_is_while_the_track_goes_on(song: Path) -
 async def test_the_decoder_waits_for_blocks_to_be_released(song: Path) -> None:
     async with (
         pool_of(slots=2, slot_windows=3) as pool,
-        pool.decode(song, timeout_s=60) as decoding,
+        pool.decode(song) as decoding,
     ):
         held = [await anext(decoding) for _ in range(2)]
         with pytest.raises(TimeoutError):
@@ -215,7 +205,7 @@ async def test_the_decoder_waits_for_blocks_to_be_released(song: Path) -> None:
 async def test_waiting_for_the_consumer_is_no_work_of_the_decoder(song: Path) -> None:
     async with (
         pool_of(slots=2, slot_windows=3, timeout_s=0.8) as pool,
-        pool.decode(song, timeout_s=60) as decoding,
+        pool.decode(song) as decoding,
     ):
         async for block in decoding:
             await asyncio.sleep(0.3)
@@ -228,7 +218,7 @@ async def test_leaving_half_way_leaves_the_pool_whole(song: Path, tmp_path: Path
     other.write_bytes(wav(tone(9.0, RATE_HZ), RATE_HZ))
     async with pool_of(slots=2, slot_windows=3) as pool:
         whole = await hear(pool, other)
-        async with pool.decode(song, timeout_s=60) as decoding:
+        async with pool.decode(song) as decoding:
             kept = await anext(decoding)
             as_it_was = kept.windows.copy()
 
@@ -253,7 +243,7 @@ async def test_leaving_waits_for_blocks_still_in_use(song: Path) -> None:
     blocks: list[Block] = []
     async with pool_of(slots=2, slot_windows=50) as pool:
         [before] = decoders(pool)
-        async with pool.decode(song, timeout_s=60) as decoding:
+        async with pool.decode(song) as decoding:
             blocks = [block async for block in decoding]
             asyncio.get_running_loop().call_later(0.2, blocks[0].release)
         assert [before] == decoders(pool), "the process serves the next track"
@@ -261,7 +251,7 @@ async def test_leaving_waits_for_blocks_still_in_use(song: Path) -> None:
 
 async def test_a_block_may_be_released_after_its_pool_has_closed(song: Path) -> None:
     async with pool_of(slots=2, slot_windows=3) as pool:
-        track = pool.decode(song, timeout_s=60)
+        track = pool.decode(song)
         held = await anext(await track.__aenter__())
     as_it_was = held.windows.copy()
 
@@ -302,10 +292,10 @@ async def test_a_killed_decoder_ends_its_track_alone(song: Path, tmp_path: Path)
     other.write_bytes(song.read_bytes())
     async with (
         pool_of(processes=2, slots=2, slot_windows=3) as pool,
-        pool.decode(song, timeout_s=60) as neighbour,
+        pool.decode(song) as neighbour,
     ):
         (await anext(neighbour)).release()
-        async with pool.decode(other, timeout_s=60) as victim:
+        async with pool.decode(other) as victim:
             (await anext(victim)).release()
             decoder_of(pool, other).kill()
             with pytest.raises(DecoderCrashed, match="SIGKILL"):
@@ -324,7 +314,7 @@ async def test_a_decoder_killed_while_idle_is_replaced(song: Path) -> None:
 
 async def test_a_decoder_that_crashes_is_told_by_its_signal_and_replaced(song: Path) -> None:
     async with pool_of(slots=2, slot_windows=3) as pool:
-        async with pool.decode(song, timeout_s=60) as decoding:
+        async with pool.decode(song) as decoding:
             (await anext(decoding)).release()
             decoder_of(pool, song).send_signal(signal.SIGSEGV)
             with pytest.raises(DecoderCrashed, match="SIGSEGV") as crashed:
@@ -335,7 +325,7 @@ async def test_a_decoder_that_crashes_is_told_by_its_signal_and_replaced(song: P
 
 async def test_a_decoder_that_hangs_meets_its_limit(song: Path) -> None:
     async with pool_of(slots=2, slot_windows=3, timeout_s=0.5) as pool:
-        async with pool.decode(song, timeout_s=60) as decoding:
+        async with pool.decode(song) as decoding:
             (await anext(decoding)).release()
             hung = decoder_of(pool, song)
             hung.suspend()
@@ -347,10 +337,12 @@ async def test_a_decoder_that_hangs_meets_its_limit(song: Path) -> None:
         assert not hung.is_running()
 
 
-async def test_a_track_has_a_deadline_of_its_own(song: Path) -> None:
+async def test_a_track_may_be_given_up_while_its_decoder_waits_for_free_blocks(song: Path) -> None:
     async with pool_of(slots=2, slot_windows=3) as pool:
-        with pytest.raises(DeadlineExceeded):
-            await hold_all(pool, song, timeout_s=0.3)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3), pool.decode(song) as decoding:
+                assert [block async for block in decoding]
+        assert (await hear(pool, song)).facts.duration_s == 60.0
 
 
 async def test_a_decoder_that_takes_too_much_memory_ends_its_track_alone(
@@ -374,7 +366,7 @@ async def test_hours_of_audio_pass_in_bounded_memory(song: Path, tmp_path: Path)
         await hear(pool, song)
         short_bytes, own_bytes = peak_bytes(process), psutil.Process().memory_info().rss
         windows = 0
-        async with pool.decode(hours, timeout_s=120) as decoding:
+        async with pool.decode(hours) as decoding:
             async for block in decoding:
                 assert block.silent.all()
                 windows += len(block.windows)
@@ -636,7 +628,7 @@ async def test_a_killed_worker_leaves_no_process_and_no_memory_behind(song: Path
 
         async def main():
             async with pool_of(processes=2, slots=2, slot_windows=3) as pool:
-                async with pool.decode(Path(sys.argv[1]), timeout_s=60) as decoding:
+                async with pool.decode(Path(sys.argv[1])) as decoding:
                     await anext(decoding)
                     while len(decoders(pool)) < 2:
                         await asyncio.sleep(0.01)
@@ -739,14 +731,14 @@ async def test_a_decoder_that_speaks_without_a_track_is_ended(
     script = f"say({BLOCK})\nwhile True: say({{'facts': {FACTS}}})"
     async with asyncio.timeout(20), taken_over(script) as pool:
         before = pool.pids
-        async with pool.decode(song, timeout_s=60) as decoding:
+        async with pool.decode(song) as decoding:
             await drain(decoding)
         await until(lambda: pool.pids and before.isdisjoint(pool.pids))
 
 
 async def test_uploads_go_before_backfill_which_leaves_them_one_decoder(song: Path) -> None:
     async with pool_of(processes=2) as pool:
-        async with pool.decode(song, timeout_s=60, priority="backfill") as first:
+        async with pool.decode(song, priority="backfill") as first:
             await anext(first)
             second = asyncio.create_task(hear(pool, song, priority="backfill"))
             await asyncio.wait_for(hear(pool, song), 10)
@@ -777,7 +769,7 @@ async def test_a_short_track_waits_for_no_long_ones_that_hold_every_decoder(
 ) -> None:
     monkeypatch.setattr(pool_module, "LONG_WINDOWS", 6)
     async with pool_of(slots=2, slot_windows=3) as pool:
-        async with pool.decode(song, timeout_s=60) as long:
+        async with pool.decode(song) as long:
             blocks = [await anext(long)]
             short = asyncio.create_task(hear(pool, song))
             await asyncio.sleep(0.5)
@@ -795,7 +787,7 @@ async def test_a_track_that_gives_up_its_place_in_the_line_takes_no_decoder_with
     song: Path,
 ) -> None:
     async with pool_of() as pool:
-        async with pool.decode(song, timeout_s=60) as holding:
+        async with pool.decode(song) as holding:
             await anext(holding)
             given_up = [asyncio.create_task(hear(pool, song)) for _ in range(3)]
             await asyncio.sleep(0.1)
@@ -807,7 +799,7 @@ async def test_a_track_that_gives_up_its_place_in_the_line_takes_no_decoder_with
 
 async def test_a_track_given_up_in_the_moment_a_decoder_is_free_is_passed_over(song: Path) -> None:
     async with pool_of() as pool:
-        async with pool.decode(song, timeout_s=60) as holding:
+        async with pool.decode(song) as holding:
             waiting = [asyncio.create_task(hear(pool, song)) for _ in range(2)]
             await drain(holding)
             waiting[0].cancel()
@@ -818,7 +810,7 @@ async def test_a_spare_decoder_goes_on_with_the_backfill_that_waits(
     song: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool_module, "LONG_WINDOWS", 6)
-    async with pool_of(slots=2, slot_windows=3) as pool, pool.decode(song, timeout_s=60) as long:
+    async with pool_of(slots=2, slot_windows=3) as pool, pool.decode(song) as long:
         waiting = [asyncio.create_task(hear(pool, song, priority="backfill")) for _ in range(2)]
         await asyncio.sleep(0)
         for _ in range(2):
@@ -830,14 +822,14 @@ async def test_a_spare_decoder_ends_where_the_track_it_was_given_is_given_up(
     song: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def hear_and_give_up_the_next(pool: DecoderPool) -> None:
-        async with pool.decode(song, timeout_s=60) as decoding:
+        async with pool.decode(song) as decoding:
             await drain(decoding)
             following = asyncio.create_task(hear(pool, song))
             await asyncio.sleep(0)
         following.cancel()  # it has been served, and doesn't know
 
     monkeypatch.setattr(pool_module, "LONG_WINDOWS", 6)
-    async with pool_of(slots=2, slot_windows=3) as pool, pool.decode(song, timeout_s=60) as long:
+    async with pool_of(slots=2, slot_windows=3) as pool, pool.decode(song) as long:
         others = asyncio.create_task(hear_and_give_up_the_next(pool))
         await asyncio.sleep(0)
         for _ in range(2):

@@ -30,7 +30,7 @@ async def test_waiting_while_others_hold_the_decoders_is_not_held_against_a_trac
 ) -> None:
     async with tagger_of(song, 3.0) as tagger:
         timings = Timings()
-        async with tagger.decoders.decode(song, timeout_s=60) as holding:
+        async with tagger.decoders.decode(song) as holding:
             await anext(holding)
             waiting = asyncio.create_task(tagger.tag(song.as_uri(), timings=timings))
             await asyncio.sleep(3.5)
