@@ -236,7 +236,8 @@ class Consumer:
         self._stop = asyncio.Event()
         self._ending = False
         self._giving_back = asyncio.Lock()
-        self._grace_s = min(worker.rebalance_grace_s, worker.stop_deadline_s)
+        self._stop_grace_s = worker.stop_deadline_s * 0.6
+        self._rebalance_grace_s = min(worker.rebalance_grace_s, self._stop_grace_s)
         self.last_progress_s = time.monotonic()
         self.assigned = False
 
@@ -346,11 +347,9 @@ class Consumer:
 
     async def _end(self, app: _App) -> bool:
         self._ending = True
-        self._grace_s = self.settings.worker.stop_deadline_s * 0.6
         ending = asyncio.create_task(self._take_down(app))
         # A task of its own: faust may swallow a cancellation, and must not hold up its caller.
         _, late = await asyncio.wait({ending}, timeout=self.settings.worker.stop_deadline_s * 0.9)
-        self._grace_s = self.settings.worker.rebalance_grace_s
         if late:
             ending.cancel()
             log.warning("The Kafka consumer did not stop in time; what it held is delivered again")
@@ -359,7 +358,7 @@ class Consumer:
 
     async def _take_down(self, app: _App) -> bool:
         try:
-            await self._give_back()
+            await self._give_back(self._stop_grace_s)
             await app.stop()
         except Exception:
             log.exception("The Kafka consumer did not stop cleanly; its events are delivered again")
@@ -393,7 +392,7 @@ class Consumer:
             store="memory://",
             loghandlers=[],
         )
-        app.before_rebalance = self._give_back
+        app.before_rebalance = partial(self._give_back, self._rebalance_grace_s)
         app.on_partitions_assigned.connect(self._on_assigned, weak=False)
         for topic in self._places:
             source = app.topic(
@@ -433,12 +432,12 @@ class Consumer:
                 " and ".join(self._places),
             )
 
-    async def _give_back(self) -> None:
+    async def _give_back(self, grace_s: float) -> None:
         async with self._giving_back:  # a rebalance during a stop waits for it to be done
             partitions = list(self._partitions.values())
             self._partitions.clear()
             self.assigned = False
-            await asyncio.gather(*(partition.give_back(self._grace_s) for partition in partitions))
+            await asyncio.gather(*(partition.give_back(grace_s) for partition in partitions))
 
 
 def _cancel(tasks: set[asyncio.Task[None]]) -> None:
