@@ -263,7 +263,8 @@ class Batcher:
                 await self._compute(buffer, placed, wait_s)
             self._engine.release(buffer)
         except (DeviceHung, DeviceLost) as error:
-            self._fail_all(pieces, "hung" if isinstance(error, DeviceHung) else "lost", error)
+            self._last_batch_hung = isinstance(error, DeviceHung)  # also as it was copied
+            self._fail_all(pieces, "hung" if self._last_batch_hung else "lost", error)
         except Exception as error:
             told = InferenceFailed(f"The batch could not be run: {type(error).__name__}: {error}")
             self._fail_all(pieces, "failed", told)

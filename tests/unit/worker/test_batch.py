@@ -525,6 +525,21 @@ async def test_a_hung_batch_fails_retryably_and_the_next_goes_on() -> None:
     assert tracks.staged == ["hung", "behind"]
 
 
+async def test_a_batch_that_hangs_as_it_is_copied_counts_as_hung(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with batcher_of(SmallNet(), timeout_s=0.2) as batcher:
+        go = threading.Event()
+        with monkeypatch.context() as hanging:
+            hanging.setattr(batcher._engine, "_fill", lambda *_: go.wait())
+            with pytest.raises(DeviceHung):
+                await Tracks(batcher).send("hung", noise(1))
+        assert not batcher.healthy
+        go.set()
+        await Tracks(batcher).send("next", noise(1))
+        assert batcher.healthy
+
+
 async def test_of_a_hung_batch_only_the_track_that_hangs_alone_fails() -> None:
     network, told = Hanging(), Told()
     async with batcher_of(network, told, timeout_s=0.5, max_delay_s=0.1) as batcher:
