@@ -2,6 +2,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -172,6 +174,17 @@ def test_few_weights_that_ask_for_much_memory_are_refused(tmp_path: Path) -> Non
 
     with pytest.raises(BundleInvalid, match="534,773,760 values at once for one window"):
         hungry.save(tmp_path, card="")
+
+
+def test_shipped_bundles_load_without_torchs_compiler_which_takes_a_second() -> None:
+    program = (
+        "import sys\n"
+        "from model.bundle import Bundle, shipped\n"
+        "for name in shipped():\n"
+        "    Bundle.load(name)\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize(
