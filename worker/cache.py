@@ -314,7 +314,8 @@ class Cache:
     def _failed(self, error: Exception) -> bool:
         """Count a failure: True where Redis is down, False where this key is another program's."""
         self._metrics.cache.labels("error").inc()
-        if isinstance(error, ResponseError) and "WRONGTYPE" in str(error):
+        said = str(error).rpartition(" caused error: ")[2]  # before it the command, with any words
+        if isinstance(error, ResponseError) and "WRONGTYPE" in said:
             log.warning("Redis holds something that is not Timbre's under a key of Timbre's")
             return False
         if not self._down:

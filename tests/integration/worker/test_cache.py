@@ -277,6 +277,19 @@ async def test_what_others_keep_under_our_keys_holds_up_no_other_track(
     assert metrics.registry.get_sample_value("timbre_redis_dropped_total") == 1
 
 
+async def test_a_track_with_the_name_of_an_error_is_stored_once_redis_has_room(
+    own_redis: LocalRedis, redis_prefix: str
+) -> None:
+    async with (
+        cache_at(own_redis.address, redis_prefix) as cache,
+        Redis.from_url(own_redis.address) as redis,
+    ):
+        await redis.config_set("maxmemory", 1)
+        await store(cache, "WRONGTYPE", analysis())
+        await redis.config_set("maxmemory", 0)
+        await until(lambda: stored(redis, f"{redis_prefix}track:WRONGTYPE"), timeout_s=20)
+
+
 async def test_what_redis_missed_is_stored_once_it_is_back(
     own_redis: LocalRedis, redis_prefix: str
 ) -> None:
