@@ -189,6 +189,7 @@ class Worker:
         failures = []
         for track in announced.tracks:
             failure = await self._handle_track(record, track, place, message)
+            await place.take()
             if failure is not None:
                 failures.append(failure)
             self.consumer.progressed()  # the next may take as long again

@@ -7,8 +7,8 @@ import socket
 import subprocess
 from base64 import b64encode
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +38,7 @@ from tests.worker_process import (
 )
 from worker.app import Worker
 from worker.dead_letters import list_dead_letters, retry
+from worker.errors import AudioNotFound, DeadlineExceeded
 from worker.services.topics import create_topics
 from worker.settings import KafkaSettings, Settings, load
 
@@ -348,6 +349,44 @@ async def test_waiting_while_others_hold_the_decoders_is_no_time_of_the_tracks_b
         worker.consumer.stop()
         await working
     assert results.keys() == {"music/track.ogg", "music/track.opus"}
+
+
+async def test_a_track_whose_deadline_ends_a_rest_gives_its_message_no_place_beside_all_others(
+    topics: MakeTopics, redis_url: str, redis_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = await topics(partitions=1)
+    given = environment(
+        own, redis_url, redis_prefix, TIMBRE_WORKER__MAX_IN_FLIGHT="1", TIMBRE_WORKER__ATTEMPTS="1"
+    )
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    working, most = 0, 0
+
+    async def tag(uri: str, *, sleep: Callable[[float], Awaitable[None]], **_: object) -> None:
+        nonlocal working, most
+        if uri == "s3://music/rests.mp3":
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await sleep(60)
+            raise DeadlineExceeded("It rested for too long.")
+        working += 1
+        most = max(most, working)
+        await asyncio.sleep(2)
+        working -= 1
+        raise AudioNotFound("Nothing there.")
+
+    async with Worker(load(), Bundle.load("fast")) as worker:
+        monkeypatch.setattr(worker.tagger, "tag", tag)
+        running_on = asyncio.create_task(worker.run())
+        await send(
+            own,
+            bucket_notification("music", "rests.mp3", "next.mp3"),
+            event("other", "https://cdn.example/other.mp3"),
+        )
+        await receive(own, own.topic_dead_letter, 2)
+        worker.consumer.stop()
+        await running_on
+    assert most == 1
 
 
 async def test_a_server_that_stalls_holds_a_place_only_twice_and_one_that_fails_is_asked_on(

@@ -108,14 +108,19 @@ class Place:
             return
         self.resting = True
         await asyncio.sleep(duration_s)
-        self.resting = False
+        await self.take()
 
     async def _lend(self, wait: Awaitable[object]) -> None:
         self.resting = True
         self.leave()
         await wait
-        await self._places.free.acquire()
-        self._held = True
+        await self.take()
+
+    async def take(self) -> None:
+        """Take the place again, if it is not held: a deadline may have ended a rest without it."""
+        if not self._held:
+            await self._places.free.acquire()
+            self._held = True
         self.resting = False
 
     def leave(self) -> None:
