@@ -4,7 +4,6 @@ librosa does the computing. From audio every feature is there; from an archive's
 that a log-mel still holds (no chroma, no zero crossings).
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,7 @@ FACTS = ("name", "segment", "label", "group", "split")  # columns that aren't fe
 Floats = NDArray[np.float64]
 
 
-def feature_table(
-    dataset: Dataset,
-    source: LogMelSource,
-    *,
-    progress: Callable[[int, int], None] = lambda *_: None,
-) -> pd.DataFrame:
+def feature_table(dataset: Dataset, source: LogMelSource) -> pd.DataFrame:
     """One row a segment of 3 s: FACTS, then mean and deviation of every feature over the segment,
     and its tempo in beats per minute."""
     rows = []
@@ -56,7 +50,6 @@ def feature_table(
                     values[f"{column}_mean"], values[f"{column}_std"] = line.mean(), line.std()
             values["tempo"] = _tempo(onset[span], frame_rate_hz)
             rows.append(values)
-        progress(row + 1, len(dataset.clips))
     return pd.DataFrame(rows)
 
 

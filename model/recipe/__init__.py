@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,6 @@ from model.recipe import coarse, genre, music
 from model.recipe.card import card
 from model.recipe.student import Lessons, Plan, of_archive, start, teach, varied
 
-__all__ = ["Scale", "build_shipped"]
-
 log = logging.getLogger(__name__)
 
 ORIGIN = {
@@ -38,26 +36,18 @@ ORIGIN = {
 }
 
 
-@dataclass(frozen=True)
-class Scale:
-    """How much to learn from: windows of excerpts, of game music, of the archive; and the plan."""
-
-    excerpt_windows: int = 12_000
-    game_windows: int = 8_000
-    archive_windows: int = 4_000
-    plan: Plan = field(default=Plan(steps=1_400, learning_rate=3e-4, batch=(34, 20, 10)))
+# Windows to learn from; of each the plan's batches have their part, in this order.
+EXCERPT_WINDOWS, GAME_WINDOWS, ARCHIVE_WINDOWS = 12_000, 8_000, 4_000
+PLAN = Plan(steps=1_400, learning_rate=3e-4, batch=(34, 20, 10))
 
 
-def build_shipped(
-    out: Path, *, data: Path, work: Path, seed: int = 0, scale: Scale | None = None
-) -> tuple[Bundle, Bundle]:
+def build_shipped(out: Path, *, data: Path, work: Path, seed: int = 0) -> tuple[Bundle, Bundle]:
     """Make the shipped bundles in `out/default` and `out/fast`; gives them as loaded from there.
 
     `data` is the folder of shared data (`gtzan/` and `audio/`), `work` keeps downloads and
     log-mels for the next time.
     """
     began = time.monotonic()
-    scale = scale or Scale()
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     _make_folders(out, work)
@@ -75,14 +65,14 @@ def build_shipped(
     translation = coarse.Translation.fit([(one.fine, one.coarse) for one in excerpts])
 
     log.info("asking the reference, %.0f s in", time.monotonic() - began)
-    windows = [varied(excerpts, scale.excerpt_windows, rng)]
+    windows = [varied(excerpts, EXCERPT_WINDOWS, rng)]
     if game:
-        windows.append(varied(game, scale.game_windows, rng))
-    windows.append(of_archive(clips, translation, scale.archive_windows, rng))
+        windows.append(varied(game, GAME_WINDOWS, rng))
+    windows.append(of_archive(clips, translation, ARCHIVE_WINDOWS, rng))
     lessons = [Lessons.ask(reference, source) for source in windows]
     log.info("teaching the student, %.0f s in", time.monotonic() - began)
     student, config = start(reference)
-    plan = scale.plan if game else replace(scale.plan, batch=scale.plan.batch[::2])
+    plan = PLAN if game else replace(PLAN, batch=PLAN.batch[::2])
     teach(student, lessons, plan, rng)
     likeness = (
         {"tags_against_reference": genre.compare_tags(student, reference, tracks)} if tracks else {}

@@ -37,13 +37,13 @@ def track(number: int, duration_s: float = DURATION_S) -> bytes:
     return wav((signal * 32_000).astype("<i2").tobytes())
 
 
-def wav(pcm: bytes, *, rate_hz: int = RATE_HZ) -> bytes:
+def wav(pcm: bytes) -> bytes:
     """16-bit mono samples with the header of a WAV file."""
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
         writer.setnchannels(1)
         writer.setsampwidth(2)
-        writer.setframerate(rate_hz)
+        writer.setframerate(RATE_HZ)
         writer.writeframes(pcm)
     return file.getvalue()
 

@@ -38,13 +38,11 @@ async def _killed_and_left(
     *,
     tracks: int,
     waiting: int,
-    launcher: str | None = None,
     prepare: Callable[[Worker], Awaitable[None]] | None = None,
     processes: int = 1,
 ) -> float:
     """Up to the second worker's start; when the first was killed."""
-    options: dict[str, Any] = {"launcher": launcher, "decode__processes": processes}
-    (patient,) = await lane.ready(**options, **PATIENT)
+    (patient,) = await lane.ready(decode__processes=processes, **PATIENT)
     if prepare is not None:
         await prepare(patient)
     await lane.send([*hung, *lane.tracks(range(tracks))])
@@ -53,7 +51,7 @@ async def _killed_and_left(
     await _held(lane, waiting)
     patient.kill()
     killed_s = now_s()
-    (short,) = await lane.ready(**options, **SHORT)
+    (short,) = await lane.ready(decode__processes=processes, **SHORT)
     if prepare is not None:
         await prepare(short)
     return killed_s
@@ -308,9 +306,9 @@ async def corrupt_bundle(stand: Stand, quick: bool) -> Outcome:
         return await conclude(lane, [moment_s])
 
 
-def small_disk(folder: Path, mebibytes: int = 4) -> list[str]:
-    """A command before another, which then has a small disk of its own at `folder`."""
-    mount = f'mkdir -p "{folder}" && mount -t tmpfs -o size={mebibytes}m none "{folder}"'
+def small_disk(folder: Path) -> list[str]:
+    """A command before another, which then has a disk of 4 MiB of its own at `folder`."""
+    mount = f'mkdir -p "{folder}" && mount -t tmpfs -o size=4m none "{folder}"'
     return [
         "unshare",
         "--user",

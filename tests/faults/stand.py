@@ -142,10 +142,10 @@ class Worker:
         self.signal(signal.SIGKILL)
         self.process.wait()
 
-    async def stop(self, timeout_s: float = 30.0) -> int:
+    async def stop(self) -> int:
         """SIGTERM; its exit status."""
         self.signal(signal.SIGTERM)
-        await until(lambda: not self.running, "the worker's exit after SIGTERM", timeout_s)
+        await until(lambda: not self.running, "the worker's exit after SIGTERM", 30)
         return self.process.returncode
 
     async def get(self, path: str) -> tuple[int, str]:
