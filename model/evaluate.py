@@ -325,7 +325,7 @@ def curves(report: dict[str, Any]) -> dict[str, str]:
 
 
 def label_cells(report: dict[str, Any], label: str) -> list[str]:
-    """A label's F1 and the areas under its curves; "-" where no track has it."""
+    """A label's F1 and the areas under its curves; "-" where the report has none."""
     of_label = [report["f1"], *(report[curve]["labels"] for curve in curves(report))]
     return [f"{figures[label]:.2f}" if label in figures else "-" for figures in of_label]
 
