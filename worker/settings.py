@@ -328,7 +328,10 @@ class WorkerSettings(Section):
     max_in_flight: int = Field(48, ge=1, description="Events being worked on at once")
     max_backfill_in_flight: int = Field(8, ge=1, description="Backfill events beside them")
     rebalance_grace_s: float = Field(
-        5.0, ge=0, description="Seconds for what is in flight to finish before a rebalance"
+        5.0,
+        ge=0,
+        description="Seconds for what is in flight to finish before a rebalance; three fifths of "
+        "STOP_DEADLINE_S at most",
     )
     max_ahead: int = Field(
         256, ge=1, description="Events of a partition finished ahead of its oldest, at most"
