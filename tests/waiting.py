@@ -5,10 +5,7 @@ from collections.abc import Awaitable, Callable
 
 
 async def until(
-    condition: Callable[[], object | Awaitable[object]],
-    *,
-    timeout_s: float = 60.0,
-    every_s: float = 0.01,
+    condition: Callable[[], object | Awaitable[object]], *, timeout_s: float = 60.0
 ) -> None:
     """Wait for a condition, which may be a coroutine; raises `TimeoutError` after `timeout_s`."""
     async with asyncio.timeout(timeout_s):
@@ -16,4 +13,4 @@ async def until(
             found = condition()
             if await found if isinstance(found, Awaitable) else found:
                 return
-            await asyncio.sleep(every_s)
+            await asyncio.sleep(0.01)
