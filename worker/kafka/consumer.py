@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import faust
+from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, EventT
 
 from worker.backoff import Backoff
@@ -55,6 +56,40 @@ class _App(faust.App):
 
     def _create_directories(self) -> None:
         """Make none: tables would lie there, and there are no tables."""
+
+
+class _NoOffsets(dict[TP, int | None]):
+    """Where faust notes how far it has read and committed: nothing stays."""
+
+    def __missing__(self, tp: TP) -> None:
+        return None
+
+    def __setitem__(self, tp: TP, offset: int | None) -> None:
+        pass
+
+    def update(self, *offsets: Any) -> None:
+        pass
+
+
+class _KafkaConsumer(driver.Consumer):
+    """Takes and commits offsets as Kafka and the ledger have them.
+
+    Faust passes over what lies before what it read, as all of a topic made anew or restored does,
+    and commits beyond it. Where offsets are missing, as behind events that expired, it lists them
+    in memory, gigabytes for a hundred million.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._read_offset = self._committed_offset = _NoOffsets()
+
+    def _new_offset(self, tp: TP) -> int | None:
+        acknowledged = self._acked.pop(tp, None)
+        self._acked_index.pop(tp, None)
+        return acknowledged[-1] + 1 if acknowledged else None
+
+
+driver.Transport.Consumer = _KafkaConsumer
 
 
 class _Places:
@@ -418,6 +453,7 @@ class Consumer:
             partition = self._partitions.get(tp)
             if partition is not None and event.message.offset <= partition.last_offset:
                 # Kafka went back to an earlier offset: begin again from there.
+                log.warning("%s is read again from offset %d on", tp, event.message.offset)
                 del self._partitions[tp]
                 await partition.give_back(grace_s=0)
                 partition = None

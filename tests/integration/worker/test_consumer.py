@@ -3,6 +3,7 @@ import random
 import sys
 import tempfile
 import time
+import tracemalloc
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from tests.conftest import MakeTopics
 from tests.waiting import until
@@ -21,9 +23,10 @@ from worker.kafka.consumer import MAX_RESTING, Consumer, Handle, Place
 from worker.metrics import Metrics
 from worker.record import Record
 from worker.services.topics import create_topics
-from worker.settings import KafkaSettings, Settings, WorkerSettings
+from worker.settings import MIB, KafkaSettings, Settings, WorkerSettings
 
 EVENTS = 200
+MILLIONS = 3
 
 
 @asynccontextmanager
@@ -60,6 +63,16 @@ async def committed(own: KafkaSettings, partitions: int) -> int:
     ) as reader:
         reader.assign(tps)
         return sum([await reader.committed(tp) or 0 for tp in tps])
+
+
+@asynccontextmanager
+async def administering(own: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient]:
+    admin = AIOKafkaAdminClient(**connection.client_options(own))
+    await admin.start()
+    try:
+        yield admin
+    finally:
+        await admin.close()
 
 
 async def test_every_event_is_handled_once_and_committed_at_a_graceful_stop(
@@ -463,6 +476,77 @@ async def test_a_process_whose_consumer_cannot_be_taken_down_ends_with_status_1(
                 process.kill()
     assert status == 1, log.read_text()
     assert "died and could not be taken down; the process ends" in log.read_text()
+
+
+async def test_a_topic_made_anew_while_there_is_lag_is_read_from_its_beginning(
+    topics: MakeTopics,
+) -> None:
+    own = await topics(partitions=1)
+    let_go = asyncio.Event()
+    seen = list[bytes | None]()
+
+    async def handle(record: Record, _: Place) -> None:
+        await let_go.wait()
+        seen.append(record.value)
+
+    await send(own)
+    async with consuming(settings_of(own), handle) as consumer:
+        await until(lambda: consumer.in_flight)
+        async with administering(own) as admin:
+            await admin.delete_topics([own.topic_new])
+            await create_topics(own, {own.topic_new: 1})
+        async with AIOKafkaProducer(**connection.client_options(own)) as producer:
+            for number in range(20):
+                await producer.send(own.topic_new, b"new %d" % number)
+        let_go.set()
+        await until(lambda: b"new 19" in seen, timeout_s=20)
+
+    assert [value for value in seen if value and value[:3] == b"new"] == [
+        b"new %d" % number for number in range(20)
+    ]
+    assert await committed(own, 1) == 20
+
+
+async def test_behind_millions_of_events_that_expired_it_goes_on_in_bounded_memory(
+    topics: MakeTopics,
+) -> None:
+    own = await topics(partitions=1)
+    seen = list[int]()
+
+    async def handle(record: Record, _: Place) -> None:
+        seen.append(record.offset)
+
+    await send(own, 10)
+    async with consuming(settings_of(own), handle):
+        await until(lambda: len(seen) == 10)
+    for _ in range(MILLIONS):
+        await send_empty(own, 1_000_000)
+    begin = MILLIONS * 1_000_000 + 10
+    async with administering(own) as admin:
+        await admin.delete_records({TopicPartition(own.topic_new, 0): RecordsToDelete(begin)})
+    await send(own, 10)
+    tracemalloc.start()
+    try:
+        async with consuming(settings_of(own), handle):
+            await until(lambda: len(seen) == 20)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert seen[10:] == list(range(begin, begin + 10))
+    assert await committed(own, 1) == begin + 10
+    assert peak_bytes < 50 * MIB
+
+
+async def send_empty(own: KafkaSettings, count: int) -> None:
+    """Send events of nothing at all, as many a batch as are asked for."""
+    async with AIOKafkaProducer(
+        **connection.client_options(own), compression_type="zstd", max_batch_size=64 * MIB
+    ) as producer:
+        batch = producer.create_batch()
+        for _ in range(count):
+            batch.append(key=None, value=None, timestamp=0)
+        await (await producer.send_batch(batch, own.topic_new, partition=0))
 
 
 async def test_workers_that_join_and_leave_lose_nothing(topics: MakeTopics) -> None:
