@@ -1,13 +1,13 @@
 """Records out of Kafka's batches, whatever an outsider packed into one.
 
 The broker accepts header names that are not text, millions of headers, batches that unpack to
-thousands of times their size, and records that claim an offset outside their batch. The first stop
-aiokafka's consumer for good, the last have faust pass over all that follows, the others exhaust the
-time and memory of every worker in turn. But honest batches unpack to hundreds of times their size
-too, as a producer bounds what it sends and not what it packs. So a batch is unpacked no further
-than the record that is asked for, and a record that can't be read is given with neither key nor
-value, and a header (`record.UNREAD`) that says so, to end as any bad event does; from others such a
-header is not taken.
+thousands of times their size, and records that claim an offset outside their batch; its disk may
+spoil any batch. Spoilt ones and the first stop aiokafka's consumer for good, the last move it past
+what follows, the others exhaust the time and memory of every worker in turn. But honest batches
+unpack to hundreds of times their size too, as a producer bounds what it sends and not what it
+packs. So a batch is unpacked no further than the record that is asked for, and a record that can't
+be read is given with neither key nor value, and a header (`record.UNREAD`) that says so, to end as
+any bad event does; from others such a header is not taken.
 """
 
 import sys
@@ -88,6 +88,16 @@ class _Batch(default_records._DefaultRecordBatchPy):  # type: ignore[misc]
 
     def _unpacked(self) -> Iterator[bytes]:
         yield from compression.unpacked(bytes(self._buffer[self._pos :]), self.compression_type)
+
+    def validate_crc(self) -> bool:
+        """Keep a batch that isn't as it was sent, with records that can't be read.
+
+        Where the broker's disk spoilt it, it comes as often as it is fetched.
+        """
+        if not super().validate_crc():
+            self._stream = None
+            self._num_records = min(self._num_records, self.last_offset_delta + 1)
+        return True
 
     def _maybe_uncompress(self) -> None:
         """Not at once."""

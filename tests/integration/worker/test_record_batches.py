@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.consumer import fetcher
 from aiokafka.producer import message_accumulator
 from aiokafka.producer import producer as producer_module
 from aiokafka.record import default_records, memory_records
@@ -271,6 +272,24 @@ def test_a_broken_batch_gives_as_many_records_as_it_says(
     assert [record.offset for record in records] == [0, 1, 2, 3, 4]
     for record, value in zip(records, values, strict=True):
         assert record.value is None or len(record.value) == len(value)
+
+
+@pytest.mark.parametrize("codec", [0, 4])
+@pytest.mark.parametrize("damaged_at", [60, 62, -1])
+def test_a_batch_that_the_brokers_disk_spoilt_keeps_back_none_behind_it(
+    codec: int, damaged_at: int
+) -> None:
+    batches = [batch(codec, [b"0", b"1"]) for _ in range(3)]
+    for number, data in enumerate(batches):
+        data[7] = 2 * number  # its first offset, which its checksum leaves out
+    batches[1][damaged_at] ^= 0xFF
+    fetched = fetcher.MemoryRecords(b"".join(batches))
+    tp = TopicPartition("topic", 0)
+    records = fetcher.PartitionRecords(tp, fetched, [], 0, None, None, True, 0)
+    assert [(record.offset, record.value) for record in records] == [
+        (0, b"0"), (1, b"1"), (2, None), (3, None), (4, b"0"), (5, b"1")
+    ]  # fmt: skip
+    assert records.next_fetch_offset == 6
 
 
 @pytest.mark.parametrize(
