@@ -88,6 +88,17 @@ class _KafkaConsumer(driver.Consumer):
         self._acked_index.pop(tp, None)
         return acknowledged[-1] + 1 if acknowledged else None
 
+    @faust.Service.task
+    async def _raise_errors(self) -> None:
+        """Die of what keeps it out of its group, to be built anew.
+
+        Aiokafka tries nothing more until it is asked for the error, and faust never asks.
+        """
+        while not self.should_stop:
+            await self.sleep(COMMIT_INTERVAL_S)
+            kafka = self._thread._ensure_consumer()
+            await self._thread.call_thread(kafka._coordinator.check_errors)
+
 
 driver.Transport.Consumer = _KafkaConsumer
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 
 from tests.conftest import MakeTopics
 from tests.waiting import until
@@ -432,6 +433,30 @@ async def test_a_consumer_that_dies_is_built_anew_and_goes_on_where_it_was(
         await until(lambda: len(done) == 50)
     assert [done[offset] for offset in range(11)] == [1] * 11, "what was done before was committed"
     assert await committed(own, 1) == 50
+
+
+async def test_a_worker_that_its_group_refuses_joins_once_it_may(topics: MakeTopics) -> None:
+    own = await topics(partitions=1)
+    seen = list[bytes | None]()
+
+    async def handle(record: Record, _: Place) -> None:
+        seen.append(record.value)
+
+    await send(own, 10)
+    async with AIOKafkaConsumer(
+        own.topic_new,
+        **connection.client_options(own),
+        group_id=own.group,
+        enable_auto_commit=False,
+        partition_assignment_strategy=[RangePartitionAssignor],
+    ) as stranger:
+        await until(stranger.assignment)
+        async with consuming(settings_of(own), handle) as consumer:
+            await until(lambda: consumer._app)
+            await until(lambda: consumer._app is None, timeout_s=20)
+            assert not consumer.assigned
+            await stranger.stop()
+            await until(lambda: len(seen) == 10, timeout_s=20)
 
 
 CONSUMER_THAT_STAYS = """
