@@ -532,6 +532,29 @@ async def test_a_topic_made_anew_while_there_is_lag_is_read_from_its_beginning(
     assert await committed(own, 1) == 20
 
 
+async def test_events_of_transactions_are_read_at_once_whatever_becomes_of_them(
+    topics: MakeTopics,
+) -> None:
+    own = await topics(partitions=1)
+    seen = list[bytes | None]()
+
+    async def handle(record: Record, _: Place) -> None:
+        seen.append(record.value)
+
+    async with (
+        consuming(settings_of(own), handle),
+        AIOKafkaProducer(**connection.client_options(own), transactional_id=own.group) as producer,
+    ):
+        await producer.begin_transaction()
+        await producer.send_and_wait(own.topic_new, b"aborted")
+        await producer.abort_transaction()
+        await producer.begin_transaction()
+        await producer.send_and_wait(own.topic_new, b"left open")
+        await send(own, 1)
+        await until(lambda: seen == [b"aborted", b"left open", b"0"], timeout_s=20)
+    assert await committed(own, 1) == 4, "with the marker of the first"
+
+
 async def test_behind_millions_of_events_that_expired_it_goes_on_in_bounded_memory(
     topics: MakeTopics,
 ) -> None:
