@@ -467,6 +467,7 @@ class Consumer:
                 log.warning("%s is read again from offset %d on", tp, event.message.offset)
                 del self._partitions[tp]
                 await partition.give_back(grace_s=0)
+                self.resume(tp)  # the one given back may have paused it
                 partition = None
             if partition is None:
                 partition = self._partitions[tp] = _Partition(tp, self, self._places[tp.topic])

@@ -532,6 +532,40 @@ async def test_a_topic_made_anew_while_there_is_lag_is_read_from_its_beginning(
     assert await committed(own, 1) == 20
 
 
+async def test_a_partition_that_begins_again_while_it_is_paused_is_not_paused_for_good(
+    topics: MakeTopics,
+) -> None:
+    own = await topics(partitions=1)
+    let_go = asyncio.Event()
+    seen = list[int]()
+
+    async def handle(record: Record, _: Place) -> None:
+        await let_go.wait()
+        seen.append(record.offset)
+
+    await send(own, 100)
+    async with consuming(settings_of(own), handle) as consumer:
+        await until(lambda: any(p.paused for p in consumer._partitions.values()))
+        (partition,) = consumer._partitions.values()
+        await until(lambda: partition.last_offset == 99)
+        await consumer._take(FetchedBeforeThePause(partition.waiting[0]))
+        let_go.set()
+        await send(own, 10)
+        await until(lambda: seen[-10:] == list(range(100, 110)), timeout_s=20)
+
+
+class FetchedBeforeThePause:
+    def __init__(self, *events: object) -> None:
+        self._events = events
+
+    def noack(self) -> "FetchedBeforeThePause":
+        return self
+
+    async def events(self) -> AsyncIterator[object]:
+        for event in self._events:
+            yield event
+
+
 async def test_events_of_transactions_are_read_at_once_whatever_becomes_of_them(
     topics: MakeTopics,
 ) -> None:
