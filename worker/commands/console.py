@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterable
-from itertools import groupby, islice
 from typing import Protocol
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -18,9 +17,8 @@ BAR_CELLS = 12
 BLOCKS = " ▏▎▍▌▋▊▉"
 PIPE_WIDTH = 160
 HEAD_STYLES = {"genre": "bold cyan"}
-# What a table shows of a head, the best tag always.
 TABLE_TAGS = 10
-TABLE_SCORE = 0.05
+SHOWN_SCORE = 0.05
 
 
 class Result(Protocol):
@@ -73,9 +71,10 @@ def label(tag: Tag) -> Text:
     )
 
 
-def best(tags: list[Tag], head: str, count: int) -> Text:
-    """The best tags of one head on a line."""
-    return Text("  ").join(label(tag) for tag in [t for t in tags if t.head == head][:count])
+def best(tags: list[Tag], head: str, count: int) -> list[Tag]:
+    """What people are shown of one head: `count` tags at most, none but the first below 0.05."""
+    first = [tag for tag in tags if tag.head == head][:count]
+    return first[:1] + [tag for tag in first[1:] if tag.score >= SHOWN_SCORE]
 
 
 def counted(count: int, noun: str) -> str:
@@ -123,10 +122,8 @@ def tag_table(result: Result) -> Table:
     table.add_column("score", justify="right")
     table.add_column("")
     table.add_column("votes", justify="right")
-    for head, tags in groupby(result.tags, lambda tag: tag.head):
-        for place, t in enumerate(islice(tags, TABLE_TAGS)):
-            if place and t.score < TABLE_SCORE:
-                break
+    for head in dict.fromkeys(tag.head for tag in result.tags):
+        for place, t in enumerate(best(result.tags, head, TABLE_TAGS)):
             table.add_row(
                 Text("" if place else f"  {head}", style="dim"),
                 Text(t.label, style=HEAD_STYLES.get(head, "")),

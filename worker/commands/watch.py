@@ -68,14 +68,13 @@ def print_line(out: Console, result: TrackTags | DeadLetter) -> None:
         line = Text.assemble(_cell(out, name), ("✗ ", "red"), (result.reason.code, "red"), " ")
         line.append(result.reason.message, style="dim")
     else:
-        heads = dict.fromkeys(tag.head for tag in result.tags)
         line = Text.assemble(_cell(out, result.track_id), ("✓ ", "green"))
         if result.uncertain:
             line.append("uncertain ", style="yellow")
-        parts = [
-            console.best(result.tags, head, TAGS_SHOWN if number else GENRES_SHOWN)
-            for number, head in enumerate(heads)
-        ]
+        parts = []
+        for number, head in enumerate(dict.fromkeys(tag.head for tag in result.tags)):
+            tags = console.best(result.tags, head, TAGS_SHOWN if number else GENRES_SHOWN)
+            parts.append(Text("  ").join(map(console.label, tags)))
         line.append_text(Text("  ·  ", style="dim").join(parts))
         if result.processing.cached:
             line.append("  cached", style="dim")

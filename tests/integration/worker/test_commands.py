@@ -1,5 +1,6 @@
 import asyncio
 import json
+import re
 import time
 from pathlib import Path
 
@@ -254,6 +255,21 @@ def test_a_long_id_is_cut_in_a_terminal_only(terminal: bool, shown: str) -> None
     with out.capture() as captured:
         print_line(out, result("a" * 40))
     assert captured.get().startswith(shown)
+
+
+def test_a_line_shows_no_tag_that_is_as_good_as_ruled_out_but_the_best() -> None:
+    scores = {"genre": (0.97, 0.01), "mood": (0.04, 0.03), "era": (0.3, 0.2, 0.06, 0.05, 0.05)}
+    tags = [
+        Tag(head=head, label=f"{head}-{place}", category=head, score=score, share=0.0)
+        for head, of_head in scores.items()
+        for place, score in enumerate(of_head)
+    ]
+    out = Console(force_terminal=True, color_system=None, width=160)
+    with out.capture() as captured:
+        print_line(out, result("t-1").model_copy(update={"tags": tags}))
+    assert re.findall(r"\w+-\d", captured.get().removeprefix("t-1")) == [
+        *("genre-0", "mood-0", "era-0", "era-1", "era-2", "era-3")
+    ]
 
 
 async def test_a_watch_of_a_topic_that_is_not_there_says_so(settings: Settings) -> None:
