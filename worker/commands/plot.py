@@ -98,16 +98,18 @@ def _short(source: str) -> str:
 def _draw_panel(
     panel: Axes, table: np.ndarray, labels: Sequence[str], *, hop_s: float, duration_s: float
 ) -> None:
-    """One head: `table` is (windows, labels); a silent window, a row of zeros, stays grey."""
+    """One head: `table` is (windows, labels); a silent window, a row of zeros, is grey.
+
+    A tail that no window reached stays blank.
+    """
     strongest = np.argsort(table.mean(axis=0))[-LABELS_SHOWN:]  # the last row is drawn on top
     heard = np.where(table.any(axis=1, keepdims=True), table, np.nan)
-    panel.set_facecolor(SILENT_COLOUR)
     picture = panel.imshow(
         heard[:, strongest].T,
         origin="lower",
         aspect="auto",
         interpolation="nearest",
-        cmap="magma",
+        cmap=mpl.colormaps["magma"].with_extremes(bad=SILENT_COLOUR),
         vmin=0.0,
         vmax=1.0,
         extent=(0.0, len(table) * hop_s, -0.5, len(strongest) - 0.5),

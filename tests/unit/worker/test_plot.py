@@ -1,3 +1,4 @@
+import io
 import math
 from pathlib import Path
 from xml.etree import ElementTree
@@ -80,3 +81,19 @@ def test_a_silent_window_is_told_from_one_in_which_nothing_was_heard() -> None:
     drawn: np.ndarray = np.ma.filled(np.ma.asarray(panel.images[0].get_array()), np.nan)
     assert np.isnan(drawn).all(axis=0).tolist() == [False, True, False]
     assert "silent" in panel.get_xlabel()
+
+
+def test_a_tail_in_no_window_is_blank_where_silence_is_grey() -> None:
+    figure, drawn = Figure(), io.BytesIO()
+    panel = figure.subplots()
+    table = np.array([[0.9, 0.1], [0.0, 0.0], [0.2, 0.8]])
+    _draw_panel(panel, table, ["jazz", "rock"], hop_s=3.0, duration_s=9.9)
+    figure.savefig(drawn, format="rgba", dpi=figure.dpi)
+    pixels = np.frombuffer(drawn.getvalue(), np.uint8).reshape(480, 640, 4)
+
+    def colour(at_s: float) -> list[int]:
+        x, y = panel.transData.transform((at_s, 1.0))
+        return list(pixels[-round(y), round(x), :3])
+
+    assert colour(4.5) == [204] * 3
+    assert colour(9.5) == [255] * 3
