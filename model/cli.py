@@ -78,8 +78,9 @@ def train(  # noqa: PLR0917
 ) -> None:
     """Train a bundle on a data set.
 
-    First a rehearsal on the training songs, measured on the validation songs; then the same on
-    both. The validation songs are never learnt from before they have been measured on.
+    First a rehearsal on the training songs, measured on the validation songs;
+    then the same on both. The validation songs are never learnt from before
+    they have been measured on.
     """
     from model.bundle import Bundle
     from model.datasets import load
