@@ -88,7 +88,8 @@ def explore(
             f"t-SNE of {name} features",
             f"Mean and deviation of every {name} line over the clip; close clips sound alike.",
         )
-    gallery.table("Left out", ["clip", "why"], [list(row) for row in left_out(chosen.skipped)])
+    if chosen.skipped:
+        gallery.table("Left out", ["clip", "why"], [list(row) for row in left_out(chosen.skipped)])
     return gallery.write()
 
 

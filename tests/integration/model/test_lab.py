@@ -102,6 +102,7 @@ def test_explore_draws_audio_and_archives(tmp_path: Path) -> None:
     timbre_model("explore", "-d", music.folders(tmp_path / "own"), "-o", tmp_path / "audio")
     drawn = {"balance", "durations", "waveforms", "spectrograms", "tsne_mel", "tsne_mfcc"}
     assert pictures(tmp_path / "audio") == drawn
+    assert "Left out" not in (tmp_path / "audio" / "index.html").read_text()
     archive = music.archive(tmp_path / "a.npz")
     timbre_model("explore", "-d", archive, "-o", tmp_path / "archive", "--quick")
     assert pictures(tmp_path / "archive") == drawn - {"waveforms"}
