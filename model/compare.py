@@ -36,7 +36,7 @@ from sklearn.svm import SVC
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.datasets.dataset import Dataset
+from model.datasets.dataset import Dataset, left_out
 from model.datasets.logmels import LogMelSource, open_source
 from model.device import choose_device
 from model.features import (
@@ -109,6 +109,8 @@ def compare(
         raise DatasetInvalid(f"{dataset.name} has several labels a clip; compare takes one")
     dataset = _chosen(dataset, seed, quick)
     source, dataset = open_source(dataset, ARCHIVE_FRONT_END, out / "logmels")
+    for names, reason in left_out(dataset.skipped):
+        say(f"skipped {names}: {reason}")
     _check_enough(dataset, quick)
     say(f"{dataset.name}: {len(dataset.clips)} clips; computing features")
     segments = feature_table(dataset, source)
@@ -118,7 +120,9 @@ def compare(
     rows = []
     for name, items, kind, approach in _approaches(dataset, source, segments, quick, seed):
         row = _measure(name, kind, items, approach, seed)
-        say(f"{name}: {row.track:.1%} of clips; items apart {row.apart:.1%}, mixed {row.mixed:.1%}")
+        say(
+            f"{name}: {row.track:.1%} of clips; items apart {row.apart:.1%}, random {row.mixed:.1%}"
+        )
         rows.append(row)
     return _page(rows, dataset, out)
 
@@ -158,7 +162,7 @@ def _check_enough(dataset: Dataset, quick: bool) -> None:
     if len(learnt) < 2 or min(learnt.values()) < 3 or counts.total() < least:
         raise DatasetInvalid(
             f"{dataset.name}: the grid search needs two labels and {least} clips to learn from, "
-            f"3 of each label; of those that can be read it has {learnt}"
+            f"3 of each label; in train, of those that can be read, it has {learnt}"
         )
 
 
@@ -188,7 +192,7 @@ def _approaches(
     """Name, items, what an item is, and the approach."""
     found: list[tuple[str, Items, str, Approach]] = []
     for title, kind, table in (
-        ("30 s", "clips", whole_clips(segments)),
+        ("the clip", "clips", whole_clips(segments)),
         ("3 s", "segments", segments),
     ):
         values = table.drop(columns=list(FACTS)).to_numpy(np.float64)

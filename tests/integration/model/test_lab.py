@@ -13,6 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from model.cli import app
+from model.compare import compare
+from model.datasets import load
 from model.explore import MOST_LINES
 from tests import collections_of_music as music
 from tests.integration.model.command import refused
@@ -49,6 +51,7 @@ def test_compare_lays_approaches_side_by_side_from_audio(tmp_path: Path) -> None
     assert pictures(tmp_path / "out") == {"compare"}
     page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert all(f"<td>{row['approach']}</td>" in page for row in rows)
+    assert "features over the clip, logistic regression" in page
     features = pd.read_parquet(table)
     assert {"mfcc_00_mean", "chroma_11_std", "centroid_mean", "rolloff_mean"} <= set(features)
     assert {"zero_crossings_mean", "tempo", "name", "label"} <= set(features)
@@ -64,8 +67,10 @@ def test_compare_counts_only_clips_that_can_be_read(tmp_path: Path) -> None:
     root = music.manifest(tmp_path)
     for file in sorted((root.parent / "blues").iterdir())[:2]:
         file.write_bytes(b"no audio but others " + file.name.encode())
-    with pytest.raises(DatasetInvalid, match=r"of those that can be read it has .*'blues': 1"):
-        timbre_model("compare", "-d", root, "-o", tmp_path / "out", "--quick")
+    said: list[str] = []
+    with pytest.raises(DatasetInvalid, match=r"of those that can be read, it has .*'blues': 1"):
+        compare(load(root), tmp_path / "out", quick=True, say=said.append)
+    assert any(re.match("skipped blues/.+, blues/.+: ", line) for line in said), said
 
 
 def test_compare_asks_only_for_labels_that_clips_have_and_for_two_of_them(tmp_path: Path) -> None:
