@@ -339,7 +339,7 @@ def _bar(*, training: bool = False) -> "Bar":
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    columns: list[Any] = ["[progress.description]{task.description}", BarColumn()]
+    columns: list[Any] = ["{task.description}", BarColumn()]
     columns += [MofNCompleteColumn(), TimeRemainingColumn()]
     if training:
         columns.append(TextColumn("{task.fields[loss]}"))

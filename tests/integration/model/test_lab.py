@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from model.cli import app
+from model.cli import _bar, app
 from model.compare import compare
 from model.datasets import load
 from model.explore import MOST_LINES
@@ -126,6 +126,16 @@ def test_of_very_many_labels_explore_pictures_the_commonest(tmp_path: Path) -> N
     for name in ("balance", "durations"):
         height = matplotlib.image.imread(tmp_path / "out" / f"{name}.png").shape[0]
         assert height < 110 * (2 + 0.25 * MOST_LINES)
+
+
+def test_a_bar_in_a_terminal_begins_with_what_it_counts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with _bar() as bar:
+        bar.add_task("clips", total=2)
+    assert "\x1b[2Kclips  " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
