@@ -1,4 +1,4 @@
-"""Events in, acknowledged in offset order: the only module that knows faust.
+"""Events in, acknowledged in offset order: with `faust_app` the only module that knows faust.
 
 Every partition has a ledger and a pump of its own. Faust's agent hands events over and never waits,
 so a partition that is held back (by its ledger or by the limit in flight) is paused at the broker
@@ -15,13 +15,12 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import faust
-from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, EventT
 
 from worker.backoff import Backoff
 from worker.errors import ConsumerLost
 from worker.kafka.connection import faust_credentials
+from worker.kafka.faust_app import App
 from worker.kafka.ledger import Ledger
 from worker.metrics import Metrics
 from worker.record import Record
@@ -40,67 +39,6 @@ RESTART_BACKOFF_S = (0.5, 30.0)
 HEARTBEATS_PER_SESSION = 6
 CANCEL_TIMEOUT_S = 2.0
 MAX_RESTING = 512  # their messages are in memory
-
-
-class _App(faust.App):
-    """A faust app that gives back what doesn't finish in time instead of waiting for it."""
-
-    logger = logging.getLogger("faust.app")
-    before_rebalance: Callable[[], Awaitable[None]]
-
-    async def _consumer_wait_empty(self, consumer: Any, logger: Any) -> None:
-        await self.before_rebalance()
-        # What was given back is never acknowledged here, so faust must not wait for it.
-        consumer._unacked_messages.clear()
-        await super()._consumer_wait_empty(consumer, logger)
-
-    def _create_directories(self) -> None:
-        """Make none: tables would lie there, and there are no tables."""
-
-
-class _NoOffsets(dict[TP, int | None]):
-    """Where faust notes how far it has read and committed: nothing stays."""
-
-    def __missing__(self, tp: TP) -> None:
-        return None
-
-    def __setitem__(self, tp: TP, offset: int | None) -> None:
-        pass
-
-    def update(self, *offsets: Any) -> None:
-        pass
-
-
-class _KafkaConsumer(driver.Consumer):
-    """Takes and commits offsets as Kafka and the ledger have them.
-
-    Faust passes over what lies before what it read, as all of a topic made anew or restored does,
-    and commits beyond it. Where offsets are missing, as behind events that expired, it lists them
-    in memory, gigabytes for a hundred million.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._read_offset = self._committed_offset = _NoOffsets()
-
-    def _new_offset(self, tp: TP) -> int | None:
-        acknowledged = self._acked.pop(tp, None)
-        self._acked_index.pop(tp, None)
-        return acknowledged[-1] + 1 if acknowledged else None
-
-    @faust.Service.task
-    async def _raise_errors(self) -> None:
-        """Die of what keeps it out of its group, to be built anew.
-
-        Aiokafka tries nothing more until it is asked for the error, and faust never asks.
-        """
-        while not self.should_stop:
-            await self.sleep(COMMIT_INTERVAL_S)
-            kafka = self._thread._ensure_consumer()
-            await self._thread.call_thread(kafka._coordinator.check_errors)
-
-
-driver.Transport.Consumer = _KafkaConsumer
 
 
 class _Places:
@@ -283,7 +221,7 @@ class Consumer:
         }
         self._partitions: dict[TP, _Partition] = {}
         self._assignment: list[TP] = []
-        self._app: _App | None = None
+        self._app: App | None = None
         self._stop = asyncio.Event()
         self._ending = False
         self._giving_back = asyncio.Lock()
@@ -389,14 +327,14 @@ class Consumer:
         return clean and not left
 
     @staticmethod
-    async def _run_app(app: _App) -> None:
+    async def _run_app(app: App) -> None:
         try:
             await app.start()
             await app.wait_until_stopped()
         except Exception:
             log.exception("The Kafka consumer failed")
 
-    async def _end(self, app: _App) -> bool:
+    async def _end(self, app: App) -> bool:
         self._ending = True
         ending = asyncio.create_task(self._take_down(app))
         # A task of its own: faust may swallow a cancellation, and must not hold up its caller.
@@ -407,7 +345,7 @@ class Consumer:
             return False
         return ending.result()
 
-    async def _take_down(self, app: _App) -> bool:
+    async def _take_down(self, app: App) -> bool:
         try:
             await self._give_back(self._stop_grace_s)
             await app.stop()
@@ -420,9 +358,9 @@ class Consumer:
         """Take no new events; `run` returns once those in flight ended or were given back."""
         self._stop.set()
 
-    def _make_app(self) -> _App:
+    def _make_app(self) -> App:
         kafka = self.settings.kafka
-        app = _App(
+        app = App(
             kafka.group,
             broker=[f"kafka://{server.strip()}" for server in kafka.bootstrap_servers.split(",")],
             broker_credentials=faust_credentials(kafka),

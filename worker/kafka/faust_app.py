@@ -1,0 +1,79 @@
+"""The faust app of the consumer: what faust does wrong, put right where no option reaches it.
+
+Private parts of it are overridden, so its version is pinned exactly.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import faust
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP
+
+ERRORS_EVERY_S = 0.5
+
+
+class App(faust.App):
+    """Gives back what doesn't finish in time instead of waiting for it."""
+
+    logger = logging.getLogger("faust.app")
+    before_rebalance: Callable[[], Awaitable[None]]
+
+    async def _consumer_wait_empty(self, consumer: Any, logger: Any) -> None:
+        await self.before_rebalance()
+        # What was given back is never acknowledged here, so faust must not wait for it.
+        consumer._unacked_messages.clear()
+        await super()._consumer_wait_empty(consumer, logger)
+
+    def _create_directories(self) -> None:
+        """Make none: tables would lie there, and there are no tables."""
+
+    def _new_transport(self) -> Any:
+        return _Transport(self.conf.broker_consumer, self)
+
+
+class _NoOffsets(dict[TP, int | None]):
+    """Where faust notes how far it has read and committed: nothing stays."""
+
+    def __missing__(self, tp: TP) -> None:
+        return None
+
+    def __setitem__(self, tp: TP, offset: int | None) -> None:
+        pass
+
+    def update(self, *offsets: Any) -> None:
+        pass
+
+
+class _Consumer(driver.Consumer):
+    """Takes and commits offsets as Kafka and the ledger have them.
+
+    Faust passes over what lies before what it read, as all of a topic made anew or restored does,
+    and commits beyond it. Where offsets are missing, as behind events that expired, it lists them
+    in memory, gigabytes for a hundred million.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._read_offset = self._committed_offset = _NoOffsets()
+
+    def _new_offset(self, tp: TP) -> int | None:
+        acknowledged = self._acked.pop(tp, None)
+        self._acked_index.pop(tp, None)
+        return acknowledged[-1] + 1 if acknowledged else None
+
+    @faust.Service.task
+    async def _raise_errors(self) -> None:
+        """Die of what keeps it out of its group, to be built anew.
+
+        Aiokafka tries nothing more until it is asked for the error, and faust never asks.
+        """
+        while not self.should_stop:
+            await self.sleep(ERRORS_EVERY_S)
+            kafka = self._thread._ensure_consumer()
+            await self._thread.call_thread(kafka._coordinator.check_errors)
+
+
+class _Transport(driver.Transport):
+    Consumer = _Consumer
