@@ -531,6 +531,28 @@ async def test_a_topic_made_anew_while_there_is_lag_is_read_from_its_beginning(
     assert await committed(own, 1) == 20
 
 
+async def test_what_kafka_gives_again_from_an_earlier_offset_is_read_again(
+    topics: MakeTopics,
+) -> None:
+    own = await topics(partitions=1)
+    seen = list[int]()
+
+    async def handle(record: Record, _: Place) -> None:
+        seen.append(record.offset)
+
+    async with consuming(settings_of(own), handle) as consumer:
+        await send(own, 10)
+        await until(lambda: len(seen) == 10)
+        assert consumer._app is not None
+        reader = consumer._app.consumer._thread
+        # As where Kafka refuses an offset that a log restored with fewer events doesn't reach.
+        await reader.call_thread(reader._consumer.seek, TopicPartition(own.topic_new, 0), 4)
+        await until(lambda: len(seen) == 16)
+
+    assert sorted(seen) == sorted([*range(10), *range(4, 10)])
+    assert await committed(own, 1) == 10
+
+
 async def test_a_partition_that_begins_again_while_it_is_paused_is_not_paused_for_good(
     topics: MakeTopics,
 ) -> None:
