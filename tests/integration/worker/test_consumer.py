@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -543,8 +544,8 @@ async def test_what_kafka_gives_again_from_an_earlier_offset_is_read_again(
     async with consuming(settings_of(own), handle) as consumer:
         await send(own, 10)
         await until(lambda: len(seen) == 10)
-        assert consumer._app is not None
-        reader = consumer._app.consumer._thread
+        app: Any = consumer._app
+        reader = app.consumer._thread
         # As where Kafka refuses an offset that a log restored with fewer events doesn't reach.
         await reader.call_thread(reader._consumer.seek, TopicPartition(own.topic_new, 0), 4)
         await until(lambda: len(seen) == 16)
