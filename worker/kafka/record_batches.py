@@ -120,7 +120,7 @@ class _Batch(default_records._DefaultRecordBatchPy):  # type: ignore[misc]
         record.number()  # attributes, of which there are none
         time_delta, offset_delta = record.number(), record.number()
         behind = self._num_records - self._next_record_index
-        if not self._least_delta <= offset_delta < self.next_offset - self.base_offset - behind:
+        if not self._least_delta <= offset_delta <= self.last_offset_delta - behind:
             raise ValueError("the record's offset is not its own")
         if too_large:
             if length <= MAX_SKIPPED_BYTES:
