@@ -39,6 +39,7 @@ from tests.worker_process import (
 from worker.app import Worker
 from worker.dead_letters import list_dead_letters, retry
 from worker.errors import AudioNotFound, DeadlineExceeded
+from worker.kafka.connection import producer
 from worker.services.topics import create_topics
 from worker.settings import KafkaSettings, Settings, load
 
@@ -137,6 +138,8 @@ async def test_tracks_of_five_codecs_over_http_s3_and_as_files_are_tagged_stored
         assert worker.metric("timbre_tracks_total", outcome="tagged") == 5
         assert worker.metric("timbre_stage_seconds_count", stage="decode") == 5
         assert worker.metric("timbre_windows_total", kind="voted") == 15
+        shown = worker.get("/metrics")
+        assert not any(track_id in shown for track_id in results)
 
 
 async def test_the_same_event_and_the_same_audio_again_are_answered_from_the_cache(
@@ -201,10 +204,19 @@ async def test_cloudevents_of_both_modes_are_tagged(
         "type": "track.new",
         "data": event("structured", tracks["mp3"].as_uri()),
     }
-    async with file_worker(own, redis_url, redis_prefix, tracks, tmp_path):
+    binary = event("binary", tracks["mp3"].as_uri())
+    attributes = {name: value for name, value in structured.items() if name != "data"}
+    headers = [(f"ce_{name}", str(value).encode()) for name, value in attributes.items()]
+    async with (
+        file_worker(own, redis_url, redis_prefix, tracks, tmp_path),
+        producer(own) as platform,
+    ):
         await send(own, json.dumps(structured).encode())
-        results = await receive_json(own, own.topic_tags, 1)
-    assert results.keys() == {"structured"}
+        await platform.send_and_wait(
+            own.topic_new, json.dumps(binary).encode(), key=b"binary", headers=headers
+        )
+        results = await receive_json(own, own.topic_tags, 2)
+    assert results.keys() == {"structured", "binary"}
 
 
 async def test_what_cannot_pass_is_a_dead_letter_and_its_neighbours_are_tagged(
