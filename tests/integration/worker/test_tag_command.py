@@ -49,6 +49,18 @@ def test_json_has_a_line_for_each_file_in_the_order_given(files: list[str]) -> N
     assert done.returncode == 1
 
 
+def test_every_odd_file_of_others_is_a_result_or_a_typed_error(
+    shared_data: Path, given_settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = sorted(str(path) for path in (shared_data / "audio" / "odd").rglob("*") if path.is_file())
+    tag_tracks(given_settings, odd, form="json")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["source"] for line in lines] == odd
+    codes = {line["source"]: line["error"] and line["error"]["code"] for line in lines}
+    assert set(codes.values()) <= {None, "audio_unreadable", "audio_empty", "track_silent"}, codes
+    assert all(bool(line["tags"]) is (line["error"] is None) for line in lines)
+
+
 def test_packets_that_were_skipped_are_told(
     given_settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
