@@ -365,3 +365,23 @@ async def test_a_track_leaves_its_genre_when_its_life_there_is_over(
         assert set(await redis.zrange(genre, 0, -1)) == {b"again", b"young"}
         assert set(await redis.zrange(since, 0, -1)) == {b"again", b"young"}
         assert 0 < await redis.ttl(genre) <= 3600
+
+
+@pytest.mark.parametrize("given_s", [3600, 0])
+async def test_a_tracks_hash_and_a_cached_analysis_live_as_long_as_is_given(
+    redis: Redis, redis_url: str, redis_prefix: str, given_s: int
+) -> None:
+    async with cache_at(
+        redis_url, redis_prefix, track_ttl_s=given_s, cache_ttl_s=2 * given_s
+    ) as cache:
+        event_id = await store(cache, "t", analysis())
+        track_s = await redis.ttl(f"{redis_prefix}track:t")
+        cached_s = [
+            await redis.ttl(f"{redis_prefix}{key}")
+            for key in (f"cache:{SHA256}:key", f"event:{event_id}")
+        ]
+    if given_s:
+        assert given_s - 60 < track_s <= given_s
+        assert all(2 * given_s - 60 < left_s <= 2 * given_s for left_s in cached_s)
+    else:
+        assert [track_s, *cached_s] == [-1] * 3, "for ever"
