@@ -26,6 +26,7 @@ from worker.decode.decoder import DecodedFacts, decode_windows
 from worker.decode.handle import Block
 from worker.decode.pool import DecoderPool, Decoding
 from worker.errors import (
+    AudioEmpty,
     AudioTooLong,
     AudioUnreadable,
     DecodeFailed,
@@ -476,6 +477,35 @@ async def test_a_playlist_is_bait_to_ffmpeg_left_alone(
         assert container.format.name == "hls"
 
     assert asked
+
+
+def sound_elsewhere(whole: bytes, path: bytes) -> bytes:
+    """An MP4 file without its sound, which it says lies in the file of that name beside it."""
+    index = whole.rindex(b"moov") - 4
+    alias = bytes(130) + b"\0\1\0\1" + bytes(16)  # from here one level, and one down
+    alias += b"\0\2" + len(path).to_bytes(2) + path + b"\xff\xff\0\0"
+    entry = (12 + len(alias)).to_bytes(4) + b"alis" + bytes(4) + alias
+    data = bytearray(whole[index:])
+    at = 0
+    for box in (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref"):
+        at = data.index(box, at)
+        data[at - 4 : at] = (int.from_bytes(data[at - 4 : at]) + len(entry) - 12).to_bytes(4)
+    data[at + 12 : at + 24] = entry
+    header = whole.index(b"mdat") + 4
+    return whole[:header] + bytes(index - header) + data
+
+
+async def test_a_movie_whose_sound_lies_in_another_file_makes_nobody_open_it(
+    pool: DecoderPool, tmp_path: Path
+) -> None:
+    whole = encode_as(tmp_path / "sound.m4a").read_bytes()
+    movie = tmp_path / "movie.m4a"
+    movie.write_bytes(sound_elsewhere(whole, b"/sound.m4a"))
+
+    with av.open(str(movie), options={"enable_drefs": "1"}) as container:
+        assert any(frame.to_ndarray().any() for frame in container.decode(audio=0)), "a bait"
+    with pytest.raises(AudioEmpty):
+        await hear(pool, movie)
 
 
 async def test_truncated_files_give_a_result_or_a_typed_error(
