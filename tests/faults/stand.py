@@ -190,11 +190,16 @@ class Worker:
         return int(found[1]) << 10
 
     def memory_bytes(self) -> int:
-        """Memory of the worker and its decoders, what they share counted once."""
+        """Memory of the worker and its decoders, what they share counted once.
+
+        Without mapped files, whose share depends on who else maps them.
+        """
         total = 0
         for process in self.tree():
-            with contextlib.suppress(psutil.NoSuchProcess):  # a decoder that was just replaced
-                total += process.memory_full_info().pss
+            with contextlib.suppress(OSError):  # a decoder that was just replaced
+                rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+                parts = re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+) kB$", rollup, re.MULTILINE)
+                total += sum(map(int, parts)) << 10
         return total
 
 
