@@ -12,6 +12,7 @@ from tests.tls import issue_security
 from worker.services.kafka import Security
 
 USER, PASSWORD, WRONG = "alice", "correct-horse-battery", "wrong-password"
+SECRETS = ("kafka__sasl_password", "redis__password", "fetch__s3_secret_access_key")
 MECHANISMS = ("PLAIN", "SCRAM-SHA-512")
 SERVED = ("/metrics", "/health/live", "/health/ready")
 FAUST_SERVES = (
@@ -47,18 +48,19 @@ async def port(stand: Stand, quick: bool) -> Outcome:
 
 @scenario
 async def secrets(stand: Stand, quick: bool) -> Outcome:
-    """Kafka over TLS and SASL, Redis over TLS: no password, of file or environment, is told."""
+    """Kafka over TLS and SASL, Redis over TLS, S3: no secret, of file or environment, is told."""
     del quick
     folder = stand.folder / f"tls-{os.urandom(4).hex()}"
     folder.mkdir()
     async with Stand(security=security(folder)) as secured, secured.lane("secrets") as lane:
         given: tuple[dict[str, Any], ...] = (
             {"secrets_dir": folder / "secrets"},
-            {"kafka__sasl_password": PASSWORD, "redis__password": PASSWORD},
+            dict.fromkeys(SECRETS, PASSWORD),
         )
         for mechanism, passwords in zip(MECHANISMS, given, strict=True):
             await lane.ready(**_options(secured, mechanism), **passwords)
-        events = [*lane.tracks(range(5)), b"no event", lane.event("http://127.0.0.1:1/x.mp3")]
+        uris = ("http://127.0.0.1:1/x.mp3", "s3://status/404/1.wav")
+        events = [*lane.tracks(range(5)), b"no event", *map(lane.event, uris)]
         await lane.send(events)
         await lane.until_answered(len(events), 60)
         await lane.until_stored(5, 10)
@@ -76,7 +78,7 @@ async def secrets(stand: Stand, quick: bool) -> Outcome:
 def security(folder: Path) -> Security:
     """A certificate of an authority of its own, a user and a password, and the secret files."""
     (files := folder / "secrets").mkdir()
-    for name in ("kafka__sasl_password", "redis__password"):
+    for name in SECRETS:
         (files / name).write_text(f"{PASSWORD}\n")
     return issue_security(folder, USER, PASSWORD)
 
@@ -91,6 +93,8 @@ def _options(stand: Stand, mechanism: str) -> dict[str, Any]:
         "kafka__sasl_username": USER,
         "kafka__ssl_ca_file": ca_file,
         "redis__ssl_ca_file": ca_file,
+        "fetch__s3_endpoint": f"http://127.0.0.1:{stand.audio.port}",
+        "fetch__s3_access_key_id": USER,
     }
 
 
