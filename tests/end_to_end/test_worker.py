@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
+import aiohttp
 import boto3
 import numpy as np
 import psutil
@@ -514,6 +515,40 @@ async def test_a_worker_stopped_while_it_waits_for_a_silent_kafka_ends_at_once(
                 process.send_signal(signal.SIGTERM)
                 assert await asyncio.to_thread(process.wait, 10) == 0, log.read_text()
     assert "Traceback" not in log.read_text()
+
+
+async def test_a_worker_that_finishes_what_is_in_flight_before_it_stops_is_live_and_not_ready(
+    topics: MakeTopics, redis_url: str, redis_prefix: str, tracks: dict[str, Path], tmp_path: Path
+) -> None:
+    own = await topics(partitions=1)
+    asked, released = asyncio.Event(), asyncio.Event()
+
+    async def held(_: web.Request) -> web.FileResponse:
+        asked.set()
+        await released.wait()
+        return web.FileResponse(tracks["mp3"])
+
+    app = web.Application()
+    app.router.add_get("/held.mp3", held)
+    async with (
+        running(app) as http,
+        file_worker(own, redis_url, redis_prefix, tracks, tmp_path) as worker,
+        aiohttp.ClientSession(f"http://127.0.0.1:{worker.port}") as port,
+    ):
+
+        async def statuses() -> tuple[int, int]:
+            async with port.get("/health/live") as live, port.get("/health/ready") as ready:
+                return live.status, ready.status
+
+        await send(own, event("held", f"{http}/held.mp3"))
+        await asked.wait()
+        assert await statuses() == (200, 200)
+        worker.process.send_signal(signal.SIGTERM)
+        await until(lambda: "Stopping" in worker.log.read_text())
+        assert await statuses() == (200, 503)
+        released.set()
+        assert await asyncio.to_thread(worker.process.wait, 20) == 0
+    assert (await receive_json(own, own.topic_tags, 1)).keys() == {"held"}
 
 
 @contextmanager
