@@ -72,7 +72,7 @@ def _genres(file: Path) -> dict[str, tuple[str, ...]]:
 def _previews(folder: Path) -> dict[str, Path]:
     """Track id -> file, by the id in the file's name; the first in order of path counts."""
     found: dict[str, Path] = {}
-    for file in sorted(folder.rglob("*")):
+    for file in sorted({*folder.glob("*"), *folder.glob("*/**/*")}):  # also where a link leads
         match = TRACK_ID.search(file.name)
         if match and is_audio(file) and file.is_file():
             found.setdefault(match.group(), file)

@@ -131,6 +131,16 @@ def test_msd_reads_annotations_by_track_id(tmp_path: Path) -> None:
     assert [skipped.name for skipped in dataset.skipped] == [music.TRACK_IDS[0]]
 
 
+def test_previews_of_msd_may_be_where_a_link_leads(tmp_path: Path) -> None:
+    root = music.msd(tmp_path / "disk")
+    listed = tmp_path / "lists"
+    listed.mkdir()
+    for file in (root / "msd_tagtraum.cls", root / "unique_tracks.txt"):
+        file.rename(listed / file.name)
+    (listed / "previews").symlink_to(root)
+    assert len(load(listed).clips) == 11
+
+
 def test_space_around_artists_of_msd_makes_no_difference(tmp_path: Path) -> None:
     root = music.msd(tmp_path)
     told = (root / "unique_tracks.txt").read_text(encoding="utf-8").splitlines()
