@@ -37,6 +37,21 @@ def load(path: Path) -> Dataset:
         )
         for file, top in top_of.items()
     )
+    loose = [
+        Skipped(
+            name=utf8(file.relative_to(path).as_posix()),
+            reason="is in no genre's folder",
+            split=None if top == path else split_name(top.name),
+        )
+        for top in (path, *splits)
+        for file in sorted(top.glob("*"))
+        if is_audio(file) and file.is_file()
+    ]
+    beside = [
+        Skipped(utf8(folder.name), f"is a folder beside {utf8(splits[0].name)}, but no split")
+        for folder in folders
+        if splits and folder not in splits and any(map(is_audio, folder.glob("**/*")))
+    ]
     return Dataset(
         name=utf8(path.resolve().name),
         layout="folders",
@@ -45,9 +60,5 @@ def load(path: Path) -> Dataset:
         clips=clips,
         grouped_by="recording",
         licence="that of your own files",
-        skipped=tuple(
-            Skipped(utf8(folder.name), f"is a folder beside {utf8(splits[0].name)}, but no split")
-            for folder in folders
-            if splits and folder not in splits and any(map(is_audio, folder.glob("**/*")))
-        ),
+        skipped=(*loose, *beside),
     )

@@ -206,6 +206,17 @@ def test_a_folder_beside_those_of_the_split_is_named(tmp_path: Path) -> None:
     assert (skipped.name, skipped.reason) == ("bonus", "is a folder beside train, but no split")
 
 
+def test_audio_outside_the_folders_of_genres_is_named(tmp_path: Path) -> None:
+    files = ("blues/1.mp3", "loose.mp3", "notes.txt"), ("train/blues/1.mp3", "valid/loose.mp3")
+    for root, names in zip((tmp_path / "plain", tmp_path / "split"), files, strict=True):
+        for name in names:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(name.encode())
+    why = "is in no genre's folder"
+    assert load(tmp_path / "plain").skipped == (Skipped("loose.mp3", why),)
+    assert load(tmp_path / "split").skipped == (Skipped("valid/loose.mp3", why, "valid"),)
+
+
 def test_the_same_file_on_both_sides_is_refused(tmp_path: Path) -> None:
     music.folders(tmp_path / "train", 2)
     for genre in music.GENRES:
