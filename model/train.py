@@ -513,7 +513,7 @@ def _plan(dataset: Dataset, recipe: Recipe, start: Bundle | None) -> Plan:
     if single and len(dataset.labels) < 2:
         raise DatasetInvalid(
             f"{dataset.name} has one label, {dataset.labels[0]!r}, and nothing to tell it from; of "
-            "a folder per genre, name the folder above them"
+            "a folder per genre, name the folder right above those of the genres"
         )
     if start is not None:
         front_end = LogMelConfig.model_validate(start.config.get("front_end", {}))
