@@ -107,7 +107,8 @@ def fetch_wheel(folder: Path) -> Path:
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), "-r", str(pinned)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
-        raise BundleInvalid(f"pip could not fetch {REQUIREMENT}: {done.stderr.strip()[-500:]}")
+        why = "\n".join(done.stderr.strip().splitlines()[-3:])
+        raise BundleInvalid(f"pip could not fetch {REQUIREMENT}: {why}")
     wheel = next(folder.glob("musicnn-*.whl"))
     if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
         raise BundleInvalid(f"{wheel.name} is not the published wheel")

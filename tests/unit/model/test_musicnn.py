@@ -1,13 +1,22 @@
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from model.musicnn import LABELS, as_published, category, folded, import_musicnn, tags_head
+from model.musicnn import (
+    LABELS,
+    as_published,
+    category,
+    fetch_wheel,
+    folded,
+    import_musicnn,
+    tags_head,
+)
 from model.network import Tagger
 from tests.unit.model.music import chords
-from worker.errors import SettingsInvalid
+from worker.errors import BundleInvalid, SettingsInvalid
 
 
 def checkpoint(seed: int = 0) -> dict[str, np.ndarray]:
@@ -93,3 +102,15 @@ def test_nothing_is_fetched_for_a_place_that_cannot_be_written(
     taken.write_bytes(b"")
     with pytest.raises(SettingsInvalid, match="can't be made a folder"):
         import_musicnn(taken)
+
+
+def test_what_pip_says_at_last_is_told_in_whole_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"WARNING: {number} {'connection refused ' * 30}." for number in range(5)]
+    ended = subprocess.CompletedProcess([], 1, "", "\n".join([*lines, "ERROR: no distribution\n"]))
+    monkeypatch.setattr("model.musicnn.subprocess.run", lambda *_, **__: ended)
+    with pytest.raises(BundleInvalid) as refused:
+        fetch_wheel(tmp_path)
+    told = refused.value.message.removeprefix("pip could not fetch musicnn==0.1.0: ")
+    assert told.splitlines() == [*lines[-2:], "ERROR: no distribution"]
