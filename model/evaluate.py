@@ -74,6 +74,9 @@ def evaluate(
     lengths = [len(windows) for windows in predictions.probabilities]
     mean = voted["mean"]
     confidence, right = mean.scores[np.arange(len(targets)), mean.best], hits["mean"]
+    coverage = _coverage(confidence, right, bundle.uncertain_threshold)
+    if next((other for other in bundle.heads if other.kind == "single"), head) != head:
+        coverage |= dict.fromkeys(("threshold", "certain", "accuracy_of_certain"))
     report: dict[str, Any] = {
         "bundle": {"name": bundle.name, "version": bundle.version},
         "dataset": dataset.name,
@@ -107,7 +110,7 @@ def evaluate(
         "ece": expected_calibration_error(confidence, right),
         "ece_by_chance": chance_calibration_error(confidence, seed=seed),
         "nll": nll(mean.scores, targets, head.kind),
-        "coverage": _coverage(confidence, right, bundle.uncertain_threshold),
+        "coverage": coverage,
         "neighbours": {"same_label": _neighbours(predictions, groups)},
     }
     if head.kind == "single":
@@ -299,12 +302,13 @@ def paired_rows(report: dict[str, Any]) -> list[list[str]]:
 def figure_rows(report: dict[str, Any]) -> list[list[str]]:
     """What `FIGURES` heads: those of the mean vote."""
     sure = report["coverage"]
+    certain = _percent(sure["certain"])
     return [
         ["expected calibration error", f"{report['ece']:.3f}"],
         ["the same by chance, of scores that are right", f"{report['ece_by_chance']:.3f}"],
         ["negative log-likelihood", f"{report['nll']:.3f}"],
         ["right at 70 % coverage", f"{sure['accuracy_at_70']:.1%}"],
-        [f"not uncertain ({sure['certain']:.0%} of tracks)", _percent(sure["accuracy_of_certain"])],
+        [f"not uncertain ({certain} of tracks)", _percent(sure["accuracy_of_certain"])],
         ["nearest neighbour shares a label", _percent(report["neighbours"]["same_label"])],
         ["macro F1", _percent(report["macro_f1"])],
         *(

@@ -147,6 +147,18 @@ def test_multi_label_has_areas_under_curves(tmp_path: Path) -> None:
     assert f"<td>{areas[0]}</td><td>{areas[1]}</td>" in told
 
 
+def test_tags_beside_a_genre_head_say_nothing_of_uncertain(tmp_path: Path) -> None:
+    dataset = load(music.manifest(tmp_path, several=True))
+    tags = Head(name="tags", kind="multi", labels=dataset.labels, categories=("genre",) * 3)
+    alone = evaluate(bundle(tmp_path / "alone", tags), dataset).report["coverage"]
+    assert (alone["threshold"], alone["certain"]) == (0.5, 1.0)
+    evaluation = evaluate(bundle(tmp_path / "beside", HEAD, tags), dataset)
+    beside = evaluation.report["coverage"]
+    assert beside["threshold"] is beside["certain"] is beside["accuracy_of_certain"] is None
+    page = draw(evaluation, tmp_path / "out").read_text(encoding="utf-8")
+    assert "<td>not uncertain (- of tracks)</td><td>-</td>" in page
+
+
 def test_labels_that_no_head_knows_are_refused(tmp_path: Path) -> None:
     other = HEAD.model_copy(update={"labels": ("blues", "polka")})
     dataset = load(music.archive(tmp_path / "a.npz"))
