@@ -4,6 +4,7 @@ Units follow Prometheus's conventions: seconds and bytes, counters end in `_tota
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import product
 from typing import get_args
 
@@ -43,112 +44,92 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
+        info, counter = partial(Info, registry=registry), partial(Counter, registry=registry)
+        gauge, histogram = partial(Gauge, registry=registry), partial(Histogram, registry=registry)
 
-        self.build = Info("timbre_build", "Version of the worker and its model", registry=registry)
-        self.events = Counter("timbre_events", "Events consumed", ["topic"], registry=registry)
-        self.tracks = Counter(
+        self.build = info("timbre_build", "Version of the worker and its model")
+        self.events = counter("timbre_events", "Events consumed", ["topic"])
+        self.tracks = counter(
             "timbre_tracks",
             f"Tracks finished, by outcome: {', '.join(OUTCOMES)}",
             ["outcome", "priority"],
-            registry=registry,
         )
-        # Prometheus can't see the first increment of a series that wasn't there before.
-        for outcome, priority in product(OUTCOMES, get_args(Priority)):
-            self.tracks.labels(outcome, priority)
-        self.dead_letters = Counter(
+        self.dead_letters = counter(
             "timbre_dead_letters",
             "Tracks and events that ended as dead letters, by reason code",
             ["code"],
-            registry=registry,
         )
-        for code in dead_letter_codes():
-            self.dead_letters.labels(code)
-        self.retries = Counter(
-            "timbre_retries", "Attempts repeated, by stage and reason code", ["stage", "code"],
-            registry=registry,
-        )  # fmt: skip
-        self.cache = Counter(
-            "timbre_cache_lookups", f"Cache lookups: {', '.join(LOOKUPS)}", ["result"],
-            registry=registry,
-        )  # fmt: skip
-        for result in LOOKUPS:
-            self.cache.labels(result)
-        self.redis_backlog = Gauge(
-            "timbre_redis_backlog", "Results waiting to be stored in Redis", registry=registry
+        self.retries = counter(
+            "timbre_retries", "Attempts repeated, by stage and reason code", ["stage", "code"]
         )
-        self.redis_dropped = Counter(
+        self.cache = counter(
+            "timbre_cache_lookups", f"Cache lookups: {', '.join(LOOKUPS)}", ["result"]
+        )
+        self.redis_backlog = gauge("timbre_redis_backlog", "Results waiting to be stored in Redis")
+        self.redis_dropped = counter(
             "timbre_redis_dropped",
             "Results never stored in Redis: backlog full, or their key is another program's",
-            registry=registry,
-        )  # fmt: skip
-        self.stage_seconds = Histogram(
+        )
+        self.stage_seconds = histogram(
             "timbre_stage_seconds",
             "Seconds by stage: fetch, wait, decode, batch, vote, publish, store, total",
             ["stage"],
             buckets=STAGE_BUCKETS_S,
-            registry=registry,
         )
-        self.end_to_end_seconds = Histogram(
+        self.end_to_end_seconds = histogram(
             "timbre_end_to_end_seconds",
             "Seconds from the event's time in Kafka to its tags",
             ["priority"],
             buckets=END_TO_END_BUCKETS_S,
-            registry=registry,
         )
-        self.fetched_bytes = Counter(
-            "timbre_fetched_bytes", "Bytes of audio fetched", registry=registry
+        self.fetched_bytes = counter("timbre_fetched_bytes", "Bytes of audio fetched")
+        self.audio_seconds = counter("timbre_audio_seconds", "Seconds of audio tagged")
+        self.windows = counter("timbre_windows", "Windows: voted, silent", ["kind"])
+        self.batch_windows = histogram(
+            "timbre_batch_windows", "Windows in a batch", buckets=BATCH_BUCKETS
         )
-        self.audio_seconds = Counter(
-            "timbre_audio_seconds", "Seconds of audio tagged", registry=registry
-        )
-        self.windows = Counter(
-            "timbre_windows", "Windows: voted, silent", ["kind"], registry=registry
-        )
-        self.batch_windows = Histogram(
-            "timbre_batch_windows", "Windows in a batch", buckets=BATCH_BUCKETS, registry=registry
-        )
-        self.batch_fill = Histogram(
+        self.batch_fill = histogram(
             "timbre_batch_fill", "Windows in a batch over the most there may be",
-            buckets=FILL_BUCKETS, registry=registry,
+            buckets=FILL_BUCKETS,
         )  # fmt: skip
-        self.batch_wait_seconds = Histogram(
+        self.batch_wait_seconds = histogram(
             "timbre_batch_wait_seconds", "Seconds a batch's oldest window waited",
-            buckets=WAIT_BUCKETS_S, registry=registry,
+            buckets=WAIT_BUCKETS_S,
         )  # fmt: skip
-        self.batch_compute_seconds = Histogram(
+        self.batch_compute_seconds = histogram(
             "timbre_batch_compute_seconds", "Seconds of a batch on the device",
-            buckets=WAIT_BUCKETS_S, registry=registry,
+            buckets=WAIT_BUCKETS_S,
         )  # fmt: skip
-        self.batch_faults = Counter(
-            "timbre_batch_faults", "Batches that failed on the device, by kind", ["kind"],
-            registry=registry,
-        )  # fmt: skip
-        self.queue_windows = Gauge(
-            "timbre_queue_windows", "Windows waiting for a batch", registry=registry
+        self.batch_faults = counter(
+            "timbre_batch_faults", "Batches that failed on the device, by kind", ["kind"]
         )
-        self.in_flight = Gauge(
-            "timbre_in_flight", "Events being worked on", ["topic"], registry=registry
-        )
-        self.consumer_lag = Gauge(
+        self.queue_windows = gauge("timbre_queue_windows", "Windows waiting for a batch")
+        self.in_flight = gauge("timbre_in_flight", "Events being worked on", ["topic"])
+        self.consumer_lag = gauge(
             "timbre_consumer_lag",
             "Events of an assigned partition behind its end, unfinished ones included",
             ["topic", "partition"],
-            registry=registry,
         )
-        self.decoder_restarts = Counter(
-            "timbre_decoder_restarts", "Decoder processes ended and replaced", registry=registry
+        self.decoder_restarts = counter(
+            "timbre_decoder_restarts", "Decoder processes ended and replaced"
         )
-        self.consumer_restarts = Counter(
-            "timbre_consumer_restarts", "Times the Kafka consumer was built anew",
-            registry=registry,
-        )  # fmt: skip
-        self.labels = Counter(
-            "timbre_labels", "Tracks by their best label of a head", ["head", "label"],
-            registry=registry,
-        )  # fmt: skip
-        self.uncertain = Counter(
-            "timbre_uncertain_tracks", "Tracks on which nothing was clear", registry=registry
+        self.consumer_restarts = counter(
+            "timbre_consumer_restarts", "Times the Kafka consumer was built anew"
         )
+        self.labels = counter(
+            "timbre_labels", "Tracks by their best label of a head", ["head", "label"]
+        )
+        self.uncertain = counter("timbre_uncertain_tracks", "Tracks on which nothing was clear")
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """Make the series that are known: Prometheus can't see the first increment of others."""
+        for outcome, priority in product(OUTCOMES, get_args(Priority)):
+            self.tracks.labels(outcome, priority)
+        for code in dead_letter_codes():
+            self.dead_letters.labels(code)
+        for result in LOOKUPS:
+            self.cache.labels(result)
 
     def observe_stages(self, seconds: Mapping[str, float]) -> None:
         """Durations of the stages that a track went through, whatever its end."""
