@@ -38,7 +38,7 @@ from torch.nn import functional
 
 from model.datasets.dataset import Dataset, left_out
 from model.datasets.logmels import LogMelSource, open_source
-from model.device import choose_device
+from model.device import Precision, choose_device
 from model.features import (
     FACTS,
     MFCCS,
@@ -52,7 +52,6 @@ from model.frontend import normalise
 from model.heads import Head
 from model.logmel_cnn import ARCHIVE_FRONT_END, LogMelCnnConfig, MemberConfig, build_logmel_cnn
 from model.pictures import Gallery, canvas
-from model.train import Precision
 from worker.errors import DatasetInvalid
 
 QUICK_CLIPS = 6  # of each label and split

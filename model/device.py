@@ -1,6 +1,7 @@
-"""Which device a network runs on."""
+"""Which device a network runs on, and in which precision it learns there."""
 
 import torch
+from torch import Tensor, nn
 
 from worker.errors import SettingsInvalid
 
@@ -23,3 +24,33 @@ def choose_device(wanted: str) -> torch.device:
             "cpu."
         )
     return torch.device("cpu")
+
+
+class Precision:
+    """Mixed precision where the device has it: bfloat16, or float16 with scaled gradients."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device.type
+        self.dtype = torch.bfloat16
+        enabled = device.type == "cuda"
+        if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            self.dtype = torch.float16
+        if device.type == "cpu":
+            able = torch.cpu.get_capabilities()
+            enabled = bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+        self.enabled = enabled
+        self.scaler = torch.GradScaler(self.device, enabled=self.dtype is torch.float16)
+
+    def cast(self) -> torch.autocast:
+        return torch.autocast(self.device, self.dtype, enabled=self.enabled)
+
+    def step(
+        self, loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float
+    ) -> None:
+        """Backwards, gradients clipped, one step."""
+        optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
+        self.scaler.step(optimizer)
+        self.scaler.update()

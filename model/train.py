@@ -32,9 +32,10 @@ from model.bundle import (
     make_bundle_folder,
 )
 from model.calibration import Calibration, fit_temperature, threshold_for_coverage
+from model.checkpoint import Checkpoint, State
 from model.datasets.dataset import Dataset, left_out
 from model.datasets.logmels import LogMelSource, open_source
-from model.device import choose_device
+from model.device import Precision, choose_device
 from model.folder import make_folder
 from model.frontend import LogMelConfig
 from model.heads import Head
@@ -42,7 +43,7 @@ from model.invalid import first_fault
 from model.logmel_cnn import BATCH, MAX_EMBEDDING_DIM, LogMelCnnConfig, narrowed
 from model.measure import METHODS, Voted, nll, window_accuracy
 from model.network import Tagger, build
-from worker.errors import CheckpointInvalid, DatasetInvalid, SettingsInvalid
+from worker.errors import DatasetInvalid, SettingsInvalid
 
 Fit = Literal["all", "train"]
 CONFIDENT_COVERAGE = 0.7  # share of tracks that `uncertain` leaves
@@ -135,19 +136,6 @@ class Plan:
                 )
         return network
 
-    def finished(
-        self, network: Tagger, source: LogMelSource, songs: NDArray[np.intp]
-    ) -> tuple[Tagger, dict[str, Any]]:
-        """A trained network as its bundle holds it, with its config: no larger an embedding than
-        bundles may have."""
-        if network.embedding_dim <= MAX_EMBEDDING_DIM:
-            return network, self.config
-        chosen = songs[:: -(-len(songs) // NARROWING_CLIPS)]
-        logmels = torch.cat([source.windows(int(row))[:NARROWING_WINDOWS] for row in chosen])
-        config = LogMelCnnConfig.model_validate(self.config)
-        smaller, config = narrowed(network, config, self.head, logmels)
-        return smaller, config.model_dump(mode="json")
-
 
 def train(
     dataset: Dataset,
@@ -188,21 +176,7 @@ def train(
     make_folder(work)
     dataset = _with_splits(dataset, seed)
     plan = _plan(dataset, recipe, start)
-    source, dataset = open_source(
-        dataset,
-        plan.front_end,
-        work / "logmels",
-        lambda n, all_: progress.step("decode", n, all_, 0),
-    )
-    for names, reason in left_out(dataset.skipped):
-        progress.say(f"skipped {names}: {reason}")
-    for side in ("train", "valid"):
-        if side not in dataset.splits:
-            raise DatasetInvalid(
-                f"{dataset.name}: no readable clip is in split {side!r}; a run needs clips to "
-                f"learn from and others, of another {dataset.grouped_by}, to measure on. Without a "
-                f"split of its own, three {dataset.grouped_by}s of a label are enough"
-            )
+    source, dataset = _opened(dataset, plan.front_end, work / "logmels", progress)
     songs, held = dataset.indices("train"), dataset.indices("valid")
     targets = dataset.targets()
     checkpoint = Checkpoint(work / "checkpoint.pt", _fingerprint(dataset, recipe, plan, seed, fit))
@@ -213,17 +187,12 @@ def train(
 
     trainer = Trainer(plan, recipe, source, targets, seed, where, checkpoint, progress)
     validate = Validation(source, targets, held, plan.head, where)
-    network, config = plan.finished(
-        trainer.fit("rehearsal", songs, recipe.passes, validate), source, songs
-    )
+    network, config = trainer.fit("rehearsal", songs, validate)
     calibration, threshold, figures = _calibrated(
         plan.head, validate.probabilities(network), targets[held]
     )
     if fit == "all":
-        everything = np.concatenate([songs, held])
-        network, config = plan.finished(
-            trainer.fit("final", everything, recipe.passes, None), source, everything
-        )
+        network, config = trainer.fit("final", np.concatenate([songs, held]))
 
     bundle = Bundle(
         name=_bundle_name(out),
@@ -235,22 +204,10 @@ def train(
         kind=plan.kind,
         config=config,
         network=network.cpu(),
-        training={
-            "data": dataset.name,
-            "licence": dataset.licence,
-            "start": f"{start.name} {start.version}" if start else "from scratch",
-            "songs": len(songs) + (len(held) if fit == "all" else 0),
-            "fit": fit,
-            "seed": seed,
-            "recipe": recipe.model_dump(mode="json"),
-            learnt.KEY: learnt.record(
-                (clip.name for clip in dataset.clips if clip.split in learnt.sides(fit)),
-                start.training if start else {},
-            ),
-        },
+        training=_training(dataset, recipe, start, seed, fit),
         figures=figures,
     )
-    saved = bundle.save(out, card=_card(bundle, dataset, len(songs), len(held)))
+    saved = bundle.save(out, card=_card(bundle, dataset))
     checkpoint.forget()
     return saved
 
@@ -268,13 +225,13 @@ class Trainer:
     targets: NDArray[np.float32]
     seed: int
     device: torch.device
-    checkpoint: "Checkpoint"
+    checkpoint: Checkpoint
     progress: Progress
 
     def fit(
-        self, part: str, songs: NDArray[np.intp], passes: float, validate: "Validation | None"
-    ) -> Tagger:
-        """One network through `passes` over `songs`: the moving average of its weights."""
+        self, part: str, songs: NDArray[np.intp], validate: "Validation | None" = None
+    ) -> tuple[Tagger, dict[str, Any]]:
+        """Learn from `songs`: the moving average of a network's weights, with its config."""
         recipe = self.recipe
         torch.manual_seed(self.seed)
         network = self.plan.network().to(self.device).train()
@@ -286,7 +243,7 @@ class Trainer:
         precision = Precision(self.device)
         state = State(network, average, optimizer, precision)
         batch = min(recipe.batch, len(songs))
-        steps = max(1, int(passes * len(songs) / batch))
+        steps = max(1, int(recipe.passes * len(songs) / batch))
         every = max(1, steps // VALIDATIONS)
         losses: list[float] = []
         for step in range(self.checkpoint.restore(part, state), steps):
@@ -318,7 +275,19 @@ class Trainer:
                         "lower the recipe's learning_rate"
                     )
                 self.checkpoint.keep(part, done, state)
-        return average.eval()
+        return self._finished(average.eval(), songs)
+
+    def _finished(self, network: Tagger, songs: NDArray[np.intp]) -> tuple[Tagger, dict[str, Any]]:
+        """A trained network as its bundle holds it: no larger an embedding than bundles may have,
+        whose directions are those of `songs`."""
+        plan = self.plan
+        if network.embedding_dim <= MAX_EMBEDDING_DIM:
+            return network, plan.config
+        chosen = songs[:: -(-len(songs) // NARROWING_CLIPS)]
+        logmels = torch.cat([self.source.windows(int(row))[:NARROWING_WINDOWS] for row in chosen])
+        config = LogMelCnnConfig.model_validate(plan.config)
+        smaller, config = narrowed(network, config, plan.head, logmels)
+        return smaller, config.model_dump(mode="json")
 
 
 def _loss(network: Tagger, head: Head, logmel: Tensor, target: Tensor, smoothing: float) -> Tensor:
@@ -373,36 +342,6 @@ def _follow(average: nn.Module, network: nn.Module, decay: float) -> None:
     for name, current in network.state_dict().items():
         if current.is_floating_point():
             moving[name].lerp_(current, 1 - decay)
-
-
-class Precision:
-    """Mixed precision where the device has it: bfloat16, or float16 with scaled gradients."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device.type
-        self.dtype = torch.bfloat16
-        enabled = device.type == "cuda"
-        if device.type == "cuda" and not torch.cuda.is_bf16_supported():
-            self.dtype = torch.float16
-        if device.type == "cpu":
-            able = torch.cpu.get_capabilities()
-            enabled = bool(able.get("amx_bf16") or able.get("avx512_bf16"))
-        self.enabled = enabled
-        self.scaler = torch.GradScaler(self.device, enabled=self.dtype is torch.float16)
-
-    def cast(self) -> torch.autocast:
-        return torch.autocast(self.device, self.dtype, enabled=self.enabled)
-
-    def step(
-        self, loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float
-    ) -> None:
-        """Backwards, gradients clipped, one step."""
-        optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        self.scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
-        self.scaler.step(optimizer)
-        self.scaler.update()
 
 
 # Validation and calibration ------------------------------------------------------------------
@@ -492,9 +431,23 @@ def _with_splits(dataset: Dataset, seed: int) -> Dataset:
     )
 
 
-def _bundle_name(out: Path) -> str:
-    """The folder's name, in the letters that a bundle's name may have."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", out.resolve().name).strip("-._")[:64] or "bundle"
+def _opened(
+    dataset: Dataset, front_end: LogMelConfig, cache: Path, progress: Progress
+) -> tuple[LogMelSource, Dataset]:
+    """The clips' log-mels, and the data set of those that can be read; it has both sides."""
+    source, dataset = open_source(
+        dataset, front_end, cache, lambda n, all_: progress.step("decode", n, all_, 0)
+    )
+    for names, reason in left_out(dataset.skipped):
+        progress.say(f"skipped {names}: {reason}")
+    for side in ("train", "valid"):
+        if side not in dataset.splits:
+            raise DatasetInvalid(
+                f"{dataset.name}: no readable clip is in split {side!r}; a run needs clips to "
+                f"learn from and others, of another {dataset.grouped_by}, to measure on. Without a "
+                f"split of its own, three {dataset.grouped_by}s of a label are enough"
+            )
+    return source, dataset
 
 
 def _plan(dataset: Dataset, recipe: Recipe, start: Bundle | None) -> Plan:
@@ -530,80 +483,6 @@ def _plan(dataset: Dataset, recipe: Recipe, start: Bundle | None) -> Plan:
     )
 
 
-# Checkpoints ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class State:
-    """What a step changes."""
-
-    network: nn.Module
-    average: nn.Module
-    optimizer: torch.optim.Optimizer
-    precision: Precision
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "network": self.network.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.precision.scaler.state_dict(),
-        }
-
-    def load(self, stored: dict[str, Any]) -> None:
-        self.network.load_state_dict(stored["network"])
-        self.average.load_state_dict(stored["average"])
-        self.optimizer.load_state_dict(stored["optimizer"])
-        self.precision.scaler.load_state_dict(stored["scaler"])
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The file that a run goes on from. `run` tells its run from any other."""
-
-    path: Path
-    run: str
-
-    def keep(self, part: str, step: int, state: State) -> None:
-        """Both parts' states are in one file, so that the rehearsal isn't lost in the final fit."""
-        stored: dict[str, Any] = {"run": self.run, "parts": {}}
-        if self.path.is_file():
-            stored = self._read()
-        stored["parts"][part] = {"step": step, **state.as_dict()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        torch.save(stored, partial)
-        partial.replace(self.path)
-
-    def restore(self, part: str, state: State) -> int:
-        """Load the part's state and say how many steps are done; 0 where it hasn't begun."""
-        stored = self._read()["parts"].get(part) if self.path.is_file() else None
-        if stored is None:
-            return 0
-        state.load(stored)
-        return int(stored["step"])
-
-    def require(self) -> None:
-        """CheckpointInvalid unless the file is there and belongs to this run."""
-        if not self.path.is_file():
-            raise CheckpointInvalid(f"there is no {self.path} to resume from; leave out --resume")
-        self._read()
-
-    def forget(self) -> None:
-        self.path.unlink(missing_ok=True)
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            stored = torch.load(self.path, weights_only=True, map_location="cpu")
-        except Exception as error:  # torch raises many kinds over a damaged file
-            raise CheckpointInvalid(f"{self.path} is damaged: {error}") from error
-        if not isinstance(stored, dict) or stored.get("run") != self.run:
-            raise CheckpointInvalid(
-                f"{self.path} is of another data set, recipe or seed; leave out --resume"
-            )
-        return stored
-
-
 def _fingerprint(dataset: Dataset, recipe: Recipe, plan: Plan, seed: int, fit: Fit) -> str:
     told = {
         "clips": [(clip.name, clip.labels, clip.split) for clip in dataset.clips],
@@ -616,10 +495,36 @@ def _fingerprint(dataset: Dataset, recipe: Recipe, plan: Plan, seed: int, fit: F
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def _card(bundle: Bundle, dataset: Dataset, songs: int, held: int) -> str:
+# The bundle ----------------------------------------------------------------------------------
+
+
+def _bundle_name(out: Path) -> str:
+    """The folder's name, in the letters that a bundle's name may have."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", out.resolve().name).strip("-._")[:64] or "bundle"
+
+
+def _training(
+    dataset: Dataset, recipe: Recipe, start: Bundle | None, seed: int, fit: Fit
+) -> dict[str, Any]:
+    """What a bundle tells of how it was trained."""
+    songs = [clip.name for clip in dataset.clips if clip.split in learnt.sides(fit)]
+    return {
+        "data": dataset.name,
+        "licence": dataset.licence,
+        "start": f"{start.name} {start.version}" if start else "from scratch",
+        "songs": len(songs),
+        "fit": fit,
+        "seed": seed,
+        "recipe": recipe.model_dump(mode="json"),
+        learnt.KEY: learnt.record(songs, start.training if start else {}),
+    }
+
+
+def _card(bundle: Bundle, dataset: Dataset) -> str:
     """The model card."""
     figures = bundle.figures["track_accuracy"]
     told = "\n".join(f"| {method} | {accuracy:.1%} |" for method, accuracy in figures.items())
+    songs, held = len(dataset.indices("train")), len(dataset.indices("valid"))
     learnt = "those and the validation songs" if bundle.training["fit"] == "all" else "those alone"
     return f"""# {bundle.name}
 
