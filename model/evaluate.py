@@ -18,6 +18,7 @@ from model.bundle import Bundle
 from model.calibration import BINS, bins, chance_calibration_error, expected_calibration_error
 from model.datasets.dataset import Dataset
 from model.datasets.gtzan import fault_filtered_split
+from model.heads import Head
 from model.measure import METHODS, Voted, nll, window_hits
 from model.pictures import Gallery, canvas, commonest, drawn_by_chance, scatter_by_class, tsne
 from model.predict import HOP_S, Predictions, predict
@@ -66,18 +67,8 @@ def evaluate(
         for method in METHODS
     }
     groups = np.unique([clip.group for clip in predictions.clips], return_inverse=True)[1]
-    hits = {method: given.hits(targets).astype(np.float64) for method, given in voted.items()}
-    pairs = list(combinations(METHODS, 2))
-    values = [*hits.values(), *(hits[first] - hits[second] for first, second in pairs)]
-    intervals = _intervals(np.stack(values, 1), groups, seed)
-    of_windows = window_hits(predictions.probabilities, targets).astype(np.float64)
-    lengths = [len(windows) for windows in predictions.probabilities]
-    mean = voted["mean"]
-    confidence, right = mean.scores[np.arange(len(targets)), mean.best], hits["mean"]
-    coverage = _coverage(confidence, right, bundle.uncertain_threshold)
-    if next((other for other in bundle.heads if other.kind == "single"), head) != head:
-        coverage |= dict.fromkeys(("threshold", "certain", "accuracy_of_certain"))
-    report: dict[str, Any] = {
+    mean, of_labels = voted["mean"], _single if head.kind == "single" else _multi
+    report = {
         "bundle": {"name": bundle.name, "version": bundle.version},
         "dataset": dataset.name,
         "split": split or "all",
@@ -90,33 +81,12 @@ def evaluate(
         "tracks": len(targets),
         "groups": int(groups.max()) + 1,
         "skipped": {clip.name: clip.reason for clip in predictions.skipped},
-        "window": {
-            "count": len(of_windows),
-            "accuracy": float(of_windows.mean()),
-            "interval": _intervals(of_windows[:, None], np.repeat(groups, lengths), seed)[0],
-        },
-        "track": {
-            method: {
-                "accuracy": float(hits[method].mean()),
-                "interval": interval,
-                "nll": nll(given.scores, targets, head.kind),
-            }
-            for (method, given), interval in zip(voted.items(), intervals, strict=False)
-        },
-        "paired": [
-            _paired(first, second, hits[first], hits[second], interval)
-            for (first, second), interval in zip(pairs, intervals[len(hits) :], strict=True)
-        ],
-        "ece": expected_calibration_error(confidence, right),
-        "ece_by_chance": chance_calibration_error(confidence, seed=seed),
-        "nll": nll(mean.scores, targets, head.kind),
-        "coverage": coverage,
+        "window": _window(predictions, groups, seed),
+        **_votes(voted, predictions, groups, seed),
+        **_calibration(mean, predictions, _threshold(bundle, head), seed),
         "neighbours": {"same_label": _neighbours(predictions, groups)},
+        **of_labels(mean, targets, head.labels),
     }
-    if head.kind == "single":
-        report |= _single(mean, targets, head.labels)
-    else:
-        report |= _multi(mean, targets, head.labels)
     return Evaluation(predictions, voted, report)
 
 
@@ -174,6 +144,42 @@ def _intervals(
     return [[float(low), float(high)] for low, high in bounds.T]
 
 
+def _window(predictions: Predictions, groups: NDArray[np.intp], seed: int) -> dict[str, Any]:
+    """How often one window alone is right."""
+    hits = window_hits(predictions.probabilities, predictions.targets).astype(np.float64)
+    lengths = [len(windows) for windows in predictions.probabilities]
+    return {
+        "count": len(hits),
+        "accuracy": float(hits.mean()),
+        "interval": _intervals(hits[:, None], np.repeat(groups, lengths), seed)[0],
+    }
+
+
+def _votes(
+    voted: dict[VoteMethod, Voted], predictions: Predictions, groups: NDArray[np.intp], seed: int
+) -> dict[str, Any]:
+    """How often each vote is right, and by how much two of them differ on the same tracks."""
+    targets, kind = predictions.targets, predictions.head.kind
+    hits = {method: given.hits(targets).astype(np.float64) for method, given in voted.items()}
+    pairs = list(combinations(METHODS, 2))
+    values = [*hits.values(), *(hits[first] - hits[second] for first, second in pairs)]
+    intervals = _intervals(np.stack(values, 1), groups, seed)
+    return {
+        "track": {
+            method: {
+                "accuracy": float(hits[method].mean()),
+                "interval": interval,
+                "nll": nll(given.scores, targets, kind),
+            }
+            for (method, given), interval in zip(voted.items(), intervals, strict=False)
+        },
+        "paired": [
+            _paired(first, second, hits[first], hits[second], interval)
+            for (first, second), interval in zip(pairs, intervals[len(hits) :], strict=True)
+        ],
+    }
+
+
 def _paired(
     first: str,
     second: str,
@@ -194,20 +200,41 @@ def _paired(
     }
 
 
+def _calibration(
+    voted: Voted, predictions: Predictions, threshold: float | None, seed: int
+) -> dict[str, Any]:
+    """What a vote's scores are worth as probabilities."""
+    confidence, right = voted.confidence, voted.hits(predictions.targets).astype(np.float64)
+    return {
+        "ece": expected_calibration_error(confidence, right),
+        "ece_by_chance": chance_calibration_error(confidence, seed=seed),
+        "nll": nll(voted.scores, predictions.targets, predictions.head.kind),
+        "coverage": _coverage(confidence, right, threshold),
+    }
+
+
+def _threshold(bundle: Bundle, head: Head) -> float | None:
+    """Below which a track is uncertain by this head; None where another one decides."""
+    deciding = next((other for other in bundle.heads if other.kind == "single"), head)
+    return bundle.uncertain_threshold if head == deciding else None
+
+
 def _coverage(
-    confidence: NDArray[np.float64], right: NDArray[np.float64], threshold: float
+    confidence: NDArray[np.float64], right: NDArray[np.float64], threshold: float | None
 ) -> dict[str, Any]:
     """Accuracy of the most confident share, and of what the bundle doesn't call uncertain."""
     order = np.argsort(-confidence, kind="stable")
-    certain = confidence >= threshold
+    certain = None if threshold is None else confidence >= threshold
     curve = []
     for share in CURVE:
         kept = order[: max(1, round(share * len(order)))]
         curve.append({"coverage": share, "accuracy": float(right[kept].mean())})
     return {
         "threshold": threshold,
-        "certain": float(certain.mean()),
-        "accuracy_of_certain": float(right[certain].mean()) if certain.any() else None,
+        "certain": None if certain is None else float(certain.mean()),
+        "accuracy_of_certain": (
+            None if certain is None or not certain.any() else float(right[certain].mean())
+        ),
         "accuracy_at_70": next(p["accuracy"] for p in curve if p["coverage"] == 0.7),
         "curve": curve,
     }
@@ -359,11 +386,9 @@ def draw(evaluation: Evaluation, folder: Path) -> Path:
             "Confusion",
             f"Rows are the truth; at most {MAX_PICTURED_LABELS} labels, the commonest.",
         )
-    confidence = mean.scores[np.arange(len(mean.best)), mean.best]
-    hits = mean.hits(predictions.targets)
     gallery.picture(
         "reliability",
-        _reliability(confidence, hits),
+        _reliability(mean.confidence, mean.hits(predictions.targets)),
         "Reliability",
         f"Expected calibration error {report['ece']:.3f}, of which chance alone gives "
         f"{report['ece_by_chance']:.3f} in so few tracks. Bars on the diagonal mean what they say.",

@@ -50,6 +50,11 @@ class Voted:
             best[row] = columns[verdict.tags[0].label]
         return cls(scores, best)
 
+    @property
+    def confidence(self) -> Scores:
+        """Score of each track's first tag, `(tracks,)`."""
+        return np.asarray(self.scores[np.arange(len(self.best)), self.best])
+
     def hits(self, targets: NDArray[np.floating]) -> NDArray[np.bool_]:
         """Whether each track's first tag is one of its labels, `(tracks,)`."""
         return np.asarray(targets[np.arange(len(targets)), self.best] > 0)
