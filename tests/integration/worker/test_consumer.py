@@ -31,6 +31,21 @@ EVENTS = 200
 MILLIONS = 3
 
 
+class Seen(list[Record]):
+    """A handler that keeps what it is given."""
+
+    async def __call__(self, record: Record, _: Place) -> None:
+        self.append(record)
+
+    @property
+    def offsets(self) -> list[int]:
+        return [record.offset for record in self]
+
+    @property
+    def values(self) -> list[bytes | None]:
+        return [record.value for record in self]
+
+
 @asynccontextmanager
 async def consuming(settings: Settings, handle: Handle) -> AsyncIterator[Consumer]:
     consumer = Consumer(settings, handle, Metrics())
@@ -104,10 +119,7 @@ async def test_nothing_is_written_to_disk(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
-    async def handle(record: Record, _: Place) -> None:
-        pass
-
-    async with consuming(settings_of(own), handle) as consumer:
+    async with consuming(settings_of(own), Seen()) as consumer:
         await until(lambda: consumer.assigned)
     assert list(tmp_path.iterdir()) == []
 
@@ -120,12 +132,9 @@ async def test_topics_made_after_the_start_are_seen_soon(
     own = kafka_settings.model_copy(
         update={name: f"{name}-{ending}" for name in ("group", "topic_new", "topic_backfill")}
     )
-    seen = list[bytes | None]()
+    seen = Seen()
 
-    async def handle(record: Record, _: Place) -> None:
-        seen.append(record.value)
-
-    async with consuming(settings_of(own), handle) as consumer:
+    async with consuming(settings_of(own), seen) as consumer:
         await until(lambda: consumer.assigned)
         await create_topics(own, {own.topic_new: 2})
         await send(own, 10)
@@ -152,24 +161,21 @@ async def test_what_is_in_flight_at_a_stop_finishes_and_is_committed(topics: Mak
 
 async def test_what_hangs_at_a_stop_is_given_back_and_delivered_again(topics: MakeTopics) -> None:
     own = await topics(partitions=1)
-    first, second = list[bytes | None](), list[bytes | None]()
+    first, second = Seen(), Seen()
 
     async def hang_on_the_tenth(record: Record, _: Place) -> None:
         if record.offset == 10:
             await asyncio.Event().wait()
-        first.append(record.value)
-
-    async def handle(record: Record, _: Place) -> None:
-        second.append(record.value)
+        first.append(record)
 
     await send(own, 50)
     async with consuming(settings_of(own, stop_deadline_s=3.0), hang_on_the_tenth):
         await until(lambda: len(first) >= 40)
     assert await committed(own, 1) == 10
 
-    async with consuming(settings_of(own), handle):
+    async with consuming(settings_of(own), second):
         await until(lambda: len(second) == 40)
-    assert b"10" in second
+    assert b"10" in second.values
     assert await committed(own, 1) == 50
 
 
@@ -343,24 +349,21 @@ async def test_a_rebalance_during_a_stop_waits_for_what_is_in_flight(topics: Mak
     """Or the event would be worked on twice at once, and a track's later event overtake it."""
     own = await topics(partitions=2)
     finish = asyncio.Event()
-    others = list[bytes | None]()
+    others = Seen()
 
     async def handle(record: Record, _: Place) -> None:
         await finish.wait()
-
-    async def handle_of_another(record: Record, _: Place) -> None:
-        others.append(record.value)
 
     await send(own, 8)
     async with consuming(settings_of(own, stop_deadline_s=15), handle) as consumer:
         await until(lambda: consumer.in_flight == 8)
         consumer.stop()
-        async with consuming(settings_of(own), handle_of_another) as another:
+        async with consuming(settings_of(own), others) as another:
             await asyncio.sleep(6)
-            assert others == []
+            assert not others
             finish.set()
             await until(lambda: another.assigned)
-    assert others == []
+    assert not others
     assert await committed(own, 2) == 8
 
 
@@ -438,10 +441,7 @@ async def test_a_consumer_that_dies_is_built_anew_and_goes_on_where_it_was(
 
 async def test_a_worker_that_its_group_refuses_joins_once_it_may(topics: MakeTopics) -> None:
     own = await topics(partitions=1)
-    seen = list[bytes | None]()
-
-    async def handle(record: Record, _: Place) -> None:
-        seen.append(record.value)
+    seen = Seen()
 
     await send(own, 10)
     async with AIOKafkaConsumer(
@@ -452,7 +452,7 @@ async def test_a_worker_that_its_group_refuses_joins_once_it_may(topics: MakeTop
         partition_assignment_strategy=[RangePartitionAssignor],
     ) as stranger:
         await until(stranger.assignment)
-        async with consuming(settings_of(own), handle) as consumer:
+        async with consuming(settings_of(own), seen) as consumer:
             await until(lambda: consumer._app)
             await until(lambda: consumer._app is None, timeout_s=20)
             assert not consumer.assigned
@@ -536,12 +536,9 @@ async def test_what_kafka_gives_again_from_an_earlier_offset_is_read_again(
     topics: MakeTopics,
 ) -> None:
     own = await topics(partitions=1)
-    seen = list[int]()
+    seen = Seen()
 
-    async def handle(record: Record, _: Place) -> None:
-        seen.append(record.offset)
-
-    async with consuming(settings_of(own), handle) as consumer:
+    async with consuming(settings_of(own), seen) as consumer:
         await send(own, 10)
         await until(lambda: len(seen) == 10)
         app: Any = consumer._app
@@ -550,7 +547,7 @@ async def test_what_kafka_gives_again_from_an_earlier_offset_is_read_again(
         await reader.call_thread(reader._consumer.seek, TopicPartition(own.topic_new, 0), 4)
         await until(lambda: len(seen) == 16)
 
-    assert sorted(seen) == sorted([*range(10), *range(4, 10)])
+    assert sorted(seen.offsets) == sorted([*range(10), *range(4, 10)])
     assert await committed(own, 1) == 10
 
 
@@ -592,13 +589,10 @@ async def test_events_of_transactions_are_read_at_once_whatever_becomes_of_them(
     topics: MakeTopics,
 ) -> None:
     own = await topics(partitions=1)
-    seen = list[bytes | None]()
-
-    async def handle(record: Record, _: Place) -> None:
-        seen.append(record.value)
+    seen = Seen()
 
     async with (
-        consuming(settings_of(own), handle),
+        consuming(settings_of(own), seen),
         AIOKafkaProducer(**connection.client_options(own), transactional_id=own.group) as producer,
     ):
         await producer.begin_transaction()
@@ -607,7 +601,7 @@ async def test_events_of_transactions_are_read_at_once_whatever_becomes_of_them(
         await producer.begin_transaction()
         await producer.send_and_wait(own.topic_new, b"left open")
         await send(own, 1)
-        await until(lambda: seen == [b"aborted", b"left open", b"0"], timeout_s=20)
+        await until(lambda: seen.values == [b"aborted", b"left open", b"0"], timeout_s=20)
     assert await committed(own, 1) == 4, "with the marker of the first"
 
 
@@ -615,13 +609,10 @@ async def test_behind_millions_of_events_that_expired_it_goes_on_in_bounded_memo
     topics: MakeTopics,
 ) -> None:
     own = await topics(partitions=1)
-    seen = list[int]()
-
-    async def handle(record: Record, _: Place) -> None:
-        seen.append(record.offset)
+    seen = Seen()
 
     await send(own, 10)
-    async with consuming(settings_of(own), handle):
+    async with consuming(settings_of(own), seen):
         await until(lambda: len(seen) == 10)
     for _ in range(MILLIONS):
         await send_empty(own, 1_000_000)
@@ -631,13 +622,13 @@ async def test_behind_millions_of_events_that_expired_it_goes_on_in_bounded_memo
     await send(own, 10)
     tracemalloc.start()
     try:
-        async with consuming(settings_of(own), handle):
+        async with consuming(settings_of(own), seen):
             await until(lambda: len(seen) == 20)
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
 
-    assert seen[10:] == list(range(begin, begin + 10))
+    assert seen.offsets[10:] == list(range(begin, begin + 10))
     assert await committed(own, 1) == begin + 10
     assert peak_bytes < 50 * MIB
 
