@@ -15,7 +15,7 @@ from pydantic import SecretStr
 
 from model.bundle import Bundle
 from tests.conftest import MakeTopics
-from tests.integration.worker.test_consumer import committed, consuming, send, settings_of
+from tests.integration.worker.test_consumer import Seen, committed, consuming, send, settings_of
 from tests.unit.worker.test_batch import MARK, Hanging, Tracks, batcher_of, noise
 from tests.waiting import until
 from tests.web import running
@@ -345,10 +345,8 @@ async def test_a_worker_on_whose_device_batches_hang_is_not_live(topics: MakeTop
     metrics = Metrics()
     network = Hanging()
 
-    async def handle(record: Record, place: Place) -> None: ...
-
     async with batcher_of(network, timeout_s=0.3, max_stuck=1) as batcher:
-        consumer = Consumer(settings, handle, metrics)
+        consumer = Consumer(settings, Seen(), metrics)
         state = Health(settings.worker, LagProbe(settings, consumer, metrics), consumer, batcher)
         async with (
             HttpServer(HttpSettings(port=0), metrics, state) as server,
@@ -367,12 +365,9 @@ async def test_the_port_serves_metrics_and_health_and_nothing_else(topics: MakeT
     own = await topics()
     settings = settings_of(own)
     metrics = Metrics()
-
-    async def handle(record: Record, place: Place) -> None: ...
-
     async with (
         Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher,
-        consuming(settings, handle) as consumer,
+        consuming(settings, Seen()) as consumer,
         LagProbe(settings, consumer, metrics) as probe,
         HttpServer(
             HttpSettings(port=0), metrics, Health(settings.worker, probe, consumer, batcher)
@@ -398,11 +393,8 @@ async def test_the_port_serves_metrics_and_health_and_nothing_else(topics: MakeT
 async def test_connections_that_never_ask_leave_room_for_others(topics: MakeTopics) -> None:
     settings = settings_of(await topics())
     metrics = Metrics()
-
-    async def handle(record: Record, place: Place) -> None: ...
-
     async with Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher:
-        consumer = Consumer(settings, handle, metrics)
+        consumer = Consumer(settings, Seen(), metrics)
         state = Health(settings.worker, LagProbe(settings, consumer, metrics), consumer, batcher)
         async with HttpServer(HttpSettings(port=0), metrics, state) as server:
             before = psutil.Process().num_fds()
@@ -428,11 +420,8 @@ async def test_a_port_that_cannot_be_had_is_a_fault_of_the_settings(
 ) -> None:
     settings = settings_of(await topics())
     metrics = Metrics()
-
-    async def handle(record: Record, place: Place) -> None: ...
-
     async with Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher:
-        consumer = Consumer(settings, handle, metrics)
+        consumer = Consumer(settings, Seen(), metrics)
         probe = LagProbe(settings, consumer, metrics)
         state = Health(settings.worker, probe, consumer, batcher)
         async with HttpServer(HttpSettings(port=0), metrics, state) as first:
