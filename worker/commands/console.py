@@ -71,10 +71,17 @@ def label(tag: Tag) -> Text:
     )
 
 
-def best(tags: list[Tag], head: str, count: int) -> list[Tag]:
+def by_head(tags: list[Tag]) -> dict[str, list[Tag]]:
+    """The tags of each head, heads and tags in their order."""
+    found: dict[str, list[Tag]] = {}
+    for tag in tags:
+        found.setdefault(tag.head, []).append(tag)
+    return found
+
+
+def best(tags: list[Tag], count: int) -> list[Tag]:
     """What people are shown of one head: `count` tags at most, none but the first below 0.05."""
-    first = [tag for tag in tags if tag.head == head][:count]
-    return first[:1] + [tag for tag in first[1:] if tag.score >= SHOWN_SCORE]
+    return tags[:1] + [tag for tag in tags[1:count] if tag.score >= SHOWN_SCORE]
 
 
 def counted(count: int, noun: str) -> str:
@@ -122,8 +129,8 @@ def tag_table(result: Result) -> Table:
     table.add_column("score", justify="right")
     table.add_column("")
     table.add_column("votes", justify="right")
-    for head in dict.fromkeys(tag.head for tag in result.tags):
-        for place, t in enumerate(best(result.tags, head, TABLE_TAGS)):
+    for head, tags in by_head(result.tags).items():
+        for place, t in enumerate(best(tags, TABLE_TAGS)):
             table.add_row(
                 Text("" if place else f"  {head}", style="dim"),
                 Text(t.label, style=HEAD_STYLES.get(head, "")),

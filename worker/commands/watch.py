@@ -72,9 +72,9 @@ def print_line(out: Console, result: TrackTags | DeadLetter) -> None:
         if result.uncertain:
             line.append("uncertain ", style="yellow")
         parts = []
-        for number, head in enumerate(dict.fromkeys(tag.head for tag in result.tags)):
-            tags = console.best(result.tags, head, TAGS_SHOWN if number else GENRES_SHOWN)
-            parts.append(Text("  ").join(map(console.label, tags)))
+        for number, tags in enumerate(console.by_head(result.tags).values()):
+            shown = console.best(tags, TAGS_SHOWN if number else GENRES_SHOWN)
+            parts.append(Text("  ").join(map(console.label, shown)))
         line.append_text(Text("  ·  ", style="dim").join(parts))
         if result.processing.cached:
             line.append("  cached", style="dim")
