@@ -23,6 +23,7 @@ from model.network import Output, Tagger
 from worker.decode.decoder import Decoder
 from worker.errors import DatasetInvalid, DecodeFailed
 from worker.settings import WindowSettings
+from worker.vote import mean_embedding
 from worker.windows import WindowCutter, is_silent
 
 BATCH = 64  # windows
@@ -87,7 +88,7 @@ def predict(
         kept.append(int(index))
         probabilities.append(output.probabilities[head.name].numpy())
         voting.append(votes)
-        embeddings.append(_unit(_unit(output.embedding.numpy()[votes]).mean(0)))
+        embeddings.append(mean_embedding(output.embedding.numpy()[votes]))
     if not kept:
         first = skipped[before]
         raise DatasetInvalid(
@@ -104,12 +105,6 @@ def predict(
         embeddings=np.stack(embeddings),
         skipped=tuple(skipped),
     )
-
-
-def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Vectors on the last axis, scaled to length 1."""
-    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.asarray(vectors / np.maximum(lengths, 1e-12))
 
 
 Reader = Callable[[Clip, int], tuple[Output, NDArray[np.bool_]]]

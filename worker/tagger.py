@@ -23,7 +23,7 @@ from worker.decode.pool import DecoderPool
 from worker.errors import DeadlineExceeded
 from worker.fetch.fetcher import Fetcher, Sleep, SpooledAudio
 from worker.settings import Settings
-from worker.vote import vote
+from worker.vote import mean_embedding, vote
 
 Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
@@ -293,17 +293,10 @@ class _Heard:
         return table
 
     def embedding(self) -> list[float]:
-        """Mean of the voting windows' embeddings, each of length 1 before and the mean after."""
+        """Mean of the voting windows' embeddings."""
         windows = np.concatenate([o.embedding for o in self._outputs]).astype(np.float64)
-        mean = _unit(_unit(windows).mean(axis=0, keepdims=True))[0]
-        numbers: list[float] = mean.round(EMBEDDING_DECIMALS).tolist()
+        numbers: list[float] = mean_embedding(windows).round(EMBEDDING_DECIMALS).tolist()
         return numbers
-
-
-def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
-    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    unit: NDArray[np.float64] = vectors / np.maximum(lengths, 1e-12)
-    return unit
 
 
 def _taggram(probabilities: dict[str, Floats]) -> dict[str, list[list[float]]]:

@@ -1,4 +1,4 @@
-"""Vote: what the windows of one track say becomes the tags of the track.
+"""Vote: what the windows of one track say becomes the tags of the track, and its embedding.
 
 Silent windows don't vote. Three methods, explained in docs/voting.md:
 
@@ -134,6 +134,29 @@ def confidence(probabilities: Floats, kind: Kind) -> Floats:
         most = labels * np.log(2.0)
     result: Floats = np.clip(1.0 - nats.sum(axis=1) / most, 0.0, 1.0)
     return result
+
+
+def mean_embedding(windows: Floats) -> Floats:
+    """The embedding of a track: the mean over its windows, each of length 1 before and the mean
+    after.
+
+    Parameters
+    ----------
+    windows : np.ndarray [shape=(windows, dims)]
+        Of those that vote.
+
+    Returns
+    -------
+    np.ndarray [shape=(dims,)], in the type of `windows`
+    """
+    return _unit(_unit(windows).mean(axis=0))
+
+
+def _unit(vectors: Floats) -> Floats:
+    """Vectors on the last axis, scaled to length 1."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    unit: Floats = vectors / np.maximum(lengths, 1e-12)
+    return unit
 
 
 def _vote_head(head: Head, probabilities: Floats, method: VoteMethod) -> list[VotedTag]:
