@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from model.musicnn import REQUIREMENT, fetch_wheel, folded, licence, read_checkp
 from model.network import MusicnnConfig, Tagger, build
 from model.recipe import coarse, genre, music
 from model.recipe.card import card
+from model.recipe.coarse import Floats, Translation
+from model.recipe.genre import Genres
+from model.recipe.music import Recording
 from model.recipe.student import Lessons, Plan, of_archive, start, teach, varied
 
 log = logging.getLogger(__name__)
@@ -34,11 +37,62 @@ ORIGIN = {
     "labels": "GTZAN, fault-filtered split, training and validation songs",
     "labels_licence": "recordings without copyright clearance: research use by custom",
 }
-
+LOG_MELS = "logmels"  # where in the folder of work
 
 # Windows to learn from; of each the plan's batches have their part, in this order.
 EXCERPT_WINDOWS, GAME_WINDOWS, ARCHIVE_WINDOWS = 12_000, 8_000, 4_000
 PLAN = Plan(steps=1_400, learning_rate=3e-4, batch=(34, 20, 10))
+PLAN_WITHOUT_GAME = replace(PLAN, batch=PLAN.batch[::2])
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that is learnt from: game music, GTZAN's excerpts of audio, and its archive, whose
+    `clips` are in decibels; `tracks` are measured with alone."""
+
+    game: Sequence[Recording]
+    tracks: Sequence[Recording]
+    excerpts: Sequence[Recording]
+    archive: dict[str, Any]
+    clips: Sequence[Floats]
+    translation: Translation
+
+    @classmethod
+    def gather(cls, data: Path, work: Path) -> "Material":
+        """What is in `data` and, downloaded to `work`, in Debian; log-mels are kept in `work`."""
+        cache = work / LOG_MELS
+        game = list(music.recordings(music.debian_music(work), cache))
+        tracks = list(music.recordings(music.shared_tracks(data / "audio"), cache))
+        excerpts = music.excerpts(data / "gtzan", cache)
+        archive = _archive(data / "gtzan" / "logmel30s.npz")
+        clips = [coarse.archive_decibels(clip) for clip in archive["X"]]
+        translation = Translation.fit([(one.fine, one.coarse) for one in excerpts])
+        return cls(game, tracks, excerpts, archive, clips, translation)
+
+    @property
+    def head(self) -> Head:
+        """The head to be learnt: GTZAN's genres, in the archive's order."""
+        labels = tuple(str(name) for name in self.archive["genres"])
+        return Head(name="genre", kind="single", labels=labels, categories=("genre",) * len(labels))
+
+    def lessons(self, reference: Bundle, rng: np.random.Generator) -> list[Lessons]:
+        """What the reference says of each source of music, in the order of the plan's batch."""
+        windows = [varied(self.excerpts, EXCERPT_WINDOWS, rng)]
+        if self.game:
+            windows.append(varied(self.game, GAME_WINDOWS, rng))
+        windows.append(of_archive(self.clips, self.translation, ARCHIVE_WINDOWS, rng))
+        return [Lessons.ask(reference, source) for source in windows]
+
+    def genres(self, network: Tagger) -> Genres:
+        """The head fitted to `network`, whose embedding is standardised for it."""
+        head = self.head
+        genre.standardise(network, genre.heard(network, self.excerpts, head.labels).embeddings)
+        sharpen = genre.fit_sharpening(network, [*self.excerpts, *self.game], self.translation)
+        return genre.learn(
+            genre.heard(network, self.excerpts, head.labels),
+            genre.read(network, self.archive, self.clips, self.translation, sharpen),
+            head,
+        )
 
 
 def build_shipped(out: Path, *, data: Path, work: Path, seed: int = 0) -> tuple[Bundle, Bundle]:
@@ -54,45 +108,26 @@ def build_shipped(out: Path, *, data: Path, work: Path, seed: int = 0) -> tuple[
     wheel = fetch_wheel(work)
     reference = folded(read_checkpoint(wheel, "MSD_musicnn"))
     assert isinstance(reference.network, Tagger)
-    cache = work / "logmels"
-    at_hand = cache.exists()
+    at_hand = (work / LOG_MELS).exists()
     log.info("decoding")
-    game = list(music.recordings(music.debian_music(work), cache))
-    tracks = list(music.recordings(music.shared_tracks(data / "audio"), cache))
-    excerpts = music.excerpts(data / "gtzan", cache)
-    archive = _archive(data / "gtzan" / "logmel30s.npz")
-    clips = [coarse.archive_decibels(clip) for clip in archive["X"]]
-    translation = coarse.Translation.fit([(one.fine, one.coarse) for one in excerpts])
+    material = Material.gather(data, work)
 
     log.info("asking the reference, %.0f s in", time.monotonic() - began)
-    windows = [varied(excerpts, EXCERPT_WINDOWS, rng)]
-    if game:
-        windows.append(varied(game, GAME_WINDOWS, rng))
-    windows.append(of_archive(clips, translation, ARCHIVE_WINDOWS, rng))
-    lessons = [Lessons.ask(reference, source) for source in windows]
+    lessons = material.lessons(reference, rng)
     log.info("teaching the student, %.0f s in", time.monotonic() - began)
     student, config = start(reference)
-    plan = PLAN if game else replace(PLAN, batch=PLAN.batch[::2])
-    teach(student, lessons, plan, rng)
+    teach(student, lessons, PLAN if material.game else PLAN_WITHOUT_GAME, rng)
+    tracks = material.tracks
     likeness = (
         {"tags_against_reference": genre.compare_tags(student, reference, tracks)} if tracks else {}
     )
-
-    labels = tuple(str(name) for name in archive["genres"])
-    head = Head(name="genre", kind="single", labels=labels, categories=("genre",) * len(labels))
 
     def finish(
         name: str, network: Tagger, config: MusicnnConfig, more: dict[str, Any], **training: object
     ) -> Bundle:
         """Fit a network's genre head and write the bundle; `more` are figures."""
         log.info("fitting the genre head of %s, %.0f s in", name, time.monotonic() - began)
-        genre.standardise(network, genre.heard(network, excerpts, labels).embeddings)
-        sharpen = genre.fit_sharpening(network, [*excerpts, *game], translation)
-        genres = genre.learn(
-            genre.heard(network, excerpts, labels),
-            genre.read(network, archive, clips, translation, sharpen),
-            head,
-        )
+        genres = material.genres(network)
         figures = {
             **genres.figures,
             **more,
@@ -100,22 +135,10 @@ def build_shipped(out: Path, *, data: Path, work: Path, seed: int = 0) -> tuple[
             "log_mels_at_hand": at_hand,
         }
         log.info("measured: %s", json.dumps(figures))
-        heads = (head.model_copy(update={"calibration": genres.calibration}), *reference.heads)
-        settings = config.model_dump(mode="json")
-        whole = build("musicnn", settings, heads)
-        weights = {**network.state_dict(), "heads.genre.weight": genres.weight}
-        whole.load_state_dict({**weights, "heads.genre.bias": genres.bias})
-        bundle = Bundle(
+        bundle = replace(
+            _with_genres(reference, network, config, material.head, genres),
             name=f"timbre-{name}",
-            heads=heads,
-            sample_rate_hz=reference.sample_rate_hz,
-            window_s=reference.window_s,
-            embedding_dim=config.embedding_dim,
-            uncertain_threshold=genres.uncertain_threshold,
-            kind="musicnn",
-            config=settings,
-            network=whole,
-            training={**ORIGIN, "music": _told(game), "seed": seed, **training},
+            training={**ORIGIN, "music": _told(material.game), "seed": seed, **training},
             figures=figures,
         )
         folder = out / name
@@ -129,6 +152,25 @@ def build_shipped(out: Path, *, data: Path, work: Path, seed: int = 0) -> tuple[
     return finish("default", reference.network, whole, {}), fast
 
 
+def _with_genres(
+    reference: Bundle, network: Tagger, config: MusicnnConfig, head: Head, genres: Genres
+) -> Bundle:
+    """`network` as a bundle: the genre head before those of the reference."""
+    heads = (head.model_copy(update={"calibration": genres.calibration}), *reference.heads)
+    settings = config.model_dump(mode="json")
+    whole = build("musicnn", settings, heads)
+    weights = {**network.state_dict(), "heads.genre.weight": genres.weight}
+    whole.load_state_dict({**weights, "heads.genre.bias": genres.bias})
+    return replace(
+        reference,
+        heads=heads,
+        embedding_dim=config.embedding_dim,
+        uncertain_threshold=genres.uncertain_threshold,
+        config=settings,
+        network=whole,
+    )
+
+
 def _make_folders(out: Path, work: Path) -> None:
     make_folder(work)
     for name in ("default", "fast"):
@@ -140,6 +182,6 @@ def _archive(path: Path) -> dict[str, Any]:
         return {name: stored[name] for name in ("X", "y", "names", "split", "genres")}
 
 
-def _told(game: Sequence[music.Recording]) -> str:
+def _told(game: Sequence[Recording]) -> str:
     hours = sum(len(one.fine) for one in game) / coarse.FINE_FPS / 3_600
     return f"{hours:.1f} h of Debian's game music ({', '.join(music.PACKAGES)})"
