@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_leaves
 
 from model.calibration import Calibration
 from model.folder import make_folder
-from model.frontend import LogMel
 from model.heads import Head
 from model.invalid import first_fault
 from model.network import Output, Tagger, build
@@ -89,7 +88,7 @@ class Bundle:
     uncertain_threshold: float
     kind: str
     config: dict[str, Any]
-    network: nn.Module = field(repr=False)
+    network: Tagger = field(repr=False)
     short_track: Literal["tile", "zero_pad"] = "tile"
     training: dict[str, Any] = field(default_factory=dict, repr=False)
     figures: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -234,7 +233,7 @@ def _check_values(folder: Path, tensors: dict[str, Tensor]) -> None:
             raise BundleInvalid(f"{folder / WEIGHTS}: {name} has values that are not finite")
 
 
-def _network(folder: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> nn.Module:
+def _network(folder: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> Tagger:
     try:
         # On `meta` a shape costs nothing, so that no config can ask for more than the file holds.
         with torch.device("meta"):
@@ -261,11 +260,8 @@ def _network(folder: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> nn
     return network.eval().requires_grad_(False)
 
 
-def _check_rate(folder: Path, manifest: Manifest, network: nn.Module) -> None:
-    assert isinstance(network, Tagger)
-    front_end = network.front_end
-    assert isinstance(front_end, LogMel)
-    rate_hz = front_end.config.sample_rate_hz
+def _check_rate(folder: Path, manifest: Manifest, network: Tagger) -> None:
+    rate_hz = network.front_end.config.sample_rate_hz
     if rate_hz != manifest.sample_rate_hz:
         raise BundleInvalid(
             f"{folder / MANIFEST}: sample_rate_hz is {manifest.sample_rate_hz}, "
@@ -293,10 +289,8 @@ class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made
 
 
-def _check_cost(folder: Path, network: nn.Module) -> None:
+def _check_cost(folder: Path, network: Tagger) -> None:
     """One window through the network while it is on `meta`: few weights can ask for much memory."""
-    assert isinstance(network, Tagger)
-    assert isinstance(network.front_end, LogMel)
     front_end = network.front_end.config
     largest = _Largest()
     largest.values = front_end.frames * front_end.n_fft
@@ -314,7 +308,7 @@ def _check_cost(folder: Path, network: nn.Module) -> None:
         )
 
 
-def _probe(folder: Path, manifest: Manifest, network: nn.Module) -> None:
+def _probe(folder: Path, manifest: Manifest, network: Tagger) -> None:
     """One silent window through the network: what it says must be numbers, and as many as the
     manifest states."""
     samples = round(manifest.window_s * manifest.sample_rate_hz)

@@ -61,8 +61,7 @@ def export_onnx(bundle: Bundle, path: Path) -> Path:
     heads, and `embedding`. Labels and version stand in its metadata.
     """
     network = copy.deepcopy(bundle.network)
-    if isinstance(network.front_end, LogMel):
-        network.front_end = ConvolvedLogMel(network.front_end)
+    network.front_end = ConvolvedLogMel(network.front_end)
     heads = tuple(head.name for head in bundle.heads)
     program = _traced(_Flat(network, heads).eval(), bundle.window_samples, [*heads, "embedding"])
     path.parent.mkdir(parents=True, exist_ok=True)

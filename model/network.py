@@ -34,7 +34,7 @@ class Tagger(nn.Module):
     """
 
     def __init__(
-        self, front_end: nn.Module, trunk: nn.Module, embedding_dim: int, heads: Sequence[Head]
+        self, front_end: LogMel, trunk: nn.Module, embedding_dim: int, heads: Sequence[Head]
     ) -> None:
         super().__init__()
         self.front_end = front_end
@@ -218,11 +218,11 @@ KINDS = {
 }
 
 
-def build(kind: str, config: Mapping[str, Any], heads: Sequence[Head]) -> nn.Module:
+def build(kind: str, config: Mapping[str, Any], heads: Sequence[Head]) -> Tagger:
     """An untrained network of `kind`; ValueError for an unknown kind or a config out of bounds."""
     if kind not in KINDS:
         raise ValueError(f"unknown network kind {kind!r}, known: {', '.join(sorted(KINDS))}")
     module, _, function = KINDS[kind].partition(":")
-    builder: Callable[[Mapping[str, Any], Sequence[Head]], nn.Module]
+    builder: Callable[[Mapping[str, Any], Sequence[Head]], Tagger]
     builder = getattr(import_module(module), function)
     return builder(config, heads)

@@ -19,7 +19,7 @@ from model.datasets.logmels import archive_source, makes
 from model.datasets.resynthesis import Resynthesis
 from model.frontend import LogMelConfig
 from model.heads import Head
-from model.network import Output, Tagger
+from model.network import Output
 from worker.decode.decoder import Decoder
 from worker.errors import DatasetInvalid, DecodeFailed
 from worker.settings import WindowSettings
@@ -114,7 +114,7 @@ def _reader(bundle: Bundle, dataset: Dataset, hop_s: float) -> tuple[Heard, Read
     rate_hz = bundle.sample_rate_hz
     if dataset.logmels is None:
         return "audio", _audio_windows(bundle, hop_s, lambda clip, _: _decoded(clip, rate_hz))
-    front_end = LogMelConfig.model_validate(bundle.config.get("front_end", {}))
+    front_end = bundle.network.front_end.config
     if makes(front_end, dataset.logmels):
         return "log-mels", _logmel_windows(bundle, dataset, front_end, hop_s)
     resynthesis = Resynthesis(dataset, rate_hz)
@@ -132,7 +132,6 @@ def _logmel_windows(
     bundle: Bundle, dataset: Dataset, front_end: LogMelConfig, hop_s: float
 ) -> Reader:
     network = bundle.network
-    assert isinstance(network, Tagger)
     source = archive_source(dataset, front_end)
     hop = max(1, round(hop_s / bundle.window_s * front_end.frames))
 

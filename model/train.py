@@ -124,10 +124,8 @@ class Plan:
     def network(self) -> Tagger:
         """The network before training: random, or the start's with a new head."""
         network = build(self.kind, self.config, [self.head])
-        assert isinstance(network, Tagger)
         if self.start is not None:
             theirs = self.start.network
-            assert isinstance(theirs, Tagger)
             network.trunk = copy.deepcopy(theirs.trunk).requires_grad_(True)
             same = [head for head in self.start.heads if head.labels == self.head.labels]
             if same:
@@ -469,8 +467,8 @@ def _plan(dataset: Dataset, recipe: Recipe, start: Bundle | None) -> Plan:
             "a folder per genre, name the folder right above those of the genres"
         )
     if start is not None:
-        front_end = LogMelConfig.model_validate(start.config.get("front_end", {}))
-        return Plan(start.kind, start.config, front_end, head, start.window_s, start)
+        heard = start.network.front_end.config
+        return Plan(start.kind, start.config, heard, head, start.window_s, start)
     front_end = recipe.network.front_end
     window_s = round(front_end.frames * front_end.hop / front_end.sample_rate_hz, 1)
     if not SHORTEST_WINDOW_S <= window_s <= LONGEST_WINDOW_S:

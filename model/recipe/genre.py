@@ -27,7 +27,6 @@ from model.calibration import (
     fit_temperature,
     threshold_for_coverage,
 )
-from model.frontend import LogMel
 from model.heads import Head
 from model.measure import METHODS, Scores, Voted
 from model.network import Musicnn, Tagger
@@ -80,7 +79,6 @@ def embed(network: Tagger, logmel: Floats) -> Floats:
 
 def _given(network: Tagger, logmel: Floats) -> Sequence[Tensor]:
     """The reference's log-mels in batches, as the network's own front end makes them."""
-    assert isinstance(network.front_end, LogMel)
     whole = torch.from_numpy(np.asarray(logmel, np.float32))
     as_heard = halved(whole) if network.front_end.config.frames < WINDOW_FRAMES else whole
     return torch.split(as_heard, BATCH)
@@ -346,7 +344,6 @@ def compare_tags(
 ) -> dict[str, float]:
     """Mean tags of whole tracks: correlation with the reference's, and how many of its five best
     the student gives too."""
-    assert isinstance(reference.network, Tagger)
     both = np.stack(
         [
             np.stack([_tags(student, logmel), _tags(reference.network, logmel)])

@@ -63,7 +63,6 @@ def start(reference: Bundle) -> tuple[Tagger, MusicnnConfig]:
         embedding_dim=shape.embedding_dim,
     )
     student = build("musicnn", config.model_dump(mode="json"), reference.heads)
-    assert isinstance(student, Tagger)
     state = dict(reference.network.state_dict())
     for name, weight in state.items():
         if "front" in name and name.endswith("weight"):
@@ -156,7 +155,6 @@ class Lessons:
     def ask(cls, reference: Bundle, windows: Iterable[Floats]) -> "Lessons":
         """Put `windows` `(WINDOW_FRAMES, 96)` to the reference."""
         network = reference.network
-        assert isinstance(network, Tagger)
         asked: list[Floats] = []
         kept, tags, embedding = [], [], []
 

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
 import psutil
 import pytest
@@ -14,6 +15,7 @@ from pydantic import SecretStr
 from redis.asyncio import Redis
 
 from model.bundle import Bundle, Head
+from model.network import Tagger
 from schemas.events import (
     AudioRef,
     JsonObject,
@@ -47,7 +49,7 @@ BUNDLE = Bundle(
     uncertain_threshold=0.5,
     kind="",
     config={},
-    network=torch.nn.Identity(),
+    network=cast(Tagger, torch.nn.Identity()),
 )
 
 

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model.bundle import Bundle, Head
+from model.network import Tagger
 from schemas.events import Priority
 from tests.unit.worker.small_network import Answer, SmallNet
 from tests.waiting import until
@@ -99,7 +101,7 @@ def bundle_of(network: nn.Module) -> Bundle:
         uncertain_threshold=0.5,
         kind="small",
         config={},
-        network=network,
+        network=cast(Tagger, network),
     )
 
 
