@@ -12,6 +12,7 @@ Kind = Literal["single", "multi"]
 FLOOR = 1e-3  # a vote of zero windows is no proof of impossibility
 NO_PROOF = 1e-9  # nor is one of all windows, or of none, a proof of a label's yes or no
 BINS = 10  # of scores
+CONFIDENT_COVERAGE = 0.7  # share of tracks that `uncertain` leaves
 # A power of 20 keeps every score's within what a float holds, and `fit_temperature` looks no
 # further than 5 times either way.
 Temperature = Annotated[float, Field(ge=1 / 20, le=20, allow_inf_nan=False)]

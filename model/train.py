@@ -31,7 +31,12 @@ from model.bundle import (
     all_finite,
     make_bundle_folder,
 )
-from model.calibration import Calibration, fit_temperature, threshold_for_coverage
+from model.calibration import (
+    CONFIDENT_COVERAGE,
+    Calibration,
+    fit_temperature,
+    threshold_for_coverage,
+)
 from model.checkpoint import Checkpoint, State
 from model.datasets.dataset import Dataset, left_out
 from model.datasets.logmels import LogMelSource, open_source
@@ -46,7 +51,6 @@ from model.network import Tagger, build
 from worker.errors import DatasetInvalid, SettingsInvalid
 
 Fit = Literal["all", "train"]
-CONFIDENT_COVERAGE = 0.7  # share of tracks that `uncertain` leaves
 CHECKPOINTS = 50  # of a part of a run
 VALIDATIONS = 8
 NARROWING_CLIPS, NARROWING_WINDOWS = 128, 10  # that say which directions embeddings keep
@@ -523,7 +527,7 @@ def _card(bundle: Bundle, dataset: Dataset) -> str:
     figures = bundle.figures["track_accuracy"]
     told = "\n".join(f"| {method} | {accuracy:.1%} |" for method, accuracy in figures.items())
     songs, held = len(dataset.indices("train")), len(dataset.indices("valid"))
-    learnt = "those and the validation songs" if bundle.training["fit"] == "all" else "those alone"
+    these = "those and the validation songs" if bundle.training["fit"] == "all" else "those alone"
     return f"""# {bundle.name}
 
 A Timbre bundle made by `timbre model train` ({bundle.training["start"]}).
@@ -537,7 +541,7 @@ A Timbre bundle made by `timbre model train` ({bundle.training["start"]}).
 - Seed {bundle.training["seed"]}; the whole recipe stands in `model.json` under `training`.
 
 A rehearsal learnt from the training songs alone and was measured on the validation songs. Its
-calibration is the bundle's. The weights here learnt from {learnt}.
+calibration is the bundle's. The weights here learnt from {these}.
 
 | vote | validation tracks whose first tag is right |
 |---|---|

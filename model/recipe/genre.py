@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from model.bundle import Bundle
 from model.calibration import (
+    CONFIDENT_COVERAGE,
     Calibration,
     chance_calibration_error,
     expected_calibration_error,
@@ -44,7 +45,6 @@ from model.recipe.music import Recording
 from model.recipe.student import BATCH, clip_window, halved
 
 Ints = NDArray[np.int64]
-COVERAGE = 0.7
 ARCHIVE_WEIGHT = 2.0  # of a window that is only known blurred
 RIDGE = 300.0
 STRENGTH = 0.003  # of the logistic regression's freedom
@@ -223,7 +223,7 @@ def learn(audio: Windows, archive: Windows, head: Head) -> Genres:
         }
     )
     confidence = calibration.apply(voted["mean"], kind="single", method="mean").max(1)
-    threshold = math.floor(1_000 * threshold_for_coverage(confidence, COVERAGE)) / 1_000
+    threshold = math.floor(1_000 * threshold_for_coverage(confidence, CONFIDENT_COVERAGE)) / 1_000
     right = voted["mean"].argmax(1) == truth
     crossed = _cross_calibrated(voted["mean"], truth, audio.songs[tracks])
     figures = {
