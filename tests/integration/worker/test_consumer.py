@@ -8,6 +8,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.worker_process import environment
 from worker.kafka import connection
 from worker.kafka import consumer as consumer_module
 from worker.kafka.consumer import MAX_RESTING, Consumer, Handle, Place
+from worker.kafka.faust_app import App
 from worker.metrics import Metrics
 from worker.record import Record
 from worker.services.topics import create_topics
@@ -458,6 +460,33 @@ async def test_a_worker_that_its_group_refuses_joins_once_it_may(topics: MakeTop
             assert not consumer.assigned
             await stranger.stop()
             await until(lambda: len(seen) == 10, timeout_s=20)
+
+
+async def test_a_worker_that_asks_for_nothing_for_long_stays_in_its_group(
+    topics: MakeTopics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumer_module, "METADATA_AGE_S", 1.0)
+    monkeypatch.setattr(consumer_module, "App", partial(App, broker_max_poll_interval=2.0))
+    existing = await topics(partitions=1)
+    names = ("topic_new", "topic_backfill")
+    own = existing.model_copy(update={name: getattr(existing, name) + "-later" for name in names})
+    taking_results = asyncio.Event()
+    seen = list[bytes | None]()
+
+    async def handle(record: Record, _: Place) -> None:
+        await taking_results.wait()
+        seen.append(record.value)
+
+    async with consuming(settings_of(own), handle) as consumer:
+        await until(lambda: consumer.assigned)
+        await asyncio.sleep(4)  # without partitions
+        await create_topics(own, {own.topic_new: 1, own.topic_backfill: 1})
+        for name in names:
+            await send(own, 100, getattr(own, name))
+        await until(lambda: consumer.in_flight)
+        await asyncio.sleep(6)  # with all that it may hold
+        taking_results.set()
+        await until(lambda: len(seen) == 200, timeout_s=20)
 
 
 CONSUMER_THAT_STAYS = """
