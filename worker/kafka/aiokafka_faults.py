@@ -5,10 +5,13 @@ Private parts of it are replaced, so its version is pinned exactly.
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import Any
 
 from aiokafka.client import AIOKafkaClient
 from aiokafka.consumer.fetcher import Fetcher
+from aiokafka.consumer.group_coordinator import GroupCoordinator
+from aiokafka.errors import UnknownTopicOrPartitionError
 
 from worker.kafka import record_batches
 
@@ -18,6 +21,7 @@ def mend() -> None:
     record_batches.read_whatever_was_sent()
     Fetcher.close = _close
     AIOKafkaClient._metadata_update = _paced
+    GroupCoordinator._do_commit_offsets = _commit_to_what_is_there
 
 
 _update = AIOKafkaClient._metadata_update
@@ -49,3 +53,20 @@ async def _close(fetcher: Any) -> None:
     for waiter in list(fetcher._fetch_waiters):
         fetcher._notify(waiter)
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+_commit = GroupCoordinator._do_commit_offsets
+
+
+async def _commit_to_what_is_there(coordinator: Any, assignment: Any, offsets: Any) -> None:
+    """Commit, short of partitions that were deleted.
+
+    Aiokafka tries those for ever, and neither another commit nor a rebalance comes to its end
+    meanwhile.
+    """
+    try:
+        await _commit(coordinator, assignment, offsets)
+    except UnknownTopicOrPartitionError:
+        for tp, offset in offsets.items():
+            with suppress(UnknownTopicOrPartitionError):
+                await _commit(coordinator, assignment, {tp: offset})

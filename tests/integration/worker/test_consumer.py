@@ -489,6 +489,30 @@ async def test_a_worker_that_asks_for_nothing_for_long_stays_in_its_group(
         await until(lambda: len(seen) == 200, timeout_s=20)
 
 
+async def test_a_topic_that_is_deleted_holds_up_no_other(topics: MakeTopics) -> None:
+    own = await topics(partitions=1)
+    deleted = asyncio.Event()
+
+    async def handle(record: Record, _: Place) -> None:
+        if record.topic == own.topic_backfill:
+            await deleted.wait()
+
+    async def all_committed() -> bool:
+        return await committed(own, 1) == 10
+
+    await send(own, 3, own.topic_backfill)
+    async with consuming(settings_of(own), handle) as consumer:
+        await until(lambda: consumer.in_flight == 3)
+        async with administering(own) as admin:
+            await admin.delete_topics([own.topic_backfill])
+        await asyncio.sleep(1)  # the broker tells no later that the topic is away
+        deleted.set()
+        await until(lambda: not consumer.in_flight)
+        await asyncio.sleep(1)  # its offset is committed
+        await send(own, 10)
+        await until(all_committed, timeout_s=20)
+
+
 CONSUMER_THAT_STAYS = """
 import asyncio, sys
 from worker.app import run_worker
