@@ -3,6 +3,7 @@
 Private parts of it are overridden, so its version is pinned exactly.
 """
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -62,6 +63,18 @@ class _Consumer(driver.Consumer):
         acknowledged = self._acked.pop(tp, None)
         self._acked_index.pop(tp, None)
         return acknowledged[-1] + 1 if acknowledged else None
+
+    async def maybe_wait_for_commit_to_finish(self) -> bool:
+        """Wait, and commit all the same: what is on its way knows nothing of what ended since."""
+        while self._commit_fut is not None:
+            await asyncio.wait({self._commit_fut})
+        return False
+
+    async def on_partitions_revoked(self, revoked: set[TP]) -> None:
+        """Keep what is acknowledged and not committed yet; faust forgets it before it commits."""
+        self._active_partitions.difference_update(revoked)
+        self._paused_partitions.difference_update(revoked)
+        await self._on_partitions_revoked(revoked)
 
     @faust.Service.task
     async def _raise_errors(self) -> None:

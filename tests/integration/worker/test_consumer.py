@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 
 from tests.conftest import MakeTopics
@@ -367,6 +368,36 @@ async def test_a_rebalance_during_a_stop_waits_for_what_is_in_flight(topics: Mak
             await until(lambda: another.assigned)
     assert not others
     assert await committed(own, 2) == 8
+
+
+async def test_what_finishes_before_a_rebalance_is_committed(
+    topics: MakeTopics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = await topics(partitions=1)
+    loop, committing = asyncio.get_running_loop(), asyncio.Event()
+    commit = GroupCoordinator._do_commit_offsets
+    seen = list[int]()
+
+    async def slowly(*args: Any) -> None:
+        monkeypatch.undo()
+        loop.call_soon_threadsafe(committing.set)
+        await asyncio.sleep(3)
+        await commit(*args)
+
+    async def handle(record: Record, _: Place) -> None:
+        if record.offset > 0:
+            await committing.wait()
+        seen.append(record.offset)
+
+    async with consuming(settings_of(own), handle):
+        await send(own, 5)
+        monkeypatch.setattr(GroupCoordinator, "_do_commit_offsets", slowly)
+        await committing.wait()
+        async with consuming(settings_of(own), handle) as joining:
+            await until(lambda: joining.assigned)
+            await send(own, 5)
+            await until(lambda: 9 in seen)
+    assert sorted(seen) == list(range(10))
 
 
 async def test_a_stop_does_not_wait_for_a_new_consumer(
