@@ -38,6 +38,7 @@ METADATA_AGE_S = 10.0  # so soon are topics seen that were made, or given partit
 # Aiokafka leaves the group, for good, where a worker asks for nothing for so long: one that waits
 # without partitions, or for Kafka to take results.
 MAX_POLL_INTERVAL_S = 10 * 365 * 24 * 3600.0
+REBALANCE_TIMEOUT_S = 60.0  # beyond the grace: the group goes on without whoever takes longer
 RESTART_BACKOFF_S = (0.5, 30.0)
 HEARTBEATS_PER_SESSION = 6
 CANCEL_TIMEOUT_S = 2.0
@@ -370,6 +371,7 @@ class Consumer:
             broker_session_timeout=kafka.session_timeout_s,
             broker_heartbeat_interval=kafka.session_timeout_s / HEARTBEATS_PER_SESSION,
             broker_request_timeout=max(kafka.request_timeout_s, kafka.session_timeout_s + 5),
+            broker_rebalance_timeout=self._rebalance_grace_s + REBALANCE_TIMEOUT_S,
             broker_max_poll_interval=MAX_POLL_INTERVAL_S,
             broker_max_poll_records=POLL_RECORDS,
             broker_commit_interval=COMMIT_INTERVAL_S,

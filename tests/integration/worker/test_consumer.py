@@ -370,6 +370,29 @@ async def test_a_rebalance_during_a_stop_waits_for_what_is_in_flight(topics: Mak
     assert await committed(own, 2) == 8
 
 
+async def test_a_rebalance_waits_for_all_of_the_grace(
+    topics: MakeTopics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumer_module, "App", partial(App, broker_rebalance_timeout=2.0))
+    own = await topics(partitions=1)
+    begun, done = list[int](), list[int]()
+
+    async def slowly(record: Record, _: Place) -> None:
+        begun.append(record.offset)
+        await asyncio.sleep(9)
+        done.append(record.offset)
+
+    settings = settings_of(own, rebalance_grace_s=12.0, stop_deadline_s=20.0)
+    async with consuming(settings, slowly):
+        await send(own, 3)
+        await until(lambda: len(begun) == 3)
+        async with consuming(settings, slowly) as joining:
+            await until(lambda: joining.assigned)
+            await until(lambda: len(done) == 3)
+            await asyncio.sleep(2)
+    assert begun == [0, 1, 2]
+
+
 async def test_what_finishes_before_a_rebalance_is_committed(
     topics: MakeTopics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
