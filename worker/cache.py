@@ -245,7 +245,7 @@ class Cache:
         return cast(bytes, value) or None
 
     async def _try_to_store(self, result: _Result) -> bool:
-        if self._is_avoided():
+        if self._is_avoided(storing=True):
             return False
         try:
             await self._write(result)
@@ -302,10 +302,13 @@ class Cache:
         commands.set(key, analysis.to_bytes(), ex=life_s)
         commands.set(self._keys.event(event_id), sha256, ex=life_s)
 
-    def _is_avoided(self) -> bool:
-        """Whether to go on without Redis: while it is down, one caller a second tries it."""
+    def _is_avoided(self, *, storing: bool = False) -> bool:
+        """Whether to go on without Redis: while it is down, one caller a second tries it.
+
+        Where results wait to be stored that is who stores them, as lookups come far more often.
+        """
         now_s = time.monotonic()
-        if now_s < self._down_until_s:
+        if now_s < self._down_until_s or (self._down and self._missed and not storing):
             return True
         if self._down:
             self._down_until_s = now_s + DOWN_FOR_S

@@ -1,3 +1,4 @@
+import asyncio
 import json
 import resource
 import time
@@ -305,6 +306,24 @@ async def test_what_redis_missed_is_stored_once_it_is_back(
         keys = [f"{redis_prefix}track:t{number}" for number in range(3)]
         async with Redis.from_url(own_redis.address) as redis:
             await until(lambda: stored(redis, *keys))
+
+
+async def test_lookups_do_not_keep_what_redis_missed_from_being_stored(
+    own_redis: LocalRedis, redis_prefix: str
+) -> None:
+    async def look_up() -> None:
+        while True:
+            await cache.by_audio(SHA256)
+            await asyncio.sleep(0.005)
+
+    async with cache_at(own_redis.address, redis_prefix) as cache:
+        own_redis.stop()
+        await store(cache, "t", analysis())
+        looking_up = asyncio.create_task(look_up())
+        own_redis.start()
+        async with Redis.from_url(own_redis.address) as redis:
+            await until(lambda: stored(redis, f"{redis_prefix}track:t"), timeout_s=20)
+        looking_up.cancel()
 
 
 async def test_of_what_redis_missed_the_newest_results_are_kept(
