@@ -7,6 +7,7 @@ engine's (`device`). docs/batching.md tells the rules to operators.
 
 import asyncio
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -228,18 +229,20 @@ class Batcher:
         loop = asyncio.get_running_loop()
         while True:
             await self._in_flight.acquire()
-            oldest_since = await self._until_due()
-            pieces = self._queue.take(self._max_windows, loop.time())
+            await self._until_due()
+            now = loop.time()
+            pieces = self._queue.take(self._max_windows, now)
             self._observer.on_queue(self._queue.depth)
             if not pieces:
                 self._in_flight.release()
                 continue
-            task = asyncio.create_task(self._process(pieces, loop.time() - oldest_since))
+            wait_s = now - min(piece.request.since for piece in pieces)
+            task = asyncio.create_task(self._process(pieces, wait_s))
             self._batches.add(task)
             task.add_done_callback(self._batches.discard)
 
-    async def _until_due(self) -> float:
-        """Wait until a batch is full or its oldest window has waited long enough: since when."""
+    async def _until_due(self) -> None:
+        """Wait until a batch is full or the oldest window has waited long enough."""
         loop = asyncio.get_running_loop()
         while True:
             self._queued.clear()
@@ -248,12 +251,10 @@ class Batcher:
             if oldest_since is not None:
                 patience_s = oldest_since + self._settings.max_delay_s - loop.time()
                 if self._stopping or patience_s <= 0 or self._queue.depth >= self._max_windows:
-                    return oldest_since
-            try:
+                    return
+            with suppress(TimeoutError):
                 async with asyncio.timeout(patience_s):
                     await self._queued.wait()
-            except TimeoutError:
-                continue
 
     async def _process(self, pieces: list[Piece], wait_s: float) -> None:
         """One batch from the queue to its answers."""

@@ -282,17 +282,18 @@ async def test_a_hundred_short_tracks_do_not_wait_for_a_long_one() -> None:
 
 
 async def test_uploads_go_before_backfill_that_waits_longer() -> None:
-    network = SmallNet()
-    async with batcher_of(network, max_windows=4, backfill_share=0) as batcher:
+    network, told = SmallNet(), Told()
+    async with batcher_of(network, told, max_windows=4, backfill_share=0) as batcher:
         tracks = Tracks(batcher)
         blocking = await held_up(network, tracks)
         old = [tracks.send("old", noise(4, i), priority="backfill") for i in range(5)]
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(1)
         new = [tracks.send("new", noise(4, i)) for i in range(5)]
         await asyncio.sleep(0)
         network.go.set()
         await asyncio.gather(*blocking, *old, *new)
     assert tracks.finished[2:] == ["new"] * 5 + ["old"] * 5
+    assert max(told.waits_s[2:7]) < 1 <= min(told.waits_s[7:])
 
 
 async def test_backfill_gets_its_share_beside_uploads() -> None:
