@@ -119,6 +119,7 @@ class Engine:
         self._network = network
         self._window_samples = window_samples
         self._max_windows = settings.max_windows
+        self._in_flight = settings.in_flight
         self._timeout_s = settings.timeout_s
         on_cpu = self._device.type == "cpu"
         self._threads = settings.threads if on_cpu else 1
@@ -161,7 +162,7 @@ class Engine:
         """Copy parts `(windows, window_samples)` into one buffer, one after another.
 
         Returns the buffer, which `release` takes back, and which parts it holds: one with a sample
-        that is not finite is left out.
+        that is not finite is left out. Raises DeviceLost and DeviceHung as `compute` does.
         """
         free = self._buffers.pop() if self._buffers else None
         ((buffer, held),) = await self._copiers.run(
@@ -209,11 +210,14 @@ class Engine:
 
     def _warm_up(self) -> None:
         self._network.eval().to(self._device)
-        buffer = Buffer(self._max_windows, self._window_samples, self._device)
+        # Before the network has had what it can get: it makes do with less, a buffer can't.
+        self._buffers = [self._new_buffer() for _ in range(self._in_flight)]
         # The largest first: the memory it takes serves the smaller ones.
         for windows in reversed(self._buckets):
-            self._run(buffer, 0, windows)
-        self._buffers.append(buffer)
+            self._run(self._buffers[0], 0, windows)
+
+    def _new_buffer(self) -> Buffer:
+        return Buffer(self._max_windows, self._window_samples, self._device)
 
     def _time_a_window(self) -> float:
         """Seconds in the best of a few passes over as many windows as a pass takes."""
@@ -226,14 +230,15 @@ class Engine:
         return min(taken_s) / self._chunk
 
     def _fill(self, buffer: Buffer | None, parts: Sequence[Floats]) -> tuple[Buffer, list[bool]]:
-        buffer = buffer or Buffer(self._max_windows, self._window_samples, self._device)
         held = [bool(np.isfinite(part).all()) for part in parts]
-        rows = 0
-        for part in (part for part, whole in zip(parts, held, strict=True) if whole):
-            buffer.view[rows : rows + len(part)] = part
-            rows += len(part)
-        if self._streams is not None:
-            self._streams.upload(buffer, rows)
+        with self._losses_told():
+            buffer = buffer or self._new_buffer()
+            rows = 0
+            for part in (part for part, whole in zip(parts, held, strict=True) if whole):
+                buffer.view[rows : rows + len(part)] = part
+                rows += len(part)
+            if self._streams is not None:
+                self._streams.upload(buffer, rows)
         return buffer, held
 
     def _run(self, buffer: Buffer, start: int, stop: int) -> WindowOutputs:
@@ -253,21 +258,28 @@ class Engine:
     def _pass(self, buffer: Buffer, start: int, stop: int) -> WindowOutputs | None:
         """One forward pass; None where memory does not hold it."""
         try:
-            if self._streams is None:
-                return self._forward(buffer.samples[start:stop])
-            with self._streams.computing(buffer):
-                padded = pad_to_bucket(buffer.samples, start, stop, self._buckets)
-                return self._forward(padded).rows(0, stop - start)
+            with self._losses_told():
+                if self._streams is None:
+                    return self._forward(buffer.samples[start:stop])
+                with self._streams.computing(buffer):
+                    padded = pad_to_bucket(buffer.samples, start, stop, self._buckets)
+                    return self._forward(padded).rows(0, stop - start)
         except Exception as error:
             if not _is_out_of_memory(error):
-                if isinstance(error, torch.AcceleratorError):
-                    self.lost = True
-                    raise DeviceLost(
-                        f"{self._device} broke: {error}. Start the worker again."
-                    ) from error
                 raise
         # Outside `except`, for its traceback would keep the tensors of the pass alive.
         return None
+
+    @contextmanager
+    def _losses_told(self) -> Iterator[None]:
+        """Raise `DeviceLost` where the device breaks inside: its first call to fail may be any."""
+        try:
+            yield
+        except torch.AcceleratorError as error:
+            if _is_out_of_memory(error):
+                raise
+            self.lost = True
+            raise DeviceLost(f"{self._device} broke: {error}. Start the worker again.") from error
 
     def _forward(self, samples: Tensor) -> WindowOutputs:
         with (

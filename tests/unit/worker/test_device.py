@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from tests.unit.worker.small_network import Answer, SmallNet
 from tests.waiting import until
+from worker.batch import device
 from worker.batch.device import (
     CPU_CHUNK_WINDOWS,
     DECODE_S_PER_WINDOW,
@@ -208,6 +210,31 @@ async def test_a_broken_device_is_lost_for_good() -> None:
         with pytest.raises(DeviceLost, match="device-side assert"):
             await outputs_of(engine, noise(5))
         assert engine.lost
+
+
+async def test_a_device_that_breaks_as_windows_are_copied_is_lost_for_good(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def upload(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    async with engine_of(SmallNet()) as engine:
+        monkeypatch.setattr(engine, "_streams", SimpleNamespace(upload=upload))
+        with pytest.raises(DeviceLost, match="unspecified launch failure"):
+            await engine.stage([noise(1)])
+        assert engine.lost
+
+
+async def test_batches_in_flight_take_their_memory_before_the_network_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    async with engine_of(SmallNet(), in_flight=2) as engine:
+        monkeypatch.setattr(device, "Buffer", run_out)
+        await engine.stage([noise(1)])
+        await engine.stage([noise(1)])
 
 
 async def test_calls_of_a_crew_run_side_by_side_and_the_first_error_is_told() -> None:
