@@ -318,24 +318,25 @@ class Batcher:
 
         Where a second one hangs it is the device that does, and nobody is tried any more.
         """
-        culprit: Ticket | None = None
+        loop = asyncio.get_running_loop()
+        one_hung = False
         for p in placed:
-            ticket = p.piece.request.ticket
-            if ticket is culprit:
-                continue  # its track has failed
+            request = p.piece.request
+            if request.over(loop.time()):
+                continue
             try:
                 self._answer(p.piece, await self._run(buffer, p.row, p.stop))
             except DeviceLost:
                 raise
             except DeviceHung as error:
-                if culprit is not None:
+                if one_hung:
                     raise
-                culprit = ticket
+                one_hung = True
                 self._observer.on_fault("hung")
-                for request in tuple(ticket.requests):
-                    request.fail(error)
+                for each in tuple(request.ticket.requests):
+                    each.fail(error)
             except TimbreError as error:
-                p.piece.request.fail(error)
+                request.fail(error)
             except Exception as error:
                 log.warning("The network failed on a track", exc_info=error)
                 self._fail(

@@ -453,6 +453,27 @@ async def test_a_track_that_breaks_the_network_fails_alone(poisoned: int) -> Non
     assert told.faults == ["failed"] * poisoned
 
 
+async def test_of_a_failed_batch_nobody_is_run_alone_who_waits_no_more() -> None:
+    network = Choking()
+    async with batcher_of(network, max_windows=3, max_delay_s=5) as batcher:
+        tracks = Tracks(batcher)
+        network.order.clear()
+        network.go.clear()
+        first, bad, gone = (
+            tracks.send("first", noise(1)),
+            tracks.send("bad", noise(1, first=MARK)),
+            tracks.send("gone", noise(1, first=0.5)),
+        )
+        await until(lambda: network.sizes == [3, 1])
+        gone.cancel()
+        await asyncio.wait([gone])
+        network.go.set()
+        assert same(await first, noise(1))
+        with pytest.raises(InferenceFailed):
+            await bad
+    assert network.sizes == [3, 1, 1]
+
+
 async def test_a_fault_that_passes_harms_no_track() -> None:
     async with batcher_of(Stumbling()) as batcher:
         tracks = Tracks(batcher)
