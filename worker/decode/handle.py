@@ -51,6 +51,7 @@ class Block:
         if self._release is not None:
             self._release()
             self._release = None
+            del self.windows  # they hold all of the decoder's memory
 
 
 class DecoderProcess:
@@ -122,6 +123,11 @@ class DecoderProcess:
     def kill(self) -> None:
         if self._popen is not None:
             self._popen.kill()
+
+    def abandon(self) -> None:
+        """Kill it with its track: its memory goes with the last block, not with the last error."""
+        self.kill()
+        del self._memory
 
     def disconnect(self) -> None:
         """Stop listening to it: it has ended, or is about to be."""

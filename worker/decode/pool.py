@@ -157,7 +157,7 @@ class DecoderPool:
             if decoding.ended_in_order and process.released.is_set():
                 self._line.give(process)
             else:
-                process.kill()
+                process.abandon()
 
     def _help_out(self) -> None:
         """Start a spare process where a track waits and long tracks hold all that there are.
@@ -270,9 +270,8 @@ class Decoding:
             self._process_sound = False
             raise await self._death()
         if "error" in message:
-            error = _error(message["error"])
-            self._process_sound = error.code in OF_THE_AUDIO
-            raise error
+            self._process_sound = message["error"]["code"] in OF_THE_AUDIO
+            raise _error(message["error"])
         self._facts = DecodedFacts(**message["facts"])
         raise StopAsyncIteration
 

@@ -256,10 +256,10 @@ async def test_a_block_may_be_released_after_its_pool_has_closed(song: Path) -> 
         held = await anext(await track.__aenter__())
     as_it_was = held.windows.copy()
 
-    held.release()
     await track.__aexit__(None, None, None)
 
     assert np.array_equal(held.windows, as_it_was)
+    held.release()
 
 
 async def test_a_process_serves_one_track_after_the_other(song: Path, tmp_path: Path) -> None:
@@ -647,6 +647,25 @@ async def test_restarts_leave_nothing_behind_and_do_not_hold_up_the_loop(song: P
         await until(lambda: own.num_fds() == fds)
         assert slowest_s < 0.5
     assert not pool.pids
+
+
+async def test_a_kept_error_keeps_nothing_of_the_decoder_that_died(song: Path) -> None:
+    own = psutil.Process()
+
+    async def lose_the_decoder(pool: DecoderPool) -> None:
+        async with pool.decode(song) as decoding:
+            async for block in decoding:
+                decoder_of(pool, song).kill()
+                block.release()
+
+    async with pool_of(slots=2, slot_windows=3) as pool:
+        await hear(pool, song)
+        fds = own.num_fds()
+        with pytest.raises(DecoderCrashed) as kept:
+            await lose_the_decoder(pool)
+        await hear(pool, song)
+        await until(lambda: own.num_fds() == fds, timeout_s=10)
+    assert kept.value.retryable
 
 
 async def test_a_killed_worker_leaves_no_process_and_no_memory_behind(song: Path) -> None:
