@@ -155,7 +155,7 @@ class ChecksumMismatch(FetchFailed):
 
 
 class SpoolFull(FetchFailed):
-    """The spool has no room left."""
+    """The spool has no room left, or can't be written."""
 
     code = "spool_full"
     retryable = True

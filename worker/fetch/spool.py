@@ -7,7 +7,6 @@ Files take room as they grow, and wait where there is none: `Room` says who goes
 """
 
 import asyncio
-import errno
 import fcntl
 import hashlib
 import os
@@ -23,7 +22,6 @@ from worker.errors import AudioTooLarge, FetchUnavailable, SettingsInvalid, Spoo
 
 WRITE_BYTES = 256 * 1024  # as much as makes a hop into a thread worth it
 WRITE_PARTS = 256  # of a sender in tiny pieces, each of which takes more room than its bytes
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -207,7 +205,7 @@ class SpoolFile:
         Raises
         ------
         AudioTooLarge, SpoolFull, FetchUnavailable
-            Over a limit, a full disk, more bytes than were expected.
+            Over a limit, a full or broken disk, more bytes than were expected.
         """
         self.check_size(self.size_bytes + len(data))
         if self.size_bytes + len(data) > self._share.most_bytes:
@@ -245,11 +243,9 @@ class SpoolFile:
                     rest = rest[os.write(self._fd, rest) :]
                 self._digest.update(part)
         except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
             raise SpoolFull(
-                f"The disk of the spool has no room left ({error.strerror}); make room at "
-                "TIMBRE_FETCH__SPOOL_DIR."
+                f"The spool can't be written ({error.strerror}); make room at "
+                "TIMBRE_FETCH__SPOOL_DIR, or see what else has become of it."
             ) from error
         self._parts.clear()
         self._parts_bytes = 0

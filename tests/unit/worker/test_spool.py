@@ -2,6 +2,7 @@ import asyncio
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,16 @@ class TestFiles:
             file.remove()
         assert files(root) == []
         assert spool.room.used_bytes == 0
+
+    async def test_a_folder_that_was_removed_is_no_fault_of_the_source(
+        self, spool: Spool, root: Path
+    ) -> None:
+        file = spool.file()
+        await file.write(b"x")
+        shutil.rmtree(root)
+        with pytest.raises(SpoolFull, match="SPOOL_DIR"):
+            await file.finish()
+        file.remove()
 
 
 async def asking(room: Room, share: Share, size_bytes: int) -> asyncio.Task[None]:
