@@ -21,6 +21,8 @@ from worker.settings import HttpSettings, WorkerSettings
 
 # Each takes a descriptor, and fetches need some as well.
 MAX_CONNECTIONS = 64
+# Of answers under way; whoever does not read theirs would hold up the end of the worker.
+SHUTDOWN_TIMEOUT_S = 1.0
 
 
 @dataclass
@@ -73,7 +75,7 @@ class HttpServer:
         app.router.add_get("/metrics", self._get_metrics)
         app.router.add_get("/health/live", self._get_live)
         app.router.add_get("/health/ready", self._get_ready)
-        self._runner = web.AppRunner(app, access_log=None)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S)
         self._listener: asyncio.Server | None = None
         self.port = settings.port
 

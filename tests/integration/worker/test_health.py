@@ -414,6 +414,30 @@ async def test_connections_that_never_ask_leave_room_for_others(topics: MakeTopi
                 writer.close()
 
 
+async def test_who_does_not_read_the_answer_holds_up_no_stop(topics: MakeTopics) -> None:
+    settings = settings_of(await topics())
+    metrics = Metrics()
+
+    async def handle(record: Record, place: Place) -> None: ...
+
+    async with Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher:
+        consumer = Consumer(settings, handle, metrics)
+        state = Health(settings.worker, LagProbe(settings, consumer, metrics), consumer, batcher)
+        async with HttpServer(HttpSettings(port=0), metrics, state) as server:
+            _, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1)
+            writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 10_000)
+            web_server = server._runner.server
+            assert web_server is not None
+            await until(lambda: web_server.connections)
+            transport = web_server.connections[0].transport
+            assert transport is not None
+            await until(lambda: transport.get_write_buffer_size() > 64 * 1024)
+            stopped_s = time.monotonic()
+        assert time.monotonic() - stopped_s < 10
+        writer.transport.abort()
+        await asyncio.sleep(0)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1"])
 async def test_a_port_that_cannot_be_had_is_a_fault_of_the_settings(
     topics: MakeTopics, host: str
