@@ -31,12 +31,11 @@ from worker import intake, logs, publish
 from worker.analysis import Analysis
 from worker.cache import Cache
 from worker.errors import (
-    BundleInvalid,
     ConsumerLost,
     DeadlineExceeded,
     FetchFailed,
     PublishFailed,
-    SettingsInvalid,
+    TimbreError,
     TrackFailed,
     Unexpected,
     WorkerStopping,
@@ -67,7 +66,7 @@ def run_worker(settings: Settings) -> int:
         asyncio.run(_main(settings, bundle))
     except ConsumerLost:
         return 1  # the log has it
-    except (BundleInvalid, SettingsInvalid, PublishFailed) as error:
+    except TimbreError as error:
         log.error("%s", error.message)  # noqa: TRY400  # the sentence says it; a traceback hides it
         return 1
     return 0
