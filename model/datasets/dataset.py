@@ -104,16 +104,18 @@ class Dataset:
     def indices(self, split: str | None = None) -> NDArray[np.intp]:
         """Positions of the clips of `split`; of every clip that is in one, where None.
 
-        A data set without splits has all its clips for None.
+        A data set without splits has all its clips for None. Raises DatasetInvalid for a split
+        that is not there, by any of its names.
         """
-        if split is not None and split not in self.splits:
+        wanted = None if split is None else split_name(split)
+        if split is not None and wanted not in self.splits:
             raise DatasetInvalid(
                 f"{self.name} has no split {split!r}; it has {', '.join(self.splits) or 'none'}"
             )
         chosen = [
             index
             for index, clip in enumerate(self.clips)
-            if split == clip.split or (split is None and (clip.split or not self.splits))
+            if wanted == clip.split or (wanted is None and (clip.split or not self.splits))
         ]
         return np.asarray(chosen, dtype=np.intp)
 

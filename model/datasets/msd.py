@@ -59,7 +59,7 @@ def load(path: Path) -> Dataset:
 
 def _genres(file: Path) -> dict[str, tuple[str, ...]]:
     genres: dict[str, tuple[str, ...]] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
         track, *labels = (part.strip() for part in line.split("\t"))

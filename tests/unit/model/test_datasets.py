@@ -195,6 +195,7 @@ def test_folders_under_split_names_are_splits(tmp_path: Path) -> None:
     dataset = load(tmp_path)
     assert dataset.splits == ("train", "valid")
     assert dataset.labels == music.GENRES
+    assert len(dataset.indices("Validation")) == len(music.GENRES)  # as the folder is called
 
 
 def test_a_folder_beside_those_of_the_split_is_named(tmp_path: Path) -> None:
