@@ -15,7 +15,7 @@ MAX_MEMORY_RATIO = 1.2
 async def soak(stand: Stand, quick: bool) -> Outcome:
     """Many tracks through one worker: no growth, nothing left behind."""
     async with stand.lane("soak") as lane:
-        result = await soaked(lane, 300 if quick else 3000)
+        result = await soaked(lane, 300 if quick else 5000)
         result.require_no_growth()
         return await conclude(lane, [])
 
