@@ -284,11 +284,12 @@ class Decoder:
 
 
 class _Resampler:
-    """Frames of one rate, sample format and channel count in; large mono pieces out."""
+    """Frames of one rate, sample format and channel layout in; large mono pieces out."""
 
     def __init__(self, first: AudioFrame, sample_rate_hz: int) -> None:
         self._kind = _kind(first)
-        rate_hz, channels, sample_format = self._kind
+        rate_hz, layout, sample_format = self._kind
+        channels = first.layout.nb_channels
         if not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
             raise AudioUnreadable(
                 f"The sample rate, {rate_hz} Hz, is outside {MIN_RATE_HZ} to {MAX_RATE_HZ} Hz."
@@ -305,7 +306,7 @@ class _Resampler:
             "abuffer",
             sample_rate=str(rate_hz),
             sample_fmt=sample_format,
-            channel_layout=first.layout.name,
+            channel_layout=layout,
             time_base=f"1/{rate_hz}",
         )
         # The plain mean: libswresample's own downmix weighs channels by their place in the room
@@ -336,7 +337,7 @@ class _Resampler:
             raise
         except av.FFmpegError as error:
             raise AudioUnreadable(
-                f"{channels} channels ({first.layout.name}) at {rate_hz} Hz can't be resampled "
+                f"{channels} channels ({layout}) at {rate_hz} Hz can't be resampled "
                 f"({error.strerror})."
             ) from error
 
@@ -391,8 +392,8 @@ def _packed_samples(rate_hz: int, channels: int) -> int:
     return max(1, min(int(rate_hz * FRAME_S), FRAME_VALUES // max(1, channels)))
 
 
-def _kind(frame: AudioFrame) -> tuple[int, int, str]:
-    return frame.sample_rate, frame.layout.nb_channels, frame.format.name
+def _kind(frame: AudioFrame) -> tuple[int, str, str]:
+    return frame.sample_rate, frame.layout.name, frame.format.name
 
 
 def _open(file: FileIO) -> InputContainer:

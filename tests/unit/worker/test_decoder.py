@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 
-from tests.audio import ENCODINGS, LOSSLESS, damaged, encode, encode_as, noise, tone, wav
+from tests.audio import ENCODINGS, LAYOUTS, LOSSLESS, damaged, encode, encode_as, noise, tone, wav
 from worker.decode.decoder import Decoder, decode_samples, decode_windows
 from worker.errors import (
     AudioEmpty,
@@ -210,6 +210,22 @@ def test_a_change_of_format_half_way_is_followed(tmp_path: Path) -> None:
     assert amplitude_db(samples[: 2 * RATE_HZ], 440.0) == pytest.approx(0.0, abs=0.6)
     assert amplitude_db(samples[-2 * RATE_HZ :], 440.0) == pytest.approx(0.0, abs=0.6)
     assert (decoder.facts.sample_rate_hz, decoder.facts.channels) == (44_100, 2)
+
+
+def test_a_change_of_the_channels_places_alone_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = tmp_path / "both"
+    with both.open("wb") as file:
+        for layout in ("4.0", "quad"):
+            monkeypatch.setitem(LAYOUTS, 4, layout)
+            signal = tone(2.0, 48_000, channels=4)
+            path = encode(tmp_path / layout, signal, 48_000, muxer="ac3", codec="ac3")
+            file.write(path.read_bytes())
+
+    samples = decode_samples(both, RATE_HZ)
+
+    assert samples.size / RATE_HZ == pytest.approx(4.0, abs=0.1)
 
 
 def test_damage_in_the_middle_is_skipped_and_counted(tmp_path: Path) -> None:
