@@ -140,6 +140,7 @@ class Decoder:
         self._max_duration_s = max_duration_s
         self._container = ""
         self._codec = ""
+        self._layout = ""
         self._rate_hz = 0
         self._channels = 0
         self._duration_s = 0.0
@@ -195,10 +196,10 @@ class Decoder:
 
         That takes a tenth less time than handing them over one by one, but ends, with FFmpegError,
         at the first damage or change of format. Of a few containers alone: others have been seen to
-        make FFmpeg ask for a damaged packet for ever.
+        make FFmpeg ask for a damaged packet for ever. And of no layout that is a list of channels.
         """
         with self._opened(file) as (container, stream):
-            if self._container not in PACKED_CONTAINERS:
+            if self._container not in PACKED_CONTAINERS or " (" in self._layout:
                 return
             options = WHITELISTS | {"protocol_whitelist": "fd", "fd": str(file.fileno())}
             file.seek(0)
@@ -242,6 +243,11 @@ class Decoder:
             stream = _audio_stream(container)
             self._container = _short_name(container.format.name)
             self._codec = stream.codec_context.codec.canonical_name
+            layout = stream.layout
+            self._layout = layout.name
+            # PyAV frees twice the list of channels that an unusual layout has: FFmpeg gets none.
+            if layout.nb_channels:
+                stream.codec_context.layout = f"{layout.nb_channels} channels"
             yield container, stream
 
     def _packets_of(

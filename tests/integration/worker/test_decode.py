@@ -165,6 +165,23 @@ async def test_full_tracks_give_the_windows_of_the_plain_decoder(
         assert np.array_equal(heard.windows, np.concatenate(list(plain)))
 
 
+@pytest.mark.parametrize("muxer", ["mov", "aiff", "caf"])
+async def test_channels_in_the_order_of_films_are_averaged_alike(
+    pool: DecoderPool, tmp_path: Path, muxer: str
+) -> None:
+    signal = noise(3.0, RATE_HZ, channels=6)
+    path = encode(tmp_path / "surround", signal, RATE_HZ, muxer=muxer, codec="pcm_s16be")
+    data = path.read_bytes()
+    order = data.lower().index(b"chan") + {"mov": 8, "aiff": 8, "caf": 12}[muxer]
+    c_l_r_ls_rs_lfe = (124 << 16 | 6).to_bytes(4)
+    path.write_bytes(data[:order] + c_l_r_ls_rs_lfe + data[order + 4 :])
+
+    heard = await hear(pool, path)
+
+    np.testing.assert_allclose(heard.windows[0], signal.mean(axis=1), atol=1e-4)
+    assert heard.facts.channels == 6
+
+
 async def test_silent_windows_are_told_from_the_others(pool: DecoderPool, tmp_path: Path) -> None:
     signal = tone(12.0, RATE_HZ)
     signal[WINDOW : 2 * WINDOW] *= 1e-4

@@ -103,6 +103,19 @@ def test_known_surround_layouts_are_averaged_alike(tmp_path: Path) -> None:
     np.testing.assert_allclose(samples, signal.mean(axis=1), atol=1e-4)
 
 
+def test_many_channels_that_each_have_a_place_are_averaged_alike(write: Write) -> None:
+    signal = noise(1.0, RATE_HZ, channels=32)
+    plain = wav(signal, RATE_HZ)
+    floats = bytes.fromhex("0300000000001000800000AA00389B71")
+    places = struct.pack("<HHI", 22, 32, 0xFFFFFFFF) + floats
+    extensible = b"fmt " + struct.pack("<IH", 40, 0xFFFE) + plain[22:36] + places
+    data = b"WAVE" + extensible + plain[36:]
+
+    samples = decode_samples(write(b"RIFF" + struct.pack("<I", len(data)) + data), RATE_HZ)
+
+    np.testing.assert_allclose(samples, signal.mean(axis=1), atol=1e-6)
+
+
 @pytest.mark.parametrize("rate_hz", [8_000, 11_025, 22_050, 32_000, 44_100, 48_000, 96_000])
 def test_a_tone_below_the_new_nyquist_frequency_keeps_its_level(rate_hz: int, write: Write) -> None:
     highest_hz = 0.875 * min(rate_hz, RATE_HZ) / 2
