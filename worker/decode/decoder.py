@@ -270,6 +270,7 @@ class Decoder:
                 if resampler is not None:
                     yield from resampler.flush()
                     earlier_s += resampler.received_s
+                    self._lasts(earlier_s)
                 resampler = _Resampler(frame, self._sample_rate_hz)
                 self._rate_hz = self._rate_hz or frame.sample_rate
                 self._channels = self._channels or frame.layout.nb_channels

@@ -324,6 +324,21 @@ def test_a_track_longer_than_the_limit_is_refused(write: Write) -> None:
         decode_samples(path, RATE_HZ, max_duration_s=2.9)
 
 
+def test_a_track_that_changes_again_and_again_is_refused_as_soon(tmp_path: Path) -> None:
+    pieces = [
+        encode(tmp_path / f"{rate_hz}", tone(0.2, rate_hz), rate_hz, muxer="ac3", codec="ac3")
+        for rate_hz in (48_000, 32_000)
+    ]
+    path = tmp_path / "changing"
+    path.write_bytes(b"".join(piece.read_bytes() for piece in pieces) * 20)
+
+    given: list[Samples] = []
+    with pytest.raises(AudioTooLong):
+        given.extend(Decoder(path, RATE_HZ, max_duration_s=2.0))
+
+    assert sum(samples.size for samples in given) < 3 * RATE_HZ
+
+
 def test_a_length_that_the_header_lies_about_is_not_believed(write: Write) -> None:
     honest = wav(tone(2.0, 44_100), 44_100)
     at = honest.index(b"data") + 4
