@@ -203,7 +203,7 @@ class Decoder:
                 return
             options = WHITELISTS | {"protocol_whitelist": "fd", "fd": str(file.fileno())}
             file.seek(0)
-            graph = Graph()
+            graph = _graph()
             source = graph.add(
                 "amovie",
                 filename="fd:",
@@ -308,7 +308,7 @@ class _Resampler:
         self._given = 0
         self._packed = _packed_samples(rate_hz, channels)
         self._unpacked = 0
-        self._graph = Graph()
+        self._graph = _graph()
         self._source = self._graph.add(
             "abuffer",
             sample_rate=str(rate_hz),
@@ -393,6 +393,13 @@ class _Resampler:
         samples: Samples = mono[: self._due - self._given]
         self._given += samples.size
         return samples
+
+
+def _graph() -> Graph:
+    """A graph of filters without threads, which FFmpeg would start by the number of cores."""
+    graph = Graph()
+    graph.threads = 1
+    return graph
 
 
 def _packed_samples(rate_hz: int, channels: int) -> int:

@@ -610,6 +610,12 @@ async def test_a_decoder_process_holds_no_secrets_and_has_limits(
             assert "torch" not in Path(f"/proc/{process.pid}/maps").read_text()
 
 
+async def test_a_decoder_process_runs_one_thread(song: Path) -> None:
+    async with pool_of(slots=2, slot_windows=3) as pool, pool.decode(song) as decoding:
+        await anext(decoding)
+        assert decoder_of(pool, song).num_threads() == 1
+
+
 async def test_a_signal_to_the_whole_group_leaves_tracks_to_the_worker(song: Path) -> None:
     async with pool_of() as pool:
         [before] = decoders(pool)
