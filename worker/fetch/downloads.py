@@ -17,6 +17,7 @@ from urllib.parse import quote
 from aiohttp import (
     ClientConnectorCertificateError,
     ClientError,
+    ClientPayloadError,
     ClientResponse,
     ClientSession,
     ClientTimeout,
@@ -94,21 +95,32 @@ class SystemResolver(AbstractResolver):
 
 
 class _Response(ClientResponse):
-    """A response that is looked for behind a few interim ones: aiohttp takes them without end."""
+    """A response that is looked for behind a few interim ones, and that a reset cuts off.
+
+    aiohttp takes interim ones without end, and a body without a length for whole when it is reset.
+    """
 
     async def start(self, connection: Connection) -> ClientResponse:
         protocol = connection.protocol
         assert protocol is not None, "the connection is open"
-        read, left = protocol.read, MAX_INTERIM
+        read, lost, left = protocol.read, protocol.connection_lost, MAX_INTERIM
+        body: StreamReader | None = None
 
         async def read_one_of_few() -> tuple[RawResponseMessage, StreamReader]:
-            nonlocal left
+            nonlocal left, body
             if left < 0:
                 raise HttpProcessingError(message="too many interim answers")
             left -= 1
-            return await read()
+            message, body = await read()
+            return message, body
+
+        def lost_midway(exc: BaseException | None) -> None:
+            if exc is not None and body is not None and not body.is_eof():
+                body.set_exception(ClientPayloadError("the connection was lost"))
+            lost(exc)
 
         protocol.read = read_one_of_few  # type: ignore[method-assign]
+        protocol.connection_lost = lost_midway  # type: ignore[method-assign]
         return await super().start(connection)
 
 

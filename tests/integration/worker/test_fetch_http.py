@@ -342,6 +342,7 @@ class TestWhatPasses:
             raw(b"not http at all\r\n\r\n"),
             raw(head(content_length=len(AUDIO)), AUDIO[:1000]),
             raw(head(content_length=len(AUDIO)), AUDIO[:1000], reset=True),
+            raw(head(), AUDIO[:1000], STALL_S / 3, reset=True),
             raw(head(transfer_encoding="chunked"), b"400\r\n" + AUDIO[:1024] + b"\r\n"),
             raw(head(transfer_encoding="chunked"), b"zzz\r\n"),
             raw(head(content_length="many"), AUDIO),
