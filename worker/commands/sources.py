@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -178,7 +179,8 @@ def _row(table: Path, line: int, row: dict[str, str], column: str, priority: Pri
         raise SourceInvalid(f"{place}: {fault}.")
     if "\0" in named or (FOREIGN_URL.match(named) and not is_url(named)):
         raise SourceInvalid(f"{place}: {_short(named)} can't be fetched.")
-    uri = named if is_url(named) else (table.parent / named).resolve().as_uri()
+    # Not Path.resolve: it trips over links that lead in a circle.
+    uri = named if is_url(named) else Path(os.path.realpath(table.parent / named)).as_uri()
     name, sha256 = row.pop("track_id", "") or None, row.pop("sha256", "") or None
     metadata: dict[str, JsonValue] = {key: value for key, value in row.items() if value}
     return _track(place, uri, priority, name=name, sha256=sha256, metadata=metadata)

@@ -165,6 +165,14 @@ def test_a_faulty_table_names_the_line_and_the_fault(tmp_path: Path, text: str, 
         list(tracks([str(table)]))
 
 
+def test_a_table_may_name_what_only_the_worker_finds_missing(tmp_path: Path) -> None:
+    (tmp_path / "circle.mp3").symlink_to("circle.mp3")
+    table = tmp_path / "tracks.csv"
+    table.write_text("path\nabsent.mp3\ncircle.mp3\n")
+    found = [track.audio.uri for track in tracks([str(table)])]
+    assert found == [(tmp_path / name).as_uri() for name in ("absent.mp3", "circle.mp3")]
+
+
 def test_a_table_that_is_no_text_is_an_error(tmp_path: Path) -> None:
     table = tmp_path / "tracks.csv"
     table.write_bytes(b"\xff\xfe\x00uri")
