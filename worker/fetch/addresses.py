@@ -51,6 +51,8 @@ HOST = re.compile(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]+(?:%.*)?")  # a name as DNS ha
 # What inet_aton would take for an address: 2130706433, 0x7f.1, 0177.0.0.1, 127.1.
 NUMERIC_HOST = re.compile(r"(?:.*\.)?(?:\d+|0x[0-9a-f]*)\.?", re.IGNORECASE)
 DOTTED_QUAD = re.compile(r"(?:(?:0|[1-9]\d{0,2})\.){3}(?:0|[1-9]\d{0,2})")
+# Before a host, also where a slash in the password ends what is read as one: half of S3's have one.
+CREDENTIALS = re.compile(r"(?<=//)(?:[^/?#]*|[^/?#:\[]*:(?!\d*(?:[/?#]|$)).{1,200})@", re.DOTALL)
 
 
 class AddressRules:
@@ -145,7 +147,7 @@ def check_url(url: URL) -> None:
 
 def shown(text: str) -> str:
     """Foreign text for a message: no query (it may be signed), no credentials, short, printable."""
-    plain = re.sub(r"(?<=//)[^/?#]*@", "", text).partition("?")[0].partition("#")[0]
+    plain = CREDENTIALS.sub("", text).partition("?")[0].partition("#")[0]
     plain = plain.encode("ascii", "backslashreplace").decode()
     plain = "".join(char if char.isprintable() else "?" for char in plain)
     return plain if len(plain) <= MAX_SHOWN_CHARS else f"{plain[:MAX_SHOWN_CHARS]}..."

@@ -194,6 +194,10 @@ class TestUrls:
     [
         ("https://h/a.mp3?X-Signature=secret", "https://h/a.mp3"),
         ("https://user:secret@h/a.mp3", "https://h/a.mp3"),
+        ("s3://AKIA:sec/re+t@b/a.mp3", "s3://b/a.mp3"),
+        ("https://user:sec#r?e/t@h:80/a.mp3", "https://h:80/a.mp3"),
+        ("https://h:80/a@b", "https://h:80/a@b"),
+        ("https://[::1]/a@b", "https://[::1]/a@b"),
         ("s3://b/" + "x" * 500, "s3://b/" + "x" * 193 + "..."),
         ("http://h/\x1b[2Jü", "http://h/?[2J\\xfc"),
     ],
