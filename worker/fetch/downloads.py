@@ -334,16 +334,16 @@ class _Unpacker:
 
     def read(self) -> bytes:
         """At most `WRITE_BYTES` of what is unpacked; nothing where it takes more to go on."""
-        while self.packed:
+        unpacked, left = [], WRITE_BYTES
+        while self.packed and left:
             if self._member.eof:
                 self._member = _new_member()
             part = self.packed[:UNPACK_BYTES]
-            unpacked = self._member.decompress(part, WRITE_BYTES)
-            left_bytes = len(self._member.unused_data) or len(self._member.unconsumed_tail)
-            self.packed = self.packed[len(part) - left_bytes :]
-            if unpacked:
-                return unpacked
-        return b""
+            unpacked.append(self._member.decompress(part, left))
+            left -= len(unpacked[-1])
+            rest_bytes = len(self._member.unused_data) or len(self._member.unconsumed_tail)
+            self.packed = self.packed[len(part) - rest_bytes :]
+        return b"".join(unpacked)
 
 
 def _new_member() -> "zlib._Decompress":

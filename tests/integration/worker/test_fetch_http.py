@@ -239,6 +239,17 @@ class TestWhatArrives:
         url = server.answer("/a", whole(body, content_encoding=encoding))
         assert await fetched(fetcher, url) == AUDIO
 
+    async def test_what_is_compressed_byte_by_byte_is_not_unpacked_so(
+        self, server: Server, configured: Callable[..., FetchSettings]
+    ) -> None:
+        """Each step is a hop into a thread: with one a byte, 350 KB a second filled a core."""
+        body = b"".join(gzip.compress(AUDIO[at : at + 1]) for at in range(10_000))
+        pieces: list[int] = []
+        async with Fetcher(configured(), on_bytes=pieces.append) as fetcher:
+            url = server.answer("/a", whole(body, content_encoding="gzip"))
+            assert await fetched(fetcher, url) == AUDIO[:10_000]
+        assert len(pieces) < 100
+
     async def test_a_few_interim_answers_are_passed_over(
         self, server: Server, fetcher: Fetcher
     ) -> None:
