@@ -44,7 +44,8 @@ class LocalFiles:
         """
         opened = _Opened(_path(uri), self._roots)
         try:
-            file.expect(await in_thread(opened.open))
+            size_bytes = await in_thread(opened.open)
+            file.expect(size_bytes)
             while data := await in_thread(opened.read):
                 await file.write(data)
         except PermissionError:
@@ -55,6 +56,8 @@ class LocalFiles:
             raise FetchUnavailable(f"Reading {shown(uri)} failed: {error.strerror}.") from error
         finally:
             opened.close()
+        if file.size_bytes != size_bytes:
+            raise FetchUnavailable("The audio shrank while it was fetched; see who writes to it.")
 
 
 class _Opened:

@@ -15,6 +15,7 @@ from worker.errors import (
     AudioTooLarge,
     ChecksumMismatch,
     FetchForbidden,
+    FetchUnavailable,
     TimbreError,
     UriUnsupported,
 )
@@ -223,6 +224,18 @@ class TestWhatIsNoAudioFile:
         with (music / "large.mp3").open("wb") as file:
             file.truncate(len(AUDIO) + 1)
         assert isinstance(await failure(fetcher, f"file://{music}/large.mp3"), AudioTooLarge)
+
+    @pytest.mark.parametrize(("size_bytes", "fault"), [(len(AUDIO), "grew"), (10, "shrank")])
+    async def test_of_another_size_than_at_first(
+        self, settings: FetchSettings, music: Path, size_bytes: int, fault: str
+    ) -> None:
+        path = music / "album" / "a.mp3"
+        os.truncate(path, len(AUDIO) - 10)
+        changing = Fetcher(settings, on_bytes=lambda _: os.truncate(path, size_bytes))
+        async with changing as fetcher:
+            error = await failure(fetcher, path.as_uri())
+        assert isinstance(error, FetchUnavailable)
+        assert f"{fault} while it was fetched" in error.message
 
     async def test_other_bytes_than_the_event_names(self, fetcher: Fetcher, music: Path) -> None:
         with pytest.raises(ChecksumMismatch):
