@@ -14,6 +14,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -230,7 +231,8 @@ class SpoolFile:
     def remove(self) -> None:
         """Delete the file and give its room back. Must not run beside `write`."""
         self._close()
-        self._path.unlink(missing_ok=True)
+        with suppress(OSError):  # what stays, the next process removes
+            self._path.unlink()
         self._room.give_back(self._share)
 
     def _flush(self) -> None:

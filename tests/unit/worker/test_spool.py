@@ -118,6 +118,17 @@ class TestFiles:
             await file.finish()
         file.remove()
 
+    async def test_a_spool_that_fails_keeps_no_room(self, spool: Spool, root: Path) -> None:
+        """Its folder is a file, in which nothing can be made nor removed, as on a disk gone bad."""
+        (folder,) = (path for path in root.iterdir() if path.is_dir())
+        folder.rmdir()
+        folder.touch()
+        file = spool.file()
+        with pytest.raises(SpoolFull, match="SPOOL_DIR"):
+            await file.write(bytes(500_000))
+        file.remove()
+        assert spool.room.used_bytes == 0
+
 
 async def asking(room: Room, share: Share, size_bytes: int) -> asyncio.Task[None]:
     """A task that has asked for room, and has it or waits."""
