@@ -41,6 +41,9 @@ FORMULAS = ("=", "+", "-", "@")
 Source = tuple[str, str | SourceInvalid]
 """How a file is shown, and its address or why there is none."""
 
+Tagged = tuple[str, Analysis]
+"""How a file is shown, and what was found."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -110,20 +113,24 @@ def tag_tracks(
     )
     loaded = Bundle.load(bundle or settings.worker.bundle)
     try:
-        outcomes = asyncio.run(_tag_all(settings, loaded, files, form))
+        failed, drawn = asyncio.run(_tag_all(settings, loaded, files, form, plot=plot))
     except KeyboardInterrupt:
         # At once: Python's own exit aborts where a thread is still inside the network.
         os._exit(INTERRUPTED)
     if plot:
-        _draw(outcomes, loaded, settings.windows.hop_s, picture)
-    return 0 if all(outcome.error is None for outcome in outcomes) else 1
+        _draw(drawn, loaded, settings.windows.hop_s, picture)
+    return 1 if failed else 0
 
 
 async def _tag_all(
-    settings: Settings, bundle: Bundle, files: Sequence[str], form: str
-) -> list[Outcome]:
+    settings: Settings, bundle: Bundle, files: Sequence[str], form: str, *, plot: bool
+) -> tuple[bool, list[Tagged]]:
+    """Whether some failed, and of the others, where it is to be drawn, what was found.
+
+    Else it goes as soon as it is shown: that of a large collection takes gigabytes.
+    """
     sources = list(_sources(files))
-    outcomes = []
+    failed, drawn = False, []
     shown, in_terminal = console.out(), sys.stdout.isatty()
     report: Report = _TableReport(shown) if form == "table" else _DATA[form]()
     with console.progress(
@@ -138,9 +145,11 @@ async def _tag_all(
         ):
             async for outcome in ordered:
                 report.add(outcome)
-                outcomes.append(outcome)
+                failed |= outcome.error is not None
+                if plot and outcome.analysis is not None:
+                    drawn.append((outcome.source, outcome.analysis))
                 progress.advance(task)
-    return outcomes
+    return failed, drawn
 
 
 def _sources(files: Sequence[str]) -> Iterator[Source]:
@@ -246,11 +255,10 @@ def _cell(text: str) -> str:
 _DATA: dict[str, type[_CsvReport] | type[_JsonReport]] = {"csv": _CsvReport, "json": _JsonReport}
 
 
-def _draw(outcomes: Sequence[Outcome], bundle: Bundle, hop_s: float, picture: Path | None) -> None:
+def _draw(drawn: Sequence[Tagged], bundle: Bundle, hop_s: float, picture: Path | None) -> None:
     """The taggrams as pictures: all in the one named, or each in one of its own."""
     from worker.commands.plot import draw_taggrams  # noqa: PLC0415 - nor this
 
-    drawn = [(o.source, o.analysis) for o in outcomes if o.analysis is not None]
     if picture is not None:
         pictures = [(picture, drawn)] if drawn else []
     else:

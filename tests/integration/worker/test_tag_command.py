@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 
 from tests.audio import damaged, encode, tone
-from worker.commands.tag import CSV_COLUMNS, tag_tracks
+from worker.analysis import Analysis
+from worker.commands.tag import _DATA, CSV_COLUMNS, Outcome, tag_tracks
 from worker.demo.music import Sample
 from worker.errors import SourceInvalid
 from worker.settings import Settings
@@ -47,6 +49,25 @@ def test_json_has_a_line_for_each_file_in_the_order_given(files: list[str]) -> N
     assert broken["error"].keys() == {"code", "message"}
     assert absent["error"]["code"] == "source_invalid"
     assert done.returncode == 1
+
+
+def test_what_is_shown_is_let_go(
+    files: list[str], given_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large collection it takes gigabytes."""
+    shown: list[weakref.ref[Analysis]] = []
+    kept: list[int] = []
+
+    class Report:
+        def add(self, outcome: Outcome) -> None:
+            assert outcome.analysis is not None
+            kept.append(sum(earlier() is not None for earlier in shown))
+            shown.append(weakref.ref(outcome.analysis))
+
+    monkeypatch.setitem(_DATA, "json", Report)
+    assert tag_tracks(given_settings, [files[3]] * 6, form="json") == 0
+    assert len(kept) == 6
+    assert max(kept) <= 2, "a few that the interpreter still holds, and not all"
 
 
 def test_every_odd_file_of_others_is_a_result_or_a_typed_error(
