@@ -11,7 +11,8 @@ from typing import Any
 from aiokafka.client import AIOKafkaClient
 from aiokafka.consumer.fetcher import Fetcher
 from aiokafka.consumer.group_coordinator import GroupCoordinator
-from aiokafka.errors import UnknownTopicOrPartitionError
+from aiokafka.errors import UnknownTopicOrPartitionError, for_code
+from aiokafka.protocol.commit import OffsetFetchRequest
 
 from worker.kafka import record_batches
 
@@ -22,6 +23,7 @@ def mend() -> None:
     Fetcher.close = _close
     AIOKafkaClient._metadata_update = _paced
     GroupCoordinator._do_commit_offsets = _commit_to_what_is_there
+    GroupCoordinator._send_req = _send_and_be_refused
 
 
 _update = AIOKafkaClient._metadata_update
@@ -70,3 +72,22 @@ async def _commit_to_what_is_there(coordinator: Any, assignment: Any, offsets: A
         for tp, offset in offsets.items():
             with suppress(UnknownTopicOrPartitionError):
                 await _commit(coordinator, assignment, {tp: offset})
+
+
+_send = GroupCoordinator._send_req
+
+
+async def _send_and_be_refused(coordinator: Any, request: Any) -> Any:
+    """Send, and raise it where committed offsets are refused.
+
+    Aiokafka reads errors of single partitions alone. To a broker that no longer coordinates the
+    group, or has just begun to, it would believe that nothing was ever committed, and all is read
+    again.
+    """
+    response = await _send(coordinator, request)
+    if isinstance(request, OffsetFetchRequest) and response.error_code:
+        error = for_code(response.error_code)()
+        if error.retriable:
+            coordinator.coordinator_dead()
+        raise error
+    return response

@@ -15,8 +15,15 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from aiokafka.client import AIOKafkaClient
 from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
+from aiokafka.errors import (
+    BrokerResponseError,
+    GroupLoadInProgressError,
+    NotCoordinatorForGroupError,
+)
+from aiokafka.protocol.commit import OffsetFetchRequest, OffsetFetchResponse_v3
 
 from tests.conftest import MakeTopics
 from tests.waiting import until
@@ -541,6 +548,32 @@ async def test_a_worker_that_asks_for_nothing_for_long_stays_in_its_group(
         await asyncio.sleep(6)  # with all that it may hold
         taking_results.set()
         await until(lambda: len(seen) == 200, timeout_s=20)
+
+
+@pytest.mark.parametrize("refusal", [GroupLoadInProgressError, NotCoordinatorForGroupError])
+async def test_offsets_that_a_broker_does_not_tell_are_not_taken_for_missing(
+    topics: MakeTopics, monkeypatch: pytest.MonkeyPatch, refusal: type[BrokerResponseError]
+) -> None:
+    """So answers one that has just begun to coordinate the group, and one that no longer does."""
+    own = await topics(partitions=1)
+    send_to_broker = AIOKafkaClient.send
+    seen, heals_s = Seen(), float("inf")
+
+    async def refuse(client: Any, node: int, request: Any, **options: Any) -> Any:
+        nonlocal heals_s
+        if isinstance(request, OffsetFetchRequest) and time.monotonic() < heals_s:
+            heals_s = min(heals_s, time.monotonic() + 1)
+            return OffsetFetchResponse_v3(throttle_time_ms=0, topics=[], error_code=refusal.errno)
+        return await send_to_broker(client, node, request, **options)
+
+    await send(own, 10)
+    async with consuming(settings_of(own), seen):
+        await until(lambda: len(seen) == 10)
+    monkeypatch.setattr(AIOKafkaClient, "send", refuse)
+    async with consuming(settings_of(own), seen):
+        await send(own, 1)
+        await until(lambda: len(seen) > 10)
+    assert seen.offsets[10:] == [10]
 
 
 async def test_a_topic_that_is_deleted_holds_up_no_other(topics: MakeTopics) -> None:
