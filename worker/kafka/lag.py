@@ -69,38 +69,44 @@ class LagProbe:
         try:
             await group.start()
             while True:
-                async with asyncio.timeout(PROBE_TIMEOUT_S):
-                    self._note(await self._measure(group))
+                await self._measure(group)
                 await asyncio.sleep(LAG_INTERVAL_S)
         finally:
             await group.stop()  # also where it could not start
 
-    async def _measure(self, group: AIOKafkaConsumer) -> dict[tuple[str, int], int]:
+    async def _measure(self, group: AIOKafkaConsumer) -> None:
         positions = {(topic, number): at for topic, number, at in self._consumer.positions()}
         partitions = [TopicPartition(*place) for place in positions]
         if not partitions:
-            return {}
+            self._note({})
+            return
         group.assign(partitions)
-        ends = await group.end_offsets(partitions)
         lags = await asyncio.gather(
-            *(self._behind(group, tp, positions[tp], ends[tp]) for tp in partitions)
+            *(self._behind(group, tp, positions[tp]) for tp in partitions), return_exceptions=True
         )
-        return dict(zip(positions, lags, strict=True))
+        known = {tp: lag for tp, lag in zip(positions, lags, strict=True) if isinstance(lag, int)}
+        if known:
+            self._note(known)
+        for lag in lags:
+            if isinstance(lag, BaseException):
+                raise lag  # a client made anew asks who leads now
 
     @staticmethod
-    async def _behind(group: AIOKafkaConsumer, tp: TopicPartition, at: int | None, end: int) -> int:
+    async def _behind(group: AIOKafkaConsumer, tp: TopicPartition, at: int | None) -> int:
         """Offsets from the first event at or behind `at` to the end."""
-        if at is None:  # nothing read since the assignment: the group's offset tells
-            at = await group.committed(tp)
-        if at is None:
-            at = (await group.beginning_offsets([tp]))[tp]
-        if at >= end:
-            return 0
-        # What lies there may be no event: a transaction ends with a marker, and events expire.
-        group.seek(tp, at)
-        found = await group.getmany(tp, timeout_ms=round(READ_TIMEOUT_S * 1000), max_records=1)
-        first: int = found[tp][0].offset if found else await group.position(tp)
-        return max(0, end - first)
+        async with asyncio.timeout(PROBE_TIMEOUT_S):  # it may have no leader, unlike others
+            end: int = (await group.end_offsets([tp]))[tp]
+            if at is None:  # nothing read since the assignment: the group's offset tells
+                at = await group.committed(tp)
+            if at is None:
+                at = (await group.beginning_offsets([tp]))[tp]
+            if at >= end:
+                return 0
+            # What lies there may be no event: a transaction ends with a marker, and events expire.
+            group.seek(tp, at)
+            found = await group.getmany(tp, timeout_ms=round(READ_TIMEOUT_S * 1000), max_records=1)
+            first: int = found[tp][0].offset if found else await group.position(tp)
+            return max(0, end - first)
 
     def _note(self, lags: dict[tuple[str, int], int]) -> None:
         for topic, number in self._shown - lags.keys():

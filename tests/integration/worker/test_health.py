@@ -10,7 +10,8 @@ import aiohttp
 import psutil
 import pytest
 from aiohttp import web
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.cluster import ClusterMetadata
 from pydantic import SecretStr
 
 from model.bundle import Bundle
@@ -338,6 +339,33 @@ async def test_lag_is_measured_on_after_any_fault(
     monkeypatch.setattr(connection, "client_options", without_certificate_at_first)
     async with watched(impatient(own, stop_deadline_s=2.0), hang) as state:
         await until(lambda: state.probe.lag == 10, timeout_s=20)
+
+
+async def test_the_lag_of_partitions_beside_one_without_a_leader_is_measured(
+    topics: MakeTopics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that holds the one with what lag it had would be taken for stalled."""
+    monkeypatch.setattr(lag, "PROBE_TIMEOUT_S", 2.0)
+    own = await topics(partitions=2)
+    leader = ClusterMetadata.leader_for_partition
+    has_leader = True
+    let_go = asyncio.Event()
+
+    def no_leader(cluster: ClusterMetadata, tp: TopicPartition) -> int | None:
+        return -1 if tp.partition == 1 and not has_leader else leader(cluster, tp)
+
+    async def handle(record: Record, _: Place) -> None:
+        await let_go.wait()
+
+    await send(own, 20)
+    async with watched(impatient(own), handle) as state:
+        await until(lambda: state.probe.lag == 20)
+        monkeypatch.setattr(ClusterMetadata, "leader_for_partition", no_leader)
+        has_leader = False
+        let_go.set()
+        await until(lambda: state.probe.lag == 0, timeout_s=15)
+        await asyncio.sleep(2 * STALLED_AFTER_S)
+        assert state.why_not_live() is None
 
 
 async def test_a_worker_on_whose_device_batches_hang_is_not_live(topics: MakeTopics) -> None:
