@@ -196,9 +196,10 @@ class Publisher:
                 "raise the topic's max.message.bytes, or switch the taggram off."
             ) from error
         except (KafkaError, TimeoutError, OSError) as error:
+            compacted = ", and is not compacted: the message has no key" if key is None else ""
             raise PublishFailed(
                 f"Kafka did not confirm a message on {topic} ({type(error).__name__}); "
-                "check the broker, and that the topic exists."
+                f"check the broker, and that the topic exists{compacted}."
             ) from error
 
 

@@ -6,9 +6,11 @@ from datetime import UTC, datetime
 
 import pytest
 from aiokafka import AIOKafkaProducer
+from aiokafka.admin import NewTopic
 
 from schemas.events import AudioRef, ModelRef, NewTrack
 from tests.conftest import MakeTopics
+from tests.integration.worker.test_consumer import administering
 from tests.worker_process import receive, send
 from worker import dead_letters
 from worker.errors import (
@@ -16,6 +18,7 @@ from worker.errors import (
     DeadLetterNotFound,
     EventMalformed,
     FetchTimeout,
+    PublishFailed,
     SourceInvalid,
 )
 from worker.kafka import connection
@@ -66,6 +69,18 @@ async def test_a_letter_holds_the_original_bytes_and_headers_with_reason_and_ori
     assert (letter.origin.topic, letter.origin.offset) == (own.topic_new, 1)
     assert letter.track_id == "t\n1"
     assert b64decode(letter.original.value_b64 or "") == b"{}"
+
+
+async def test_a_letter_that_a_compacted_topic_refuses_is_told_of(topics: MakeTopics) -> None:
+    existing = await topics()
+    own = existing.model_copy(update={"topic_dead_letter": existing.topic_dead_letter + "-kept"})
+    compacted = NewTopic(own.topic_dead_letter, 1, 1, topic_configs={"cleanup.policy": "compact"})
+    async with administering(own) as admin:
+        await admin.create_topics([compacted])
+    async with Publisher(own) as publisher:
+        failed = replace(record(own, 0, b"no JSON"), key=None)
+        with pytest.raises(PublishFailed, match="is not compacted: the message has no key"):
+            await publisher.dead_letter(failed, [Failure(EventMalformed("Not JSON."))], MODEL)
 
 
 async def test_letters_of_one_reason_are_listed_and_sent_again_as_they_were(
