@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from aiokafka import client as client_module
 from aiokafka.client import AIOKafkaClient
 from aiokafka.consumer.fetcher import Fetcher
 from aiokafka.consumer.group_coordinator import GroupCoordinator
@@ -16,11 +17,14 @@ from aiokafka.protocol.commit import OffsetFetchRequest
 
 from worker.kafka import record_batches
 
+CONNECT_TIMEOUT_S = 10.0
+
 
 def mend() -> None:
     """Mend every aiokafka client that this process makes from now on."""
     record_batches.read_whatever_was_sent()
     Fetcher.close = _close
+    client_module.create_conn = _connect
     AIOKafkaClient._metadata_update = _paced
     GroupCoordinator._do_commit_offsets = _commit_to_what_is_there
     GroupCoordinator._send_req = _send_and_be_refused
@@ -39,6 +43,19 @@ async def _paced(client: Any, *args: Any) -> Any:
     await asyncio.sleep(getattr(client, "next_update_s", 0.0) - time.monotonic())
     client.next_update_s = time.monotonic() + client._retry_backoff
     return await _update(client, *args)
+
+
+_create = client_module.create_conn
+
+
+async def _connect(*args: Any, **options: Any) -> Any:
+    """Connect within a time of its own.
+
+    Aiokafka gives a broker that is silent as long as a request may take, and makes one connection
+    at a time: those to other brokers wait meanwhile, and so does what tells who leads instead.
+    """
+    async with asyncio.timeout(CONNECT_TIMEOUT_S):
+        return await _create(*args, **options)
 
 
 async def _close(fetcher: Any) -> None:

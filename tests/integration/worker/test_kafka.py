@@ -1,10 +1,13 @@
 """What every client of the broker has in common."""
 
 import asyncio
+import socket
 import time
 
+import pytest
 from aiokafka.client import AIOKafkaClient
 
+from worker.kafka import aiokafka_faults
 from worker.kafka.connection import client_options
 from worker.settings import KafkaSettings
 
@@ -32,3 +35,15 @@ class TestMetadataUpdates:
                 assert await client.force_metadata_update()
         finally:
             await client.close()
+
+
+async def test_a_broker_that_is_silent_holds_up_what_is_asked_of_others_for_a_while_only(
+    kafka: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aiokafka_faults, "CONNECT_TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        servers = f"127.0.0.1:{silent.getsockname()[1]},{kafka}"
+        client = AIOKafkaClient(**client_options(KafkaSettings(bootstrap_servers=servers)))
+        async with asyncio.timeout(10):
+            await client.bootstrap()
+        await client.close()
