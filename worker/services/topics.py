@@ -10,6 +10,9 @@ from worker.kafka.connection import client_options
 from worker.settings import KafkaSettings
 
 TOPIC_ALREADY_EXISTS = 36
+# One replica is too few where the broker asks for several of each message. Aiokafka takes this only
+# beside an assignment, which may be empty.
+AS_THE_BROKER_HAS_IT = -1
 
 
 async def create_topics(kafka: KafkaSettings, partitions: Mapping[str, int]) -> None:
@@ -24,7 +27,7 @@ async def create_topics(kafka: KafkaSettings, partitions: Mapping[str, int]) -> 
     try:
         await admin.start()
         response = await admin.create_topics(
-            [NewTopic(name, count, replication_factor=1) for name, count in partitions.items()]
+            [NewTopic(name, count, AS_THE_BROKER_HAS_IT, {}) for name, count in partitions.items()]
         )
     except KafkaError as error:
         raise ServicesUnavailable(

@@ -151,6 +151,21 @@ async def test_kafka_keeps_what_it_acknowledged_through_a_stop_and_a_kill(
         broker.remove()
 
 
+async def test_topics_have_as_many_replicas_as_their_cluster_asks_for(
+    tmp_path: Path, jars: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one, a cluster that asks for two of each message would refuse all."""
+    configuration = Kafka._configuration
+    asking = {"default.replication.factor": 2}
+    monkeypatch.setattr(Kafka, "_configuration", lambda broker: configuration(broker) | asking)
+    broker = Kafka(tmp_path / "kafka", jars).start()
+    try:
+        with pytest.raises(ServicesUnavailable, match="InvalidReplicationFactor"):
+            await create_topics(broker.client_settings(), {"notes": 1})
+    finally:
+        broker.remove()
+
+
 async def test_a_secured_kafka_serves_by_tls_and_password_and_no_other_way(
     tmp_path: Path, jars: list[Path], security: Security
 ) -> None:
