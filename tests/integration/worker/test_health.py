@@ -445,11 +445,8 @@ async def test_connections_that_never_ask_leave_room_for_others(topics: MakeTopi
 async def test_who_does_not_read_the_answer_holds_up_no_stop(topics: MakeTopics) -> None:
     settings = settings_of(await topics())
     metrics = Metrics()
-
-    async def handle(record: Record, place: Place) -> None: ...
-
     async with Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher:
-        consumer = Consumer(settings, handle, metrics)
+        consumer = Consumer(settings, Seen(), metrics)
         state = Health(settings.worker, LagProbe(settings, consumer, metrics), consumer, batcher)
         async with HttpServer(HttpSettings(port=0), metrics, state) as server:
             _, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1)
