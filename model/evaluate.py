@@ -67,7 +67,8 @@ def evaluate(
         for method in METHODS
     }
     groups = np.unique([clip.group for clip in predictions.clips], return_inverse=True)[1]
-    mean, of_labels = voted["mean"], _single if head.kind == "single" else _multi
+    mean = voted["mean"]
+    of_labels = _single if head.kind == "single" else _multi
     report = {
         "bundle": {"name": bundle.name, "version": bundle.version},
         "dataset": dataset.name,
