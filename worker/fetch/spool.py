@@ -223,19 +223,18 @@ class SpoolFile:
 
     async def finish(self) -> SpooledAudio:
         """Write what is left and close the file."""
-        await in_thread(self._flush)
-        self._close()
+        await in_thread(self._flush, last=True)
         self._room.complete(self._share)
         return SpooledAudio(self._path, self._digest.hexdigest(), self.size_bytes)
 
     def remove(self) -> None:
         """Delete the file and give its room back. Must not run beside `write`."""
-        self._close()
-        with suppress(OSError):  # what stays, the next process removes
-            self._path.unlink()
+        for undo in (self._close, self._path.unlink):
+            with suppress(OSError):  # what stays, the next process removes
+                undo()
         self._room.give_back(self._share)
 
-    def _flush(self) -> None:
+    def _flush(self, *, last: bool = False) -> None:
         try:
             if self._fd < 0:
                 self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -244,6 +243,8 @@ class SpoolFile:
                 while rest:
                     rest = rest[os.write(self._fd, rest) :]
                 self._digest.update(part)
+            if last:
+                self._close()  # where a disk over the network may tell what it couldn't write
         except OSError as error:
             raise SpoolFull(
                 f"The spool can't be written ({error.strerror}); make room at "
@@ -254,8 +255,8 @@ class SpoolFile:
 
     def _close(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1  # it is gone also where this fails
+            os.close(fd)
 
 
 async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

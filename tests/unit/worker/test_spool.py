@@ -1,4 +1,5 @@
 import asyncio
+import errno
 import os
 import random
 import resource
@@ -127,6 +128,27 @@ class TestFiles:
         with pytest.raises(SpoolFull, match="SPOOL_DIR"):
             await file.write(bytes(500_000))
         file.remove()
+        assert spool.room.used_bytes == 0
+
+    async def test_what_a_disk_tells_only_at_the_close_is_heard(
+        self, spool: Spool, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        close = os.close
+
+        def refuse(fd: int) -> None:
+            close(fd)
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+        whole, abandoned = spool.file(), spool.file()
+        with monkeypatch.context() as disk:
+            disk.setattr(os, "close", refuse)
+            for file in (whole, abandoned):
+                await file.write(bytes(300_000))
+            with pytest.raises(SpoolFull, match="SPOOL_DIR"):
+                await whole.finish()
+            for file in (whole, abandoned):
+                file.remove()
+        assert files(root) == []
         assert spool.room.used_bytes == 0
 
 
