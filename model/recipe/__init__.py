@@ -47,8 +47,8 @@ PLAN_WITHOUT_GAME = replace(PLAN, batch=PLAN.batch[::2])
 
 @dataclass(frozen=True)
 class Material:
-    """All that is learnt from: game music, GTZAN's excerpts of audio, and its archive, whose
-    `clips` are in decibels; `tracks` are measured with alone."""
+    """What there is to learn from: game music, GTZAN's excerpts of audio, and its archive, whose
+    `clips` are in decibels. `tracks` are only measured on."""
 
     game: Sequence[Recording]
     tracks: Sequence[Recording]
