@@ -23,6 +23,7 @@ from model.measure import METHODS, Voted, nll, window_hits
 from model.pictures import Gallery, canvas, commonest, drawn_by_chance, scatter_by_class, tsne
 from model.predict import HOP_S, Predictions, predict
 from worker.settings import VoteMethod
+from worker.vote import deciding_heads
 
 RESAMPLES = 2_000
 CURVE = tuple(share / 20 for share in range(1, 21))  # coverages
@@ -216,8 +217,7 @@ def _calibration(
 
 def _threshold(bundle: Bundle, head: Head) -> float | None:
     """Below which a track is uncertain by this head; None where another one decides."""
-    deciding = next((other for other in bundle.heads if other.kind == "single"), head)
-    return bundle.uncertain_threshold if head == deciding else None
+    return bundle.uncertain_threshold if head in deciding_heads(bundle.heads) else None
 
 
 def _coverage(

@@ -106,9 +106,8 @@ def vote(
         _vote_head(head, probabilities[head.name][voting].astype(np.float64), method)
         for head in heads
     ]
-    single = [tags for head, tags in zip(heads, results, strict=True) if head.kind == "single"]
-    deciding = single[:1] or results
-    best = max(tags[0].score for tags in deciding)
+    deciding = deciding_heads(heads)
+    best = max(tags[0].score for head, tags in zip(heads, results, strict=True) if head in deciding)
     return Verdict(tags=[tag for tags in results for tag in tags], uncertain=best < uncertain_below)
 
 
@@ -134,6 +133,11 @@ def confidence(probabilities: Floats, kind: Kind) -> Floats:
         most = labels * np.log(2.0)
     result: Floats = np.clip(1.0 - nats.sum(axis=1) / most, 0.0, 1.0)
     return result
+
+
+def deciding_heads(heads: Sequence[Head]) -> Sequence[Head]:
+    """Those whose best score says whether a track is uncertain."""
+    return [head for head in heads if head.kind == "single"][:1] or heads
 
 
 def mean_embedding(windows: Floats) -> Floats:
