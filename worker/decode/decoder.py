@@ -196,7 +196,8 @@ class Decoder:
 
         That takes a tenth less time than handing them over one by one, but ends, with FFmpegError,
         at the first damage or change of format. Of a few containers alone: others have been seen to
-        make FFmpeg ask for a damaged packet for ever. And of no layout that is a list of channels.
+        make FFmpeg ask for a damaged packet for ever. Nor of layouts that are a list of channels,
+        which FFmpeg, opening the file by itself, would give to PyAV (see `_opened`).
         """
         with self._opened(file) as (container, stream):
             if self._container not in PACKED_CONTAINERS or " (" in self._layout:
