@@ -125,10 +125,8 @@ def tag_tracks(
 async def _tag_all(
     settings: Settings, bundle: Bundle, files: Sequence[str], form: str, *, plot: bool
 ) -> tuple[bool, list[Tagged]]:
-    """Whether some failed, and of the others, where it is to be drawn, what was found.
-
-    Else it goes as soon as it is shown: that of a large collection takes gigabytes.
-    """
+    """Whether some failed, and what was found of the others, if it is to be drawn: of a large
+    collection it takes gigabytes."""
     sources = list(_sources(files))
     failed, drawn = False, []
     shown, in_terminal = console.out(), sys.stdout.isatty()
