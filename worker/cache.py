@@ -252,8 +252,8 @@ class Cache:
         except (RedisError, OSError) as error:
             if self._failed(error):
                 return False
+            # It fails as often as it is tried; others must not wait for it.
             self._metrics.redis_dropped.inc()
-            return True  # it fails as often as it is tried; others must not wait for it
         if self._down:
             log.info("Redis answers again")
             self._down = False

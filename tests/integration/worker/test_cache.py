@@ -293,6 +293,25 @@ async def test_a_track_with_the_name_of_an_error_is_stored_once_redis_has_room(
         await until(lambda: stored(redis, f"{redis_prefix}track:WRONGTYPE"), timeout_s=20)
 
 
+async def test_what_redis_missed_and_others_keep_the_keys_of_is_let_go_at_once(
+    own_redis: LocalRedis, redis_prefix: str
+) -> None:
+    metrics = Metrics()
+    async with (
+        cache_at(own_redis.address, redis_prefix, metrics=metrics) as cache,
+        Redis.from_url(own_redis.address) as redis,
+    ):
+        names = [f"theirs{number}" for number in range(30)]
+        for name in names:
+            await redis.set(f"{redis_prefix}track:{name}", "x")
+        await redis.config_set("maxmemory", 1)
+        for name in names:
+            await store(cache, name, analysis())
+        await redis.config_set("maxmemory", 0)
+        dropped = metrics.registry.get_sample_value
+        await until(lambda: dropped("timbre_redis_dropped_total") == len(names), timeout_s=15)
+
+
 async def test_what_redis_missed_is_stored_once_it_is_back(
     own_redis: LocalRedis, redis_prefix: str
 ) -> None:
