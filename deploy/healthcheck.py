@@ -2,7 +2,7 @@
 
 import sys
 from urllib.error import HTTPError
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, build_opener
 
 TIMEOUT_S = 4
 
@@ -10,7 +10,8 @@ TIMEOUT_S = 4
 def main(url: str) -> int:
     """Ask once; the answer is printed, since `docker inspect` keeps what a healthcheck says."""
     try:
-        with urlopen(url, timeout=TIMEOUT_S) as response:  # noqa: S310 - the address is ours
+        # Past the proxy that an engine may give every container: it can't reach this one's port.
+        with build_opener(ProxyHandler({})).open(url, timeout=TIMEOUT_S) as response:
             sys.stdout.write(response.read().decode())
     except HTTPError as error:
         sys.stdout.write(error.read().decode())

@@ -262,6 +262,14 @@ async def test_a_container_that_is_not_ready_fails_its_healthcheck(
     assert "refused" in nobody.stdout
 
 
+async def test_a_proxy_that_a_container_is_given_is_not_asked_for_its_health(
+    worker: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9/")
+    answer = await asyncio.to_thread(healthcheck, f"http://{worker[0]}/health/live")
+    assert answer.returncode == 0, answer.stdout
+
+
 def test_prometheus_accepts_the_configuration_of_the_compose_file() -> None:
     if shutil.which("promtool") is None:
         pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
