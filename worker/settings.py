@@ -296,7 +296,10 @@ class RedisSettings(Section):
 
 
 def _user_dir(variable: str, default: str) -> Path:
-    return Path(os.environ.get(variable) or Path.home() / default) / "timbre"
+    try:
+        return Path(os.environ.get(variable) or Path.home() / default) / "timbre"
+    except RuntimeError:  # no home, as of a container's unknown user; a worker needs none
+        return Path("/nonexistent") / default / "timbre"
 
 
 class ServicesSettings(Section):
@@ -370,7 +373,7 @@ class Settings(BaseSettings):
         frozen=True,
     )
 
-    fetch: FetchSettings = FetchSettings()
+    fetch: FetchSettings = Field(default_factory=FetchSettings)
     decode: DecodeSettings = DecodeSettings()
     windows: WindowSettings = WindowSettings()
     batch: BatchSettings = BatchSettings()

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,32 @@ def test_the_environment_sets_nested_values(monkeypatch: pytest.MonkeyPatch) -> 
 
     assert settings.kafka.group == "taggers"
     assert settings.fetch.file_roots == (Path("/music"),)
+
+
+def test_without_a_home_or_a_temporary_folder_settings_are_read_all_the_same() -> None:
+    """As a container's unknown user with nothing to write but the spool has none."""
+    script = """
+import pathlib, tempfile
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+def no_folder():
+    raise FileNotFoundError(2, "No usable temporary directory found")
+
+pathlib.Path.home = no_home
+tempfile.gettempdir = no_folder
+from worker.settings import load
+print(load().fetch.spool_dir)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"PYTHONPATH": os.pathsep.join(sys.path), "TIMBRE_FETCH__SPOOL_DIR": "/spool"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "/spool\n", done.stderr
 
 
 def test_secrets_come_from_files_and_are_never_shown(
