@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+from joblib import cpu_count
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -149,11 +150,11 @@ class DecodeSettings(Section):
     """The decoder processes and their limits."""
 
     processes: int = Field(
-        default_factory=lambda: max(2, len(os.sched_getaffinity(0))),
+        default_factory=lambda: max(2, cpu_count()),
         ge=1,
         le=256,
-        description="Decoder processes, one track each at a time. Default: one a core, and two at "
-        "least, so that none waits for long",
+        description="Decoder processes, one track each at a time. Default: one for each core that "
+        "affinity and the container's quota allow, and two at least, so that none waits for long",
     )
     timeout_s: float = Field(
         180.0, gt=0, description="Seconds of work for one track before its decoder is ended"

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -195,7 +195,7 @@ class Engine:
     async def _choose_threads(self) -> None:
         """As many as keep up with decoders on the other cores: more would only disturb them."""
         (window_s,) = await self._runners.run([self._time_a_window], START_TIMEOUT_S)
-        cores = len(os.sched_getaffinity(0))
+        cores = cpu_count()
         self._threads = threads_beside_decoders(window_s, cores)
         log.info(
             "The network takes %.2f ms a window and gets %d of %d cores",

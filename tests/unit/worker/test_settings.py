@@ -4,10 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from joblib.externals.loky.backend import context
 
 from worker import settings_table
 from worker.errors import SettingsInvalid
-from worker.settings import FetchSettings, load
+from worker.settings import DecodeSettings, FetchSettings, load
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -46,6 +47,15 @@ print(load().fetch.spool_dir)
         check=False,
     )
     assert done.stdout == "/spool\n", done.stderr
+
+
+def test_a_decoder_is_started_for_each_core_that_a_containers_quota_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(context, "_cpu_count_cgroup", lambda _: 3)
+    assert DecodeSettings().processes == 3
 
 
 def test_secrets_come_from_files_and_are_never_shown(
