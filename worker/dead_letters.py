@@ -1,10 +1,11 @@
 """What an operator does with dead letters: list them, look at one, send them again."""
 
 import asyncio
+import logging
 import re
 from base64 import b64encode
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing, suppress
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -16,8 +17,11 @@ from aiokafka.structs import ConsumerRecord
 from schemas.events import DeadLetter, FailureReason, ModelRef, Origin, OriginalMessage
 from worker.errors import DeadLetterNotFound, SourceInvalid
 from worker.kafka import connection
+from worker.printable import printable
 from worker.publish import HEADER, moment
 from worker.settings import KafkaSettings, Settings
+
+log = logging.getLogger(__name__)
 
 Place = tuple[int, int]
 """Partition and offset of a dead letter in its topic."""
@@ -61,8 +65,9 @@ async def retry(
     `places` picks single ones; without it all are sent again, or all of one reason `code`. A
     letter stays in its topic: it is a log, and the event's id stays the same. A message is sent
     once, however often it failed: what fails again would be twice as many at each retry. What can't
-    be sent is left out, or, where its place is given, an error: a value that was too large for the
-    topic and is only at its origin, and a message that Timbre did not write.
+    be sent is left out with a warning, or, where its place is given, an error: a value that was too
+    large for the topic and is only at its origin, a message that Timbre did not write, and one of a
+    topic that is not there.
 
     Raises
     ------
@@ -74,25 +79,26 @@ async def retry(
         Kafka can't be reached.
     """
     sent, known = list[Place](), set[bytes]()
-    async with (
-        connection.started(connection.producer(settings.kafka), settings.kafka) as producer,
-        aclosing(_chosen(settings.kafka, places)) as messages,
-    ):
-        async for message in messages:
-            letter = parse(message)
-            if code is not None and letter.reason.code != code:
-                continue
-            if _obstacle(message) is not None:
-                continue
-            original = letter.origin.topic.encode() + letter.original.to_bytes()
-            if (digest := sha256(original).digest()) in known:
-                continue
-            known.add(digest)
-            headers = [(n, v) for n, v in message.headers if not n.startswith(HEADER)]
-            await producer.send_and_wait(
-                letter.origin.topic, message.value, key=message.key, headers=headers
-            )
-            sent.append((message.partition, message.offset))
+    async with connection.started(connection.producer(settings.kafka), settings.kafka) as producer:
+        # Before any is sent: to a topic that is not there aiokafka tries each for half a minute.
+        topics = (await producer.client.fetch_all_metadata()).topics()
+        async with aclosing(_chosen(settings.kafka, places, topics)) as messages:
+            async for message in messages:
+                letter = parse(message)
+                if code is not None and letter.reason.code != code:
+                    continue
+                if (obstacle := _obstacle(message, topics)) is not None:
+                    log.warning("%s", obstacle)
+                    continue
+                original = letter.origin.topic.encode() + letter.original.to_bytes()
+                if (digest := sha256(original).digest()) in known:
+                    continue
+                known.add(digest)
+                headers = [(n, v) for n, v in message.headers if not n.startswith(HEADER)]
+                await producer.send_and_wait(
+                    letter.origin.topic, message.value, key=message.key, headers=headers
+                )
+                sent.append((message.partition, message.offset))
     return sent
 
 
@@ -152,14 +158,13 @@ def _header(message: "ConsumerRecord[Any, Any]", name: str) -> bytes | None:
 
 
 async def _chosen(
-    settings: KafkaSettings, places: Sequence[Place]
+    settings: KafkaSettings, places: Sequence[Place], topics: Collection[str]
 ) -> AsyncGenerator["ConsumerRecord[bytes, bytes]", None]:
     if places:
         named = [await _at(settings, place) for place in places]
         for message in named:
-            if (obstacle := _obstacle(message)) is not None:
-                place = f"{message.partition}:{message.offset}"
-                raise SourceInvalid(f"The letter at {place} can't be sent again: {obstacle}.")
+            if (obstacle := _obstacle(message, topics)) is not None:
+                raise SourceInvalid(obstacle)
         for message in named:
             yield message
         return
@@ -168,15 +173,20 @@ async def _chosen(
             yield message
 
 
-def _obstacle(message: "ConsumerRecord[bytes, bytes]") -> str | None:
-    """Why a message can't be sent again; None where it can."""
+def _obstacle(message: "ConsumerRecord[bytes, bytes]", topics: Collection[str]) -> str | None:
+    """Why a message can't be sent again, to any of `topics`; None where it can."""
+    origin = parse(message).origin
     if not _header(message, "origin-topic"):
-        return "Timbre did not write it, and where it belongs is not known"
-    if _header(message, "value-omitted-bytes"):
-        origin = parse(message).origin
+        why = "Timbre did not write it, and where it belongs is not known"
+    elif _header(message, "value-omitted-bytes"):
         at = f"{origin.topic} {origin.partition}:{origin.offset}"
-        return f"its value could not be kept here; send it anew as it stands at {at}"
-    return None
+        why = f"its value could not be kept here; send it anew as it stands at {at}"
+    elif origin.topic not in topics:
+        why = f"Kafka has no topic {origin.topic}"
+    else:
+        return None
+    place = f"{message.partition}:{message.offset}"
+    return printable(f"The letter at {place} can't be sent again: {why}.")
 
 
 async def _at(settings: KafkaSettings, place: Place) -> "ConsumerRecord[bytes, bytes]":

@@ -1,5 +1,6 @@
 import hashlib
 import os
+import re
 from base64 import b64decode
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -203,3 +204,21 @@ async def test_a_value_too_large_for_the_topic_is_left_out_and_naming_its_letter
     assert await dead_letters.retry(Settings(kafka=own), [(0, 1)]) == [(0, 1)]
     [first] = await receive(own, own.topic_new, 1)
     assert first.value == b"\xff\x00", "the error came before any was sent"
+
+
+async def test_a_letter_of_a_topic_that_is_gone_keeps_back_none_behind_it(
+    topics: MakeTopics, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = await topics()
+    async with Publisher(own) as publisher:
+        failure = Failure(AudioNotFound("Nothing there."))
+        for topic, value in (("gone\x1b[2J", b"[]"), (own.topic_new, b"{}")):
+            letter = replace(record(own, 0, value), topic=topic)
+            await publisher.dead_letter(letter, [failure], MODEL)
+    assert await dead_letters.retry(Settings(kafka=own)) == [(0, 1)]
+    obstacle = r"The letter at 0:0 can't be sent again: Kafka has no topic gone\u001b[2J."
+    assert obstacle in caplog.messages
+    with pytest.raises(SourceInvalid, match=re.escape(obstacle)):
+        await dead_letters.retry(Settings(kafka=own), [(0, 1), (0, 0)])
+    [again] = await receive(own, own.topic_new, 1)
+    assert again.value == b"{}"
