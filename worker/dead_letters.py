@@ -15,7 +15,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.structs import ConsumerRecord
 
 from schemas.events import DeadLetter, FailureReason, ModelRef, Origin, OriginalMessage
-from worker.errors import DeadLetterNotFound, SourceInvalid
+from worker.errors import DeadLetterNotFound, ServicesUnavailable, SourceInvalid
 from worker.kafka import connection
 from worker.printable import printable
 from worker.publish import HEADER, moment
@@ -206,9 +206,17 @@ async def _read(
 ) -> AsyncGenerator["ConsumerRecord[bytes, bytes]", None]:
     """The topic from its beginning, or one partition from an offset, to what is its end now,
     oldest first.
+
+    Raises
+    ------
+    ServicesUnavailable
+        Kafka does not answer, be it half-way.
     """
     consumer = AIOKafkaConsumer(
-        **connection.client_options(settings), group_id=None, enable_auto_commit=False
+        **connection.client_options(settings),
+        group_id=None,
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",  # where what is next to be read was removed meanwhile
     )
     async with connection.started(consumer, settings):
         partitions = await _partitions(consumer, settings.topic_dead_letter)
@@ -225,6 +233,12 @@ async def _read(
             async for message in messages:
                 if message.offset < ends[TopicPartition(message.topic, message.partition)]:
                     yield message
+        for tp, end in ends.items():
+            if await consumer.position(tp) < end:
+                raise ServicesUnavailable(
+                    f"Kafka at {settings.bootstrap_servers} stopped answering before the end of "
+                    f"{tp.topic}: this is not all of it. Try again once it runs."
+                )
 
 
 async def oldest_first(

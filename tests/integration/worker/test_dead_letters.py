@@ -6,8 +6,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
-from aiokafka import AIOKafkaProducer
-from aiokafka.admin import NewTopic
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
 
 from schemas.events import AudioRef, ModelRef, NewTrack
 from tests.conftest import MakeTopics
@@ -20,6 +20,7 @@ from worker.errors import (
     EventMalformed,
     FetchTimeout,
     PublishFailed,
+    ServicesUnavailable,
     SourceInvalid,
 )
 from worker.kafka import connection
@@ -222,3 +223,38 @@ async def test_a_letter_of_a_topic_that_is_gone_keeps_back_none_behind_it(
         await dead_letters.retry(Settings(kafka=own), [(0, 1), (0, 0)])
     [again] = await receive(own, own.topic_new, 1)
     assert again.value == b"{}"
+
+
+async def test_a_list_that_kafka_cuts_short_says_so(
+    topics: MakeTopics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = await topics()
+    await fill(own)
+
+    async def silent(*_: object, **__: object) -> dict[object, object]:
+        return {}
+
+    monkeypatch.setattr(AIOKafkaConsumer, "getmany", silent)
+    with pytest.raises(ServicesUnavailable, match=f"before the end of {own.topic_dead_letter}"):
+        [_ async for _ in dead_letters.list_dead_letters(Settings(kafka=own))]
+    with pytest.raises(ServicesUnavailable):
+        await dead_letters.show(Settings(kafka=own), (0, 0))
+
+
+async def test_letters_removed_while_those_before_them_are_listed_hide_none_behind_them(
+    topics: MakeTopics,
+) -> None:
+    own = await topics()
+    for _ in range(30):
+        await send(own, os.urandom(MIB // 10), topic=own.topic_dead_letter)
+    partition = TopicPartition(own.topic_dead_letter, 0)
+    admin = AIOKafkaAdminClient(**connection.client_options(own))
+    await admin.start()
+    offsets = list[int]()
+    async for (_, offset), _letter in dead_letters.list_dead_letters(Settings(kafka=own)):
+        if not offsets:  # more were fetched with it, but not all
+            await admin.delete_records({partition: RecordsToDelete(before_offset=25)})
+        offsets.append(offset)
+    await admin.close()
+    assert offsets[-5:] == [25, 26, 27, 28, 29]
+    assert len(offsets) < 30, "some were removed before they were read"
