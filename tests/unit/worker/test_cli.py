@@ -1,4 +1,5 @@
 import importlib.metadata
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -82,6 +83,18 @@ def test_an_output_that_takes_no_more_is_one_sentence() -> None:
         )
     assert done.stderr == "timbre: The output can't be written: No space left on device\n"
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize("arguments", ["model compare nowhere", "--version", "tag /nowhere.mp3"])
+def test_outputs_that_are_closed_change_no_status(arguments: str) -> None:
+    command = f"{shlex.quote(str(TIMBRE))} {arguments}"
+    opened, closed = (
+        subprocess.run(["sh", "-c", f"{command} {ends}"], capture_output=True, check=False)
+        for ends in ("", ">&-")
+    )
+    assert (closed.returncode, closed.stderr) == (opened.returncode, opened.stderr)
+    both = subprocess.run(["sh", "-c", f"{command} >&- 2>&-"], check=False)
+    assert both.returncode == opened.returncode
 
 
 def test_an_unknown_command_is_a_mistake_of_usage(
