@@ -225,19 +225,28 @@ def _coverage(
 ) -> dict[str, Any]:
     """Accuracy of the most confident share, and of what the bundle doesn't call uncertain."""
     order = np.argsort(-confidence, kind="stable")
-    certain = None if threshold is None else confidence >= threshold
     curve = []
     for share in CURVE:
         kept = order[: max(1, round(share * len(order)))]
         curve.append({"coverage": share, "accuracy": float(right[kept].mean())})
     return {
-        "threshold": threshold,
-        "certain": None if certain is None else float(certain.mean()),
-        "accuracy_of_certain": (
-            None if certain is None or not certain.any() else float(right[certain].mean())
-        ),
+        **_certain(confidence, right, threshold),
         "accuracy_at_70": next(p["accuracy"] for p in curve if p["coverage"] == 0.7),
         "curve": curve,
+    }
+
+
+def _certain(
+    confidence: NDArray[np.float64], right: NDArray[np.float64], threshold: float | None
+) -> dict[str, Any]:
+    """How much is not uncertain, and its accuracy; nothing where another head decides that."""
+    if threshold is None:
+        return dict.fromkeys(("threshold", "certain", "accuracy_of_certain"))
+    certain = confidence >= threshold
+    return {
+        "threshold": threshold,
+        "certain": float(certain.mean()),
+        "accuracy_of_certain": float(right[certain].mean()) if certain.any() else None,
     }
 
 
