@@ -87,7 +87,7 @@ async def retry(
                 letter = parse(message)
                 if code is not None and letter.reason.code != code:
                     continue
-                if (obstacle := _obstacle(message, topics)) is not None:
+                if (obstacle := _obstacle(message, letter.origin, topics)) is not None:
                     log.warning("%s", obstacle)
                     continue
                 original = letter.origin.topic.encode() + letter.original.to_bytes()
@@ -163,7 +163,7 @@ async def _chosen(
     if places:
         named = [await _at(settings, place) for place in places]
         for message in named:
-            if (obstacle := _obstacle(message, topics)) is not None:
+            if (obstacle := _obstacle(message, parse(message).origin, topics)) is not None:
                 raise SourceInvalid(obstacle)
         for message in named:
             yield message
@@ -173,9 +173,10 @@ async def _chosen(
             yield message
 
 
-def _obstacle(message: "ConsumerRecord[bytes, bytes]", topics: Collection[str]) -> str | None:
+def _obstacle(
+    message: "ConsumerRecord[bytes, bytes]", origin: Origin, topics: Collection[str]
+) -> str | None:
     """Why a message can't be sent again, to any of `topics`; None where it can."""
-    origin = parse(message).origin
     if not _header(message, "origin-topic"):
         why = "Timbre did not write it, and where it belongs is not known"
     elif _header(message, "value-omitted-bytes"):
