@@ -67,6 +67,16 @@ async def watched(
         yield Health(settings.worker, probe, consumer, batcher)
 
 
+@asynccontextmanager
+async def serving(settings: Settings, batcher: Batcher) -> AsyncIterator[HttpServer]:
+    """The port of a worker that consumes nothing."""
+    metrics = Metrics()
+    consumer = Consumer(settings, Seen(), metrics)
+    state = Health(settings.worker, LagProbe(settings, consumer, metrics), consumer, batcher)
+    async with HttpServer(HttpSettings(port=0), metrics, state) as server:
+        yield server
+
+
 async def test_a_worker_is_live_while_it_progresses_and_not_when_it_hangs_with_lag(
     topics: MakeTopics,
 ) -> None:
@@ -370,14 +380,11 @@ async def test_the_lag_of_partitions_beside_one_without_a_leader_is_measured(
 
 async def test_a_worker_on_whose_device_batches_hang_is_not_live(topics: MakeTopics) -> None:
     settings = settings_of(await topics())
-    metrics = Metrics()
     network = Hanging()
 
     async with batcher_of(network, timeout_s=0.3, max_stuck=1) as batcher:
-        consumer = Consumer(settings, Seen(), metrics)
-        state = Health(settings.worker, LagProbe(settings, consumer, metrics), consumer, batcher)
         async with (
-            HttpServer(HttpSettings(port=0), metrics, state) as server,
+            serving(settings, batcher) as server,
             aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as http,
         ):
             async with http.get("/health/live") as answer:
@@ -420,47 +427,45 @@ async def test_the_port_serves_metrics_and_health_and_nothing_else(topics: MakeT
 
 async def test_connections_that_never_ask_leave_room_for_others(topics: MakeTopics) -> None:
     settings = settings_of(await topics())
-    metrics = Metrics()
-    async with Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher:
-        consumer = Consumer(settings, Seen(), metrics)
-        state = Health(settings.worker, LagProbe(settings, consumer, metrics), consumer, batcher)
-        async with HttpServer(HttpSettings(port=0), metrics, state) as server:
-            before = psutil.Process().num_fds()
-            slow = list[asyncio.StreamWriter]()
-            for _ in range(5 * health.MAX_CONNECTIONS):
-                _, writer = await asyncio.open_connection("127.0.0.1", server.port)
-                writer.write(b"GET /health/live HTTP/1.1\r\nX-Slow: ")
-                slow.append(writer)
-            async with (
-                aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as http,
-                http.get("/health/live") as answer,
-            ):
-                assert answer.status == 200
-            held = psutil.Process().num_fds() - before - len(slow)
-            assert held <= health.MAX_CONNECTIONS + 8
-            for writer in slow:
-                writer.close()
+    async with (
+        Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher,
+        serving(settings, batcher) as server,
+    ):
+        before = psutil.Process().num_fds()
+        slow = list[asyncio.StreamWriter]()
+        for _ in range(5 * health.MAX_CONNECTIONS):
+            _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(b"GET /health/live HTTP/1.1\r\nX-Slow: ")
+            slow.append(writer)
+        async with (
+            aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as http,
+            http.get("/health/live") as answer,
+        ):
+            assert answer.status == 200
+        held = psutil.Process().num_fds() - before - len(slow)
+        assert held <= health.MAX_CONNECTIONS + 8
+        for writer in slow:
+            writer.close()
 
 
 async def test_who_does_not_read_the_answer_holds_up_no_stop(topics: MakeTopics) -> None:
     settings = settings_of(await topics())
-    metrics = Metrics()
-    async with Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher:
-        consumer = Consumer(settings, Seen(), metrics)
-        state = Health(settings.worker, LagProbe(settings, consumer, metrics), consumer, batcher)
-        async with HttpServer(HttpSettings(port=0), metrics, state) as server:
-            _, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1)
-            writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 10_000)
-            web_server = server._runner.server
-            assert web_server is not None
-            await until(lambda: web_server.connections)
-            transport = web_server.connections[0].transport
-            assert transport is not None
-            await until(lambda: transport.get_write_buffer_size() > 64 * 1024)
-            stopped_s = time.monotonic()
-        assert time.monotonic() - stopped_s < 10
-        writer.transport.abort()
-        await asyncio.sleep(0)
+    async with (
+        Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher,
+        serving(settings, batcher) as server,
+    ):
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1)
+        writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 10_000)
+        web_server = server._runner.server
+        assert web_server is not None
+        await until(lambda: web_server.connections)
+        transport = web_server.connections[0].transport
+        assert transport is not None
+        await until(lambda: transport.get_write_buffer_size() > 64 * 1024)
+        stopped_s = time.monotonic()
+    assert time.monotonic() - stopped_s < 10
+    writer.transport.abort()
+    await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1"])
