@@ -168,6 +168,7 @@ class SpoolFile:
         self._path = path
         self._on_bytes = on_bytes
         self._share = Share(spool.max_file_bytes)
+        self._expected_bytes: int | None = None
         self._digest = hashlib.sha256()
         self._parts: list[bytes | memoryview] = []  # not yet written
         self._parts_bytes = 0
@@ -198,7 +199,7 @@ class SpoolFile:
         AudioTooLarge
         """
         self.check_size(size_bytes)
-        self._share.most_bytes = size_bytes
+        self._share.most_bytes = self._expected_bytes = size_bytes
 
     async def write(self, data: bytes | memoryview) -> None:
         """Append, as soon as there is room; `data` must not change afterwards.
@@ -210,7 +211,7 @@ class SpoolFile:
         """
         self.check_size(self.size_bytes + len(data))
         if self.size_bytes + len(data) > self._share.most_bytes:
-            raise FetchUnavailable("The audio grew while it was fetched; see who writes to it.")
+            raise self._other_size("more")
         self.waits_for_room = True
         await self._room.take(self._share, len(data))
         self.waits_for_room = False
@@ -222,7 +223,15 @@ class SpoolFile:
             await in_thread(self._flush)
 
     async def finish(self) -> SpooledAudio:
-        """Write what is left and close the file."""
+        """Write what is left and close the file.
+
+        Raises
+        ------
+        SpoolFull, FetchUnavailable
+            A full or broken disk, fewer bytes than were expected.
+        """
+        if self._expected_bytes is not None and self.size_bytes < self._expected_bytes:
+            raise self._other_size(f"{self.size_bytes}")
         await in_thread(self._flush, last=True)
         self._room.complete(self._share)
         return SpooledAudio(self._path, self._digest.hexdigest(), self.size_bytes)
@@ -233,6 +242,12 @@ class SpoolFile:
             with suppress(OSError):  # what stays, the next process removes
                 undo()
         self._room.give_back(self._share)
+
+    def _other_size(self, came: str) -> FetchUnavailable:
+        return FetchUnavailable(
+            f"The audio was to have {self._expected_bytes} bytes, but {came} came; "
+            "see who writes to it."
+        )
 
     def _flush(self, *, last: bool = False) -> None:
         try:

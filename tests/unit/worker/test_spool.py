@@ -87,10 +87,13 @@ class TestFiles:
         file.remove()
         spool.close()
 
-    async def test_hold_no_more_than_was_expected(self, spool: Spool) -> None:
+    async def test_hold_as_many_bytes_as_were_expected(self, spool: Spool) -> None:
         file = spool.file()
         file.expect(10)
-        await file.write(bytes(10))
+        await file.write(bytes(9))
+        with pytest.raises(FetchUnavailable):
+            await file.finish()
+        await file.write(b"x")
         with pytest.raises(FetchUnavailable):
             await file.write(b"x")
         file.remove()
