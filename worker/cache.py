@@ -19,9 +19,10 @@ import logging
 import ssl
 import time
 from collections import OrderedDict
+from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from pydantic import ValidationError
@@ -221,8 +222,8 @@ class Cache:
         try:
             async with self._redis.pipeline(transaction=True) as commands:
                 self._add_analysis(commands, event_id, analysis)
-                await commands.execute()
-        except (RedisError, OSError) as error:
+                await self._in_time(commands.execute())
+        except Exception as error:
             self._failed(error)
 
     async def store(self, event: TrackTags, analysis: Analysis) -> None:
@@ -238,18 +239,18 @@ class Cache:
         if self._is_avoided():
             return None
         try:
-            value = await self._redis.getrange(key, 0, max_bytes - 1)
-        except (RedisError, OSError) as error:
+            value = await self._in_time(self._redis.getrange(key, 0, max_bytes - 1))
+        except Exception as error:
             self._failed(error)
             return None
-        return cast(bytes, value) or None
+        return value if isinstance(value, bytes) and value else None
 
     async def _try_to_store(self, result: _Result) -> bool:
         if self._is_avoided(storing=True):
             return False
         try:
             await self._write(result)
-        except (RedisError, OSError) as error:
+        except Exception as error:
             if self._failed(error):
                 return False
             # It fails as often as it is tried; others must not wait for it.
@@ -293,7 +294,12 @@ class Cache:
                 commands.zadd(since_key, {event.track_id: time.time()})
                 commands.expire(genre_key, settings.genre_ttl_s)
                 commands.expire(since_key, settings.genre_ttl_s)
-            await commands.execute()
+            await self._in_time(commands.execute())
+
+    async def _in_time(self, answer: Awaitable[object]) -> object:
+        """The client's own timeouts count anew for each reply, and at each of its attempts."""
+        async with asyncio.timeout(self._settings.timeout_s):
+            return await answer
 
     def _add_analysis(self, commands: Pipeline, event_id: str, analysis: Analysis) -> None:
         life_s = self._settings.cache_ttl_s or None
@@ -315,7 +321,10 @@ class Cache:
         return False
 
     def _failed(self, error: Exception) -> bool:
-        """Count a failure: True where Redis is down, False where this key is another program's."""
+        """Count a failure: True where Redis is down, False where this key is another program's.
+
+        It may be of any type: a garbled reply fails wherever the client happens to be with it.
+        """
         self._metrics.cache.labels("error").inc()
         said = str(error).rpartition(" caused error: ")[2]  # before it the command, with any words
         if isinstance(error, ResponseError) and "WRONGTYPE" in said:

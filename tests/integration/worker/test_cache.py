@@ -3,8 +3,9 @@ import json
 import resource
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -35,6 +36,7 @@ from worker.cache import Cache, connect
 from worker.errors import SettingsInvalid
 from worker.metrics import Metrics
 from worker.services.redis import Redis as LocalRedis
+from worker.services.service import HOST
 from worker.settings import MIB, RedisSettings
 
 MODEL = ModelRef(name="model", version="1")
@@ -83,6 +85,25 @@ def analysis(genre: str = "jazz", score: float = 0.9, sha256: str = SHA256) -> A
         taggram=None,
         embedding=[0.6, 0.8],
     )  # fmt: skip
+
+
+@asynccontextmanager
+async def speaking(reply: bytes, *, port: int = 0, every_s: float = 0.1) -> AsyncIterator[str]:
+    """The URL of a Redis that says the same over and over, whatever it is asked."""
+    over = asyncio.Event()
+
+    async def serve(_: asyncio.StreamReader, out: asyncio.StreamWriter) -> None:
+        with suppress(OSError):  # the client has gone
+            while not over.is_set():
+                out.write(reply)
+                await out.drain()
+                await asyncio.sleep(every_s)
+        out.close()
+
+    async with await asyncio.start_server(serve, HOST, port) as server:
+        yield f"redis://{HOST}:{server.sockets[0].getsockname()[1]}/0"
+        over.set()
+        await asyncio.sleep(every_s)
 
 
 def tag(label: str, *, head: str = "genre", score: float = 0.9) -> JsonObject:
@@ -325,6 +346,35 @@ async def test_what_redis_missed_is_stored_once_it_is_back(
         keys = [f"{redis_prefix}track:t{number}" for number in range(3)]
         async with Redis.from_url(own_redis.address) as redis:
             await until(lambda: stored(redis, *keys))
+
+
+@pytest.mark.parametrize("reply", [b":1\r\n", b"*1\r\n" * 100_000])
+async def test_what_a_garbling_redis_missed_is_stored_once_it_is_itself_again(
+    own_redis: LocalRedis, redis_prefix: str, reply: bytes
+) -> None:
+    metrics = Metrics()
+    errors = partial(
+        metrics.registry.get_sample_value, "timbre_cache_lookups_total", {"result": "error"}
+    )
+    own_redis.stop()
+    async with cache_at(own_redis.address, redis_prefix, metrics=metrics) as cache:
+        async with speaking(reply, port=own_redis.port):
+            assert await cache.by_event("event") is None
+            await cache.remember("event", analysis())
+            await store(cache, "t", analysis())
+            met = errors() or 0
+            await until(lambda: (errors() or 0) > met, timeout_s=10)
+        own_redis.start()
+        async with Redis.from_url(own_redis.address) as redis:
+            await until(lambda: stored(redis, f"{redis_prefix}track:t"), timeout_s=20)
+
+
+async def test_a_redis_that_drips_is_waited_for_no_longer_than_one_that_is_silent(
+    redis_prefix: str,
+) -> None:
+    async with speaking(b"+OK\r\n", every_s=0.5) as url, cache_at(url, redis_prefix) as cache:
+        async with asyncio.timeout(3.0):
+            await store(cache, "t", analysis())
 
 
 async def test_lookups_do_not_keep_what_redis_missed_from_being_stored(
