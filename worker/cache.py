@@ -42,6 +42,7 @@ from worker.settings import MIB, RedisSettings
 
 log = logging.getLogger(__name__)
 
+MAX_CONNECTIONS = 2**31  # the events in flight are their bound; the client's own would be 100
 DOWN_FOR_S = 1.0
 CATCH_UP_BACKOFF_S = (0.5, 5.0)
 CATCH_UP_BYTES = 256 * MIB  # the metadata of events may be a hundred times that of others
@@ -85,6 +86,7 @@ def connect(settings: RedisSettings) -> Redis:
             socket_timeout=settings.timeout_s,
             socket_connect_timeout=settings.timeout_s,
             retry=Retry(NoBackoff(), 1),
+            max_connections=MAX_CONNECTIONS,
         )
     except ValueError:
         raise SettingsInvalid(
