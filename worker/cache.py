@@ -112,6 +112,14 @@ def _check_options(redis: Redis) -> None:
     connection.encoder.encode("")  # type: ignore[no-untyped-call]
 
 
+def _live_for(commands: Pipeline, key: str, life_s: int) -> None:
+    """Give a key its life anew; it may have been given one by other settings (0: for ever)."""
+    if life_s:
+        commands.expire(key, life_s)
+    else:
+        commands.persist(key)
+
+
 class Keys:
     """Names of keys."""
 
@@ -290,11 +298,10 @@ class Cache:
             )
             commands.zadd(genre_key, {event.track_id: genre.score})
             self._add_analysis(commands, event.event_id, analysis)
-            if settings.track_ttl_s:
-                commands.expire(track_key, settings.track_ttl_s)
+            _live_for(commands, track_key, settings.track_ttl_s)
+            _live_for(commands, genre_key, settings.genre_ttl_s)
             if settings.genre_ttl_s:
                 commands.zadd(since_key, {event.track_id: time.time()})
-                commands.expire(genre_key, settings.genre_ttl_s)
                 commands.expire(since_key, settings.genre_ttl_s)
             await self._in_time(commands.execute())
 

@@ -484,3 +484,17 @@ async def test_a_tracks_hash_and_a_cached_analysis_live_as_long_as_is_given(
         assert all(2 * given_s - 60 < left_s <= 2 * given_s for left_s in cached_s)
     else:
         assert [track_s, *cached_s] == [-1] * 3, "for ever"
+
+
+async def test_what_is_to_live_for_ever_outlives_what_was_set_before(
+    redis: Redis, redis_url: str, redis_prefix: str
+) -> None:
+    async with cache_at(redis_url, redis_prefix) as cache:
+        await store(cache, "t", analysis("jazz"))
+        await store(cache, "another", analysis("jazz"))
+    async with cache_at(
+        redis_url, redis_prefix, track_ttl_s=0, cache_ttl_s=0, genre_ttl_s=0
+    ) as cache:
+        await store(cache, "t", analysis("jazz"))
+    for key in ("track:t", "genre:jazz", f"cache:{SHA256}:key"):
+        assert await redis.ttl(f"{redis_prefix}{key}") == -1, key
