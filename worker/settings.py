@@ -44,6 +44,8 @@ from worker.errors import SettingsInvalid
 VoteMethod = Literal["mean", "majority", "weighted"]
 MIB = 1024 * 1024
 ENDPOINT = TypeAdapter(HttpUrl)
+# Redis refuses what does not fit into 63 bits as milliseconds.
+Life = Annotated[int, Field(ge=0, le=10**12)]
 SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:,\[\]/@]+)(:\d{1,5})?")
 
 
@@ -285,10 +287,10 @@ class RedisSettings(Section):
     password: SecretStr | None = Field(None, description="Password, when not in the URL")
     ssl_ca_file: FilePath | None = Field(None, description="CA certificates for rediss://")
     prefix: str = Field("timbre:", description="Start of every key")
-    track_ttl_s: int = Field(30 * 86400, ge=0, description="Life of a track's hash; 0: for ever")
-    cache_ttl_s: int = Field(30 * 86400, ge=0, description="Life of a cached analysis; 0: for ever")
-    genre_ttl_s: int = Field(
-        30 * 86400, ge=0, description="Life of a track in its genre's sorted set; 0: for ever"
+    track_ttl_s: Life = Field(30 * 86400, description="Life of a track's hash; 0: for ever")
+    cache_ttl_s: Life = Field(30 * 86400, description="Life of a cached analysis; 0: for ever")
+    genre_ttl_s: Life = Field(
+        30 * 86400, description="Life of a track in its genre's sorted set; 0: for ever"
     )
     timeout_s: float = Field(2.0, gt=0, description="Seconds for one command")
     catch_up_max: int = Field(

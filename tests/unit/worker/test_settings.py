@@ -88,6 +88,7 @@ def test_the_environment_wins_over_files(monkeypatch: pytest.MonkeyPatch, tmp_pa
         ("TIMBRE_HTTP__POTR", "80", "TIMBRE_HTTP__POTR"),
         ("TIMBRE_FETHC__ATTEMPTS", "3", "TIMBRE_FETHC__ATTEMPTS belongs to no section.*FETCH"),
         ("TIMBRE_REDIS__SSL_CA_FILE", "/not/there", "TIMBRE_REDIS__SSL_CA_FILE: .*not point to a"),
+        ("TIMBRE_REDIS__CACHE_TTL_S", "9" * 17, "TIMBRE_REDIS__CACHE_TTL_S"),
         ("TIMBRE_KAFKA__SESSION_TIMEOUT_S", "1", "greater than or equal to 6"),
         ("TIMBRE_KAFKA__SECURITY_PROTOCOL", "SASL_SSL", "sasl_username"),
         ("TIMBRE_SECRETS_DIR", "/does/not/exist", "TIMBRE_SECRETS_DIR: /does/not/exist is not a"),
