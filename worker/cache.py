@@ -49,6 +49,7 @@ CATCH_UP_BYTES = 256 * MIB  # the metadata of events may be a hundred times that
 GENRE_HEAD = "genre"
 MAX_BYTES = 16 * MIB  # of an analysis; with the taggram of six hours it has 3 MiB
 SHA256_CHARS = 64
+REASON_CHARS = 200
 OUTLIVED_AT_ONCE = 100  # tracks taken out of a genre as one comes in
 # By Redis itself, since a member may be anybody's and of any length.
 FORGET_OUTLIVED = """
@@ -110,6 +111,13 @@ def _check_options(redis: Redis) -> None:
     if connection.encoder.decode_responses:
         raise ValueError("what is kept in Redis is bytes")
     connection.encoder.encode("")  # type: ignore[no-untyped-call]
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, without the command: any words may stand in it, and the password."""
+    said = str(error).partition(", with args")[0].rpartition(" caused error: ")[2]
+    said = said.strip("()'\",")  # a tuple of one, where it failed among others
+    return f"{type(error).__name__}: {said[:REASON_CHARS]}".rstrip(": ")
 
 
 def _live_for(commands: Pipeline, key: str, life_s: int) -> None:
@@ -335,12 +343,12 @@ class Cache:
         It may be of any type: a garbled reply fails wherever the client happens to be with it.
         """
         self._metrics.cache.labels("error").inc()
-        said = str(error).rpartition(" caused error: ")[2]  # before it the command, with any words
-        if isinstance(error, ResponseError) and "WRONGTYPE" in said:
+        why = reason(error)
+        if isinstance(error, ResponseError) and "WRONGTYPE" in why:
             log.warning("Redis holds something that is not Timbre's under a key of Timbre's")
             return False
         if not self._down:
-            log.warning("Redis does not answer (%s); going on without it", type(error).__name__)
+            log.warning("Redis can't be used (%s); going on without it", why)
         self._down = True
         self._down_until_s = time.monotonic() + DOWN_FOR_S
         return True

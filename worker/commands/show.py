@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import cast
 
 from pydantic import ValidationError
-from redis.exceptions import RedisError
 from rich.text import Text
 
 from schemas.events import TrackTags
-from worker.cache import Keys, connect
+from worker.cache import Keys, connect, reason
 from worker.commands import console
 from worker.errors import ServicesUnavailable, TrackUnknown
 from worker.settings import RedisSettings, Settings
@@ -59,16 +58,16 @@ async def stored(settings: RedisSettings, track_id: str) -> Stored:
     TrackUnknown
         There is none, it expired, or it can't be read.
     ServicesUnavailable
-        Redis does not answer.
+        Redis can't be used.
     """
     key = Keys(settings.prefix).track(track_id)
     async with connect(settings) as redis:
         try:
             value = cast(bytes | None, await redis.hget(key, "result"))
             ttl_s = await redis.ttl(key)
-        except (RedisError, OSError) as error:
+        except Exception as error:
             raise ServicesUnavailable(
-                f"Redis does not answer ({error}); check that it runs, and TIMBRE_REDIS__URL."
+                f"Redis can't be used ({reason(error)}); check that it runs, and TIMBRE_REDIS__URL."
             ) from error
     if value is None:
         raise TrackUnknown(

@@ -28,12 +28,14 @@ from schemas.events import (
     WindowCounts,
 )
 from tests.audio import audio_facts
+from tests.tls import GuardedRedis
 from tests.waiting import until
 from worker import cache as cache_module
 from worker import publish
 from worker.analysis import Analysis
 from worker.cache import Cache, connect
-from worker.errors import SettingsInvalid
+from worker.commands import show
+from worker.errors import ServicesUnavailable, SettingsInvalid
 from worker.metrics import Metrics
 from worker.services.redis import Redis as LocalRedis
 from worker.services.service import HOST
@@ -63,6 +65,14 @@ def own_redis(tmp_path: Path) -> Iterator[LocalRedis]:
     redis.start()
     yield redis
     redis.remove()
+
+
+class OldRedis(GuardedRedis):
+    """A Redis that does not know `HELLO`, as before its version 6."""
+
+    def _configuration(self) -> Iterator[tuple[str, object]]:
+        yield from super()._configuration()
+        yield "rename-command", 'HELLO ""'
 
 
 @asynccontextmanager
@@ -170,6 +180,40 @@ async def test_a_stored_analysis_is_found_by_audio_and_by_event(
         event_id = await store(cache, "t", analysis())
         assert await cache.by_audio(SHA256) == analysis()
         assert await cache.by_event(event_id) == analysis()
+
+
+async def test_what_redis_refuses_is_told_once_and_stored_once_it_may_be(
+    own_redis: LocalRedis, redis_prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with (
+        cache_at(own_redis.address, redis_prefix) as cache,
+        Redis.from_url(own_redis.address) as redis,
+    ):
+        await redis.acl_setuser("default", enabled=True, commands=["-eval"])
+        for track_id in ("one", "two"):
+            await store(cache, track_id, analysis())
+        await asyncio.sleep(2 * cache_module.DOWN_FOR_S)
+        assert caplog.text.count("no permissions to run the 'eval' command") == 1
+        await redis.acl_setuser("default", enabled=True, commands=["+eval"])
+        keys = [f"{redis_prefix}track:{track_id}" for track_id in ("one", "two")]
+        await until(lambda: stored(redis, *keys), timeout_s=20)
+
+
+async def test_a_redis_that_repeats_the_password_has_it_told_to_nobody(
+    tmp_path: Path, redis_prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis = OldRedis(tmp_path / "redis", "hunter2")
+    redis.start()
+    try:
+        url = redis.address.replace("//", "//:hunter2@")
+        async with cache_at(url, redis_prefix) as cache:
+            await cache.by_audio(SHA256)
+        with pytest.raises(ServicesUnavailable, match="unknown command `HELLO`") as raised:
+            await show.stored(RedisSettings(url=SecretStr(url)), "t")
+    finally:
+        redis.remove()
+    assert "unknown command `HELLO`" in caplog.text
+    assert "hunter2" not in caplog.text + raised.value.message
 
 
 async def test_as_many_events_may_be_in_flight_as_are_asked_for(
