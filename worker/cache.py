@@ -207,6 +207,7 @@ class Cache:
         assert self._catching_up is not None
         self._catching_up.cancel()
         await asyncio.gather(self._catching_up, return_exceptions=True)
+        self._down_until_s = 0.0  # it may be back, and there is no later
         while self._missed:
             if not await self._store_oldest():
                 log.warning("Redis is down: %d results were not stored there", len(self._missed))
@@ -276,6 +277,7 @@ class Cache:
         if self._down:
             log.info("Redis answers again")
             self._down = False
+            self._down_until_s = 0.0
         return True
 
     async def _write(self, result: _Result) -> None:

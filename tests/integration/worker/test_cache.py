@@ -479,6 +479,19 @@ async def test_what_redis_missed_takes_bounded_memory(
         assert await cache.by_event(last) == own
 
 
+async def test_a_stop_stores_what_redis_missed_although_it_is_left_alone_for_now(
+    own_redis: LocalRedis, redis_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "DOWN_FOR_S", 60.0)
+    async with cache_at(own_redis.address, redis_prefix) as cache:
+        own_redis.stop()
+        for track_id in ("one", "two"):
+            await store(cache, track_id, analysis())
+        own_redis.start()
+    async with Redis.from_url(own_redis.address) as redis:
+        assert await stored(redis, f"{redis_prefix}track:one", f"{redis_prefix}track:two")
+
+
 async def test_a_stop_tells_how_much_of_what_redis_missed_is_lost(
     redis_prefix: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
