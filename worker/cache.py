@@ -43,6 +43,7 @@ from worker.settings import MIB, RedisSettings
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 2**31  # the events in flight are their bound; the client's own would be 100
+ATTEMPTS = 2  # at a command: a connection may have been closed since it was last used
 DOWN_FOR_S = 1.0
 CATCH_UP_BACKOFF_S = (0.5, 5.0)
 CATCH_UP_BYTES = 256 * MIB  # the metadata of events may be a hundred times that of others
@@ -86,7 +87,7 @@ def connect(settings: RedisSettings) -> Redis:
             **options,
             socket_timeout=settings.timeout_s,
             socket_connect_timeout=settings.timeout_s,
-            retry=Retry(NoBackoff(), 1),
+            retry=Retry(NoBackoff(), ATTEMPTS - 1),
             max_connections=MAX_CONNECTIONS,
         )
     except ValueError:
@@ -316,8 +317,8 @@ class Cache:
             await self._in_time(commands.execute())
 
     async def _in_time(self, answer: Awaitable[object]) -> object:
-        """The client's own timeouts count anew for each reply, and at each of its attempts."""
-        async with asyncio.timeout(self._settings.timeout_s):
+        """The client's own timeout counts anew for each reply."""
+        async with asyncio.timeout(ATTEMPTS * self._settings.timeout_s):
             return await answer
 
     def _add_analysis(self, commands: Pipeline, event_id: str, analysis: Analysis) -> None:
