@@ -102,22 +102,18 @@ class Dataset:
         return (*known, *sorted(found - set(known)))
 
     def indices(self, split: str | None = None) -> NDArray[np.intp]:
-        """Positions of the clips of `split`; of every clip that is in one, where None.
+        """Positions of the clips of `split`, by any of its names; of every clip where None.
 
-        A data set without splits has all its clips for None. Raises DatasetInvalid for a split
-        that is not there, by any of its names.
+        Raises DatasetInvalid for a split that is not there.
         """
-        wanted = None if split is None else split_name(split)
-        if split is not None and wanted not in self.splits:
+        if split is None:
+            return np.arange(len(self.clips))
+        wanted = split_name(split)
+        if wanted not in self.splits:
             raise DatasetInvalid(
                 f"{self.name} has no split {split!r}; it has {', '.join(self.splits) or 'none'}"
             )
-        chosen = [
-            index
-            for index, clip in enumerate(self.clips)
-            if wanted == clip.split or (wanted is None and (clip.split or not self.splits))
-        ]
-        return np.asarray(chosen, dtype=np.intp)
+        return np.flatnonzero([clip.split == wanted for clip in self.clips])
 
     def columns(self, asked: Sequence[str]) -> dict[str, int]:
         """Where in `asked` the data set's labels stand; those that don't are left out.

@@ -4,7 +4,7 @@ Several excerpts of a clip may stand beside each other as `GENRE.00000.ANYTHING.
 
 Tzanetakis and Cook: Musical genre classification of audio signals, 2002. The split without
 repetitions and with no artist on two sides is that of Kereliuk, Sturm and Larsen: Deep learning
-and music adversaries, 2015; clips in none of its lists are left out.
+and music adversaries, 2015; clips in none of its lists are on no side.
 """
 
 import re
