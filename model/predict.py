@@ -24,7 +24,7 @@ from worker.decode.decoder import Decoder
 from worker.errors import DatasetInvalid, DecodeFailed
 from worker.settings import WindowSettings
 from worker.vote import mean_embedding
-from worker.windows import WindowCutter, is_silent
+from worker.windows import WindowCutter, cut, is_silent
 
 BATCH = 64  # windows
 HOP_S = WindowSettings().hop_s
@@ -137,9 +137,8 @@ def _logmel_windows(
 
     def read(_: Clip, row: int) -> tuple[Output, NDArray[np.bool_]]:
         windows = source.windows(row, hop)
-        return _in_batches(network.from_logmel, iter(torch.split(windows, BATCH))), np.ones(
-            len(windows), dtype=np.bool_
-        )
+        output = _in_batches(network.from_logmel, torch.split(windows, BATCH))
+        return output, np.ones(len(windows), dtype=np.bool_)
 
     return read
 
@@ -147,33 +146,29 @@ def _logmel_windows(
 def _audio_windows(
     bundle: Bundle, hop_s: float, samples_of: Callable[[Clip, int], Iterable[NDArray[np.float32]]]
 ) -> Reader:
-    cut, rate_hz = WindowSettings(), bundle.sample_rate_hz
+    settings, rate_hz = WindowSettings(), bundle.sample_rate_hz
 
     def read(clip: Clip, row: int) -> tuple[Output, NDArray[np.bool_]]:
+        cutter = WindowCutter(
+            bundle.window_samples, round(hop_s * rate_hz), round(settings.min_tail_s * rate_hz)
+        )
         silent: list[NDArray[np.bool_]] = []
 
-        def windows() -> Iterator[Tensor]:
-            cutter = WindowCutter(
-                bundle.window_samples, round(hop_s * rate_hz), round(cut.min_tail_s * rate_hz)
-            )
-            for samples in samples_of(clip, row):
-                yield from batches(cutter.push(samples))
-            yield from batches(cutter.finish())
+        def batches() -> Iterator[Tensor]:
+            for windows in cut(samples_of(clip, row), cutter):
+                for first in range(0, len(windows), BATCH):
+                    batch = np.array(windows[first : first + BATCH])  # the cutter reuses its memory
+                    silent.append(is_silent(batch, settings.silence_dbfs))
+                    yield torch.from_numpy(batch)
 
-        def batches(cut_windows: NDArray[np.float32]) -> Iterator[Tensor]:
-            for first in range(0, len(cut_windows), BATCH):
-                batch = np.array(cut_windows[first : first + BATCH])  # the cutter reuses its memory
-                silent.append(is_silent(batch, cut.silence_dbfs))
-                yield torch.from_numpy(batch)
-
-        output = _in_batches(bundle.network, windows())
+        output = _in_batches(bundle.network, batches())
         return output, ~np.concatenate(silent)
 
     return read
 
 
 @torch.inference_mode()
-def _in_batches(network: Callable[[Tensor], Output], batches: Iterator[Tensor]) -> Output:
+def _in_batches(network: Callable[[Tensor], Output], batches: Iterable[Tensor]) -> Output:
     said = [network(batch) for batch in batches]
     names = said[0].probabilities
     return Output(
