@@ -42,12 +42,12 @@ class Augmenter:
 
     def __init__(
         self,
-        recipe: Augmentation,
+        amounts: Augmentation,
         front_end: LogMelConfig,
         generator: torch.Generator,
         device: torch.device,
     ) -> None:
-        self.recipe = recipe
+        self.amounts = amounts
         self.frames = front_end.frames
         self.normalised = front_end.normalise
         self.generator = generator
@@ -59,7 +59,7 @@ class Augmenter:
     @property
     def span(self) -> int:
         """Frames that an excerpt must have, so that the fastest tempo still fills a window."""
-        return math.ceil((self.frames - 1) * (1 + self.recipe.tempo)) + 2
+        return math.ceil((self.frames - 1) * (1 + self.amounts.tempo)) + 2
 
     def __call__(self, excerpts: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """`(clips, span, mels)` and targets `(clips, labels)` to windows `(clips, frames, mels)`
@@ -71,27 +71,27 @@ class Augmenter:
         logmel, targets = self._mix(logmel, targets)
         if self.normalised:
             return self._mask(normalise(logmel)), targets
-        louder = self._normal(len(logmel), 1, 1) * self.recipe.gain
+        louder = self._normal(len(logmel), 1, 1) * self.amounts.gain
         return self._mask(logmel + louder) * deviation + mean, targets
 
     def _change_tempo(self, excerpts: Tensor) -> Tensor:
-        rate = self._around_one(len(excerpts), self.recipe.tempo)
+        rate = self._around_one(len(excerpts), self.amounts.tempo)
         covered = rate * (self.frames - 1)
         start = self._uniform(len(excerpts)) * (excerpts.shape[1] - 1 - covered)
         frames = torch.arange(self.frames, device=self.device)
         return _sample(excerpts, start[:, None] + rate[:, None] * frames, axis=1)
 
     def _change_pitch(self, logmel: Tensor) -> Tensor:
-        if not self.recipe.pitch:
+        if not self.amounts.pitch:
             return logmel
-        ratio = self._around_one(len(logmel), self.recipe.pitch)
+        ratio = self._around_one(len(logmel), self.amounts.pitch)
         bands = logmel.shape[2]
         mels = _mel(self.centres_hz / ratio[:, None])
         return _sample(logmel, mels / self.top_mel * (bands + 1) - 1, axis=2)
 
     def _equalise(self, logmel: Tensor) -> Tensor:
         """Add a curve over the bands, smooth by interpolation between few knots."""
-        strength = self.recipe.equaliser * 2 * self._uniform(len(logmel), 1, 1)
+        strength = self.amounts.equaliser * 2 * self._uniform(len(logmel), 1, 1)
         knots = self._normal(len(logmel), 1, KNOTS) * strength
         return logmel + functional.interpolate(
             knots, size=logmel.shape[2], mode="linear", align_corners=True
@@ -99,7 +99,7 @@ class Augmenter:
 
     def _mix(self, logmel: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mix each window with another of the batch, targets alike; the first weighs more."""
-        if float(self._uniform(1)) >= self.recipe.mixup:
+        if float(self._uniform(1)) >= self.amounts.mixup:
             return logmel, targets
         other = torch.randperm(len(logmel), generator=self.generator).to(self.device)
         weight = torch.sin(self._uniform(len(logmel)) * math.pi / 2).square()  # Beta(1/2, 1/2)
@@ -113,10 +113,10 @@ class Augmenter:
         A hidden stretch takes each band's mean, so that these stay what they are for a network that
         takes them out; hidden bands take the window's.
         """
-        hidden = self._stretch(len(logmel), logmel.shape[1], self.recipe.time_mask)[:, :, None]
+        hidden = self._stretch(len(logmel), logmel.shape[1], self.amounts.time_mask)[:, :, None]
         logmel = torch.where(hidden, logmel.mean(1, keepdim=True), logmel)
-        for _ in range(self.recipe.band_masks):
-            bands = self._stretch(len(logmel), logmel.shape[2], self.recipe.band_mask)
+        for _ in range(self.amounts.band_masks):
+            bands = self._stretch(len(logmel), logmel.shape[2], self.amounts.band_mask)
             logmel = logmel.masked_fill(bands[:, None, :], 0.0)
         return logmel
 

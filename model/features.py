@@ -32,19 +32,16 @@ def feature_table(dataset: Dataset, source: LogMelSource) -> pd.DataFrame:
     and its tempo in beats per minute."""
     rows = []
     for row, clip in enumerate(dataset.clips):
-        tracks, frame_rate_hz = (
+        series, frame_rate_hz = (
             _from_logmel(source, row) if clip.path is None else _from_audio(clip.path)
         )
-        onset = tracks.pop("onset")[0]
+        onset = series.pop("onset")[0]
         frames = round(SEGMENT_S * frame_rate_hz)
         for segment in range(max(1, len(onset) // frames)):
             span = slice(segment * frames, (segment + 1) * frames)
-            values: dict[str, Any] = dict(
-                zip(
-                    FACTS, (clip.name, segment, clip.labels[0], clip.group, clip.split), strict=True
-                )
-            )
-            for name, lines in tracks.items():
+            facts = (clip.name, segment, clip.labels[0], clip.group, clip.split)
+            values: dict[str, Any] = dict(zip(FACTS, facts, strict=True))
+            for name, lines in series.items():
                 for number, line in enumerate(lines[:, span]):
                     column = f"{name}_{number:02d}" if len(lines) > 1 else name
                     values[f"{column}_mean"], values[f"{column}_std"] = line.mean(), line.std()
@@ -84,7 +81,7 @@ def mfccs(logmel: Tensor) -> Tensor:
 
 
 def _from_audio(path: Path) -> tuple[dict[str, Floats], float]:
-    """Feature tracks `(lines, frames)` by name, and frames a second."""
+    """Features over time `(lines, frames)` by name, and frames a second."""
     samples = samples_of(path, RATE_HZ)
     magnitude = np.abs(librosa.stft(samples, n_fft=N_FFT, hop_length=HOP))
     decibels = librosa.power_to_db(
