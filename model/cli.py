@@ -302,7 +302,7 @@ def recipe(
     """Make the shipped bundles anew from published weights, game music and GTZAN."""
     import logging
 
-    from model.recipe import build_shipped
+    from model.shipped import build_shipped
     from worker.errors import DatasetInvalid
 
     needed = ("gtzan/logmel30s.npz", "gtzan/manifest.csv")

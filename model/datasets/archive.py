@@ -117,7 +117,7 @@ def _several(path: Path, y: NDArray[Any], genres: tuple[str, ...]) -> NDArray[np
 
 
 def decibels(clip: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """A clip of GTZAN's archive `(mels, frames)` in decibels, in the scale of `recipe.coarse`.
+    """A clip of GTZAN's archive `(mels, frames)` in decibels, in the scale of `shipped.coarse`.
 
     Its range is unknown but near 77 dB where nothing was cut off and 80 dB where something was;
     its gain is near that of the excerpts. Both were read off the clips that there is audio of.

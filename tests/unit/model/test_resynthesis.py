@@ -16,7 +16,7 @@ from model.datasets.logmels import logmel_of
 from model.datasets.resynthesis import Resynthesis
 from model.frontend import LogMel, LogMelConfig
 from model.logmel_cnn import ARCHIVE_FRONT_END
-from model.recipe import coarse
+from model.shipped import coarse
 from tests import collections_of_music as music
 from tests.unit.model.music import RATE_HZ, chords
 from worker.errors import DatasetInvalid

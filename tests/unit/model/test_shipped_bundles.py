@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from model.bundle import Bundle, shipped
-from model.recipe.card import card
+from model.shipped.card import card
 from tests.unit.model.music import chords
 
 STORED = Path(__file__).with_name("shipped_answers.json")

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from model.bundle import Bundle
 from model.network import Branch, Musicnn, MusicnnConfig, Tagger, build
-from model.recipe.coarse import (
+from model.shipped.coarse import (
     ARCHIVE_FPS,
     FINE_FPS,
     WINDOW_FRAMES,
@@ -25,7 +25,7 @@ from model.recipe.coarse import (
     compress,
     sampled,
 )
-from model.recipe.music import Recording
+from model.shipped.music import Recording
 
 log = logging.getLogger(__name__)
 

@@ -23,12 +23,12 @@ from model.folder import make_folder
 from model.heads import Head
 from model.musicnn import REQUIREMENT, fetch_wheel, folded, licence, read_checkpoint
 from model.network import MusicnnConfig, Tagger, build
-from model.recipe import coarse, genre, music
-from model.recipe.card import card
-from model.recipe.coarse import Floats, Translation
-from model.recipe.genre import Genres
-from model.recipe.music import Recording
-from model.recipe.student import Lessons, Plan, of_archive, start, teach, varied
+from model.shipped import coarse, genre, music
+from model.shipped.card import card
+from model.shipped.coarse import Floats, Translation
+from model.shipped.genre import GenreHead
+from model.shipped.music import Recording
+from model.shipped.student import Lessons, Plan, of_archive, start, teach, varied
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Material:
         windows.append(of_archive(self.clips, self.translation, ARCHIVE_WINDOWS, rng))
         return [Lessons.ask(reference, source) for source in windows]
 
-    def genres(self, network: Tagger) -> Genres:
+    def genre_head(self, network: Tagger) -> GenreHead:
         """The head fitted to `network`, whose embedding is standardised for it."""
         head = self.head
         genre.standardise(network, genre.heard(network, self.excerpts, head.labels).embeddings)
@@ -126,16 +126,16 @@ def build_shipped(out: Path, *, data: Path, work: Path, seed: int = 0) -> tuple[
     ) -> Bundle:
         """Fit a network's genre head and write the bundle; `more` are figures."""
         log.info("fitting the genre head of %s, %.0f s in", name, time.monotonic() - began)
-        genres = material.genres(network)
+        fitted = material.genre_head(network)
         figures = {
-            **genres.figures,
+            **fitted.figures,
             **more,
             "recipe_s": round(time.monotonic() - began),
             "log_mels_at_hand": at_hand,
         }
         log.info("measured: %s", json.dumps(figures))
         bundle = replace(
-            _with_genres(reference, network, config, material.head, genres),
+            _with_genres(reference, network, config, material.head, fitted),
             name=f"timbre-{name}",
             training={**ORIGIN, "music": _told(material.game), "seed": seed, **training},
             figures=figures,
@@ -152,19 +152,19 @@ def build_shipped(out: Path, *, data: Path, work: Path, seed: int = 0) -> tuple[
 
 
 def _with_genres(
-    reference: Bundle, network: Tagger, config: MusicnnConfig, head: Head, genres: Genres
+    reference: Bundle, network: Tagger, config: MusicnnConfig, head: Head, fitted: GenreHead
 ) -> Bundle:
     """`network` as a bundle: the genre head before those of the reference."""
-    heads = (head.model_copy(update={"calibration": genres.calibration}), *reference.heads)
+    heads = (head.model_copy(update={"calibration": fitted.calibration}), *reference.heads)
     settings = config.model_dump(mode="json")
     whole = build("musicnn", settings, heads)
-    weights = {**network.state_dict(), "heads.genre.weight": genres.weight}
-    whole.load_state_dict({**weights, "heads.genre.bias": genres.bias})
+    weights = {**network.state_dict(), "heads.genre.weight": fitted.weight}
+    whole.load_state_dict({**weights, "heads.genre.bias": fitted.bias})
     return replace(
         reference,
         heads=heads,
         embedding_dim=config.embedding_dim,
-        uncertain_threshold=genres.uncertain_threshold,
+        uncertain_threshold=fitted.uncertain_threshold,
         config=settings,
         network=whole,
     )

@@ -31,7 +31,7 @@ from model.calibration import (
 from model.heads import Head
 from model.measure import METHODS, Scores, Voted
 from model.network import Musicnn, Tagger
-from model.recipe.coarse import (
+from model.shipped.coarse import (
     ARCHIVE_FPS,
     COARSE_FPS,
     FINE_FPS,
@@ -41,8 +41,8 @@ from model.recipe.coarse import (
     compress,
     sampled,
 )
-from model.recipe.music import Recording
-from model.recipe.student import BATCH, clip_window, halved
+from model.shipped.music import Recording
+from model.shipped.student import BATCH, clip_window, halved
 
 Ints = NDArray[np.int64]
 ARCHIVE_WEIGHT = 2.0  # of a window that is only known blurred
@@ -198,7 +198,7 @@ def _discriminant(x: Floats, y: Ints, weight: NDArray[np.floating]) -> Linear:
 
 
 @dataclass(frozen=True)
-class Genres:
+class GenreHead:
     """The fitted head with its calibration, and figures for the card."""
 
     weight: Tensor
@@ -208,7 +208,7 @@ class Genres:
     figures: dict[str, Any]
 
 
-def learn(audio: Windows, archive: Windows, head: Head) -> Genres:
+def learn(audio: Windows, archive: Windows, head: Head) -> GenreHead:
     """Measure by cross-validation over songs, calibrate on validation songs whose artists the fit
     has not heard, and fit on all."""
     held, clips = audio.splits == "valid", archive.splits == "valid"
@@ -245,7 +245,7 @@ def learn(audio: Windows, archive: Windows, head: Head) -> Genres:
         },
     }
     everything = fit_head(audio, archive, np.ones_like(held), np.ones_like(clips))
-    return Genres(
+    return GenreHead(
         torch.tensor(everything.weight, dtype=torch.float32),
         torch.tensor(everything.bias, dtype=torch.float32),
         calibration,

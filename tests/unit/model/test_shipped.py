@@ -11,9 +11,9 @@ from model.datasets.logmels import logmel_of
 from model.frontend import LogMel, LogMelConfig
 from model.heads import Head
 from model.musicnn import folded
-from model.recipe import coarse, genre, music
-from model.recipe.music import Recording
-from model.recipe.student import Lessons, Plan, halved, start, teach, varied
+from model.shipped import coarse, genre, music
+from model.shipped.music import Recording
+from model.shipped.student import Lessons, Plan, halved, start, teach, varied
 from tests.unit.model.music import RATE_HZ, chords
 from tests.unit.model.test_musicnn import checkpoint
 

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.datasets.logmels import logmel_of
-from model.recipe import coarse
-from model.recipe.coarse import RATE_HZ
+from model.shipped import coarse
+from model.shipped.coarse import RATE_HZ
 from worker.decode.decoder import decode_samples
 from worker.errors import DecodeFailed
 
