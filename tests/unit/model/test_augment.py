@@ -1,5 +1,7 @@
 """Augmentation: windows keep their shape and scale, and each effect does what it says."""
 
+import librosa
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -62,12 +64,30 @@ def test_pitch_moves_a_partial_by_its_ratio() -> None:
     assert ((ratios > 1 / 1.45) & (ratios < 1.45)).all()
 
 
+def test_bands_lie_where_librosas_do() -> None:
+    hertz = librosa.mel_frequencies(128 + 2, fmax=ARCHIVE_FRONT_END.f_max_hz)[1:-1]
+    np.testing.assert_allclose(augmenter().centres_hz.numpy(), hertz, rtol=1e-4)
+
+
+def test_tempo_changes_by_a_ratio_of_each_windows_own() -> None:
+    augment = augmenter(tempo=0.4)
+    ramp = torch.arange(augment.span, dtype=torch.float32)[None, :, None].expand(8, -1, 128)
+    rates = augment._change_tempo(ramp)[:, :, 0].diff()
+    torch.testing.assert_close(rates, rates[:, :1].expand_as(rates), atol=2e-3, rtol=0)
+    assert ((rates > 1 / 1.45) & (rates < 1.45)).all()
+    assert rates[:, 0].std() > 0.05
+
+
 def test_mixup_mixes_targets_as_it_mixes_windows() -> None:
     augment = augmenter(mixup=1.0)
     _, targets = augment(excerpts(augment.span), TARGETS)
     torch.testing.assert_close(targets.sum(1), torch.ones(8))
     assert (targets.diagonal() >= 0.5).all()
     assert ((targets > 0).sum(1) <= 2).all()
+    windows = torch.randn(8, 72, 128)
+    mixed, shares = augment._mix(windows, TARGETS)
+    assert (shares.diagonal() < 1).any()
+    torch.testing.assert_close(mixed, torch.einsum("wo,otb->wtb", shares, windows))
 
 
 def test_a_masked_stretch_of_time_takes_the_means_of_the_bands() -> None:
@@ -76,6 +96,7 @@ def test_a_masked_stretch_of_time_takes_the_means_of_the_bands() -> None:
     unchanging = (logmel[:, 1:] == logmel[:, :-1]).all(2)
     assert unchanging.any()
     assert int(unchanging.sum(1).max()) <= 36
+    assert float(augment._stretch(4_000, 72, 0.5).float().mean()) == pytest.approx(0.25, abs=0.01)
 
 
 def test_front_ends_that_do_not_normalise_keep_their_scale() -> None:

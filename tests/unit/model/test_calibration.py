@@ -48,6 +48,14 @@ def test_calibrating_brings_confidence_to_accuracy() -> None:
     np.testing.assert_allclose(calibrated.sum(1), 1)
 
 
+def test_the_error_of_calibration_by_hand() -> None:
+    confidence = np.array([0.05, 0.15, 0.19, 0.21, 0.85, 0.95, 1.0])
+    right = np.array([0, 1, 0, 1, 1, 0, 1])
+    gaps = [0.05, 2 * 0.33, 0.79, 0.15, 2 * 0.475]  # of the tenths that have any
+
+    assert expected_calibration_error(confidence, right) == pytest.approx(sum(gaps) / 7)
+
+
 def test_few_tracks_show_an_error_of_calibration_by_chance_and_many_do_not() -> None:
     confidence = np.random.default_rng(1).uniform(0.3, 1, 20_000)
 
@@ -77,6 +85,9 @@ def test_a_unanimous_vote_is_not_calibrated_to_certainty() -> None:
     scores = calibration.apply(np.array([1.0, 0.0, 0.0]), kind="single", method="majority")
 
     assert 0.9 < scores[0] < 1
+    both = calibration.apply(np.array([1.0, 0.0]), kind="multi", method="majority")
+    assert 0.999 < both[0] < 1
+    assert 0 < both[1] < 0.001
 
 
 def test_multi_label_scores_move_towards_a_half() -> None:

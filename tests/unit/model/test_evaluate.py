@@ -243,8 +243,9 @@ def test_window_accuracy_and_likelihood_by_hand() -> None:
     np.testing.assert_allclose(voted.scores, [[0.65, 0.35], [0.2, 0.8]])
     assert voted.hits(targets).tolist() == [True, True]
     assert nll(voted.scores, targets, "single") == pytest.approx(-np.log([0.65, 0.8]).mean())
-    both = nll(np.array([[0.5, 0.5]]), np.array([[1.0, 0.0]]), "multi")
-    assert both == pytest.approx(np.log(2))
+    three, first = np.array([[0.5, 0.3, 0.2]]), np.array([[1.0, 0.0, 0.0]])
+    assert nll(three, first, "single") == pytest.approx(np.log(2))
+    assert nll(three, first, "multi") == pytest.approx(-np.log([0.5, 0.7, 0.8]).mean())
 
 
 def test_a_window_is_right_by_any_of_its_tracks_labels() -> None:
