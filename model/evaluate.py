@@ -375,9 +375,8 @@ def label_cells(report: dict[str, Any], label: str) -> list[str]:
 
 
 def draw(evaluation: Evaluation, folder: Path) -> Path:
-    """Confusion, reliability, coverage, embeddings and a taggram in `folder`; the page's path."""
-    report, predictions = evaluation.report, evaluation.predictions
-    mean = evaluation.voted["mean"]
+    """The report's tables, and pictures of scores and of tracks, in `folder`; the page's path."""
+    report = evaluation.report
     gallery = Gallery(folder, f"{report['bundle']['name']} on {report['dataset']}")
     for caveat in report["caveats"]:
         gallery.note(caveat)
@@ -389,6 +388,13 @@ def draw(evaluation: Evaluation, folder: Path) -> Path:
         ["label", "F1", *curves(report).values()],
         [[label, *label_cells(report, label)] for label in report["f1"]],
     )
+    _draw_scores(gallery, evaluation)
+    _draw_tracks(gallery, evaluation.predictions)
+    return gallery.write()
+
+
+def _draw_scores(gallery: Gallery, evaluation: Evaluation) -> None:
+    report, mean = evaluation.report, evaluation.voted["mean"]
     if report["kind"] == "single":
         gallery.picture(
             "confusion",
@@ -398,7 +404,7 @@ def draw(evaluation: Evaluation, folder: Path) -> Path:
         )
     gallery.picture(
         "reliability",
-        _reliability(mean.confidence, mean.hits(predictions.targets)),
+        _reliability(mean.confidence, mean.hits(evaluation.predictions.targets)),
         "Reliability",
         f"Expected calibration error {report['ece']:.3f}, of which chance alone gives "
         f"{report['ece_by_chance']:.3f} in so few tracks. Bars on the diagonal mean what they say.",
@@ -409,6 +415,9 @@ def draw(evaluation: Evaluation, folder: Path) -> Path:
         "Accuracy against coverage",
         "Right among the most confident share of tracks; the dot is where `uncertain` begins.",
     )
+
+
+def _draw_tracks(gallery: Gallery, predictions: Predictions) -> None:
     shown = drawn_by_chance(len(predictions.clips))
     classes = predictions.targets[shown].argmax(1)
     gallery.picture(
@@ -424,7 +433,6 @@ def draw(evaluation: Evaluation, folder: Path) -> Path:
         f"Taggram of {predictions.clips[longest].name}",
         f"Windows from left to right. Its label: {', '.join(predictions.clips[longest].labels)}.",
     )
-    return gallery.write()
 
 
 def _confusion(report: dict[str, Any]) -> Figure:

@@ -37,18 +37,7 @@ def explore(
 ) -> Path:
     """Draw waveforms, spectrograms, class balance, durations and t-SNE into `out`; the page."""
     gallery, labels = Gallery(out, dataset.name), _lines(dataset)
-    gallery.table(
-        "The data set",
-        ["", ""],
-        [
-            ["layout", dataset.layout],
-            ["task", f"{dataset.kind}-label, {len(dataset.labels)} labels"],
-            ["clips", str(len(dataset.clips))],
-            [f"{dataset.grouped_by}s", str(len({clip.group for clip in dataset.clips}))],
-            ["splits", ", ".join(_split_sizes(dataset)) or "none"],
-            ["licence", dataset.licence],
-        ],
-    )
+    gallery.table("The data set", ["", ""], _facts(dataset))
     gallery.picture(
         "balance",
         _balance(dataset, labels),
@@ -64,33 +53,55 @@ def explore(
         "Duration by label",
         "Seconds of audio in a clip of the same labels; boxes hold the middle half.",
     )
-    firsts = _firsts(chosen)
+    _draw_examples(gallery, chosen, source)
+    _draw_features(gallery, chosen, source, seed, say)
+    if chosen.skipped:
+        gallery.table("Left out", ["clip", "why"], [list(row) for row in left_out(chosen.skipped)])
+    return gallery.write()
+
+
+def _facts(dataset: Dataset) -> list[list[str]]:
+    sizes = [f"{split} {len(dataset.indices(split))}" for split in dataset.splits]
+    return [
+        ["layout", dataset.layout],
+        ["task", f"{dataset.kind}-label, {len(dataset.labels)} labels"],
+        ["clips", str(len(dataset.clips))],
+        [f"{dataset.grouped_by}s", str(len({clip.group for clip in dataset.clips}))],
+        ["splits", ", ".join(sizes) or "none"],
+        ["licence", dataset.licence],
+    ]
+
+
+def _draw_examples(gallery: Gallery, dataset: Dataset, source: LogMelSource) -> None:
+    rows = _firsts(dataset)
     if dataset.logmels is None:
         gallery.picture(
             "waveforms",
-            _waveforms(chosen, firsts),
+            _waveforms(dataset, rows),
             "Waveforms",
             "One clip of each label: the mean of its channels, at most 30 s.",
         )
     gallery.picture(
         "spectrograms",
-        _spectrograms(chosen, source, firsts),
+        _spectrograms(dataset, source, rows),
         "Spectrograms",
         "Log-mels of the same clips: low bands at the bottom, decibels as brightness.",
     )
-    classes = np.array([chosen.labels.index(clip.labels[0]) for clip in chosen.clips])
+
+
+def _draw_features(
+    gallery: Gallery, dataset: Dataset, source: LogMelSource, seed: int, say: Say
+) -> None:
+    classes = np.array([dataset.labels.index(clip.labels[0]) for clip in dataset.clips])
     mel, cepstra = _statistics(source)
     for name, vectors in (("MFCC", cepstra), ("mel", mel)):
         say(f"t-SNE of {name} features")
         gallery.picture(
             f"tsne_{name.lower()}",
-            scatter_by_class(tsne(_standardised(vectors), seed), classes, chosen.labels),
+            scatter_by_class(tsne(_standardised(vectors), seed), classes, dataset.labels),
             f"t-SNE of {name} features",
             f"Mean and deviation of every {name} line over the clip; close clips sound alike.",
         )
-    if chosen.skipped:
-        gallery.table("Left out", ["clip", "why"], [list(row) for row in left_out(chosen.skipped)])
-    return gallery.write()
 
 
 def _sample(dataset: Dataset, most: int, seed: int) -> Dataset:
@@ -102,10 +113,6 @@ def _sample(dataset: Dataset, most: int, seed: int) -> Dataset:
         clips=tuple(replace(dataset.clips[row], split="all") for row in rows),
         logmels=None if logmels is None else replace(logmels, values=logmels.values[rows]),
     )
-
-
-def _split_sizes(dataset: Dataset) -> list[str]:
-    return [f"{split} {len(dataset.indices(split))}" for split in dataset.splits]
 
 
 def _firsts(dataset: Dataset) -> list[int]:
