@@ -181,8 +181,9 @@ class Dataset:
         }
         wanted = np.outer(shares, sum(counts.values(), np.zeros(len(columns))))
         side_of: dict[str, str] = {}
-        groups = [list(members)[i] for i in generator.permutation(len(members))]
-        for group in sorted(groups, key=lambda g: -len(members[g])):
+        groups = list(members)
+        shuffled = [groups[i] for i in generator.permutation(len(groups))]
+        for group in sorted(shuffled, key=lambda g: -len(members[g])):
             side = int(np.argmax(wanted @ (counts[group] / np.maximum(wanted.sum(0), 1e-9))))
             wanted[side] -= counts[group]
             side_of[group] = ("train", "valid", "test")[side]
