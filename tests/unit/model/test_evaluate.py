@@ -16,14 +16,18 @@ from model.evaluate import (
     _confusion,
     _coverage,
     _intervals,
+    _multi,
     _neighbours,
     _paired,
+    _single,
+    _taggram,
     draw,
     evaluate,
 )
 from model.heads import Head
 from model.logmel_cnn import LogMelCnnConfig, MemberConfig, build_logmel_cnn
 from model.measure import Voted, nll, window_accuracy
+from model.predict import Predictions
 from tests import collections_of_music as music
 from worker.errors import DatasetInvalid
 
@@ -134,6 +138,21 @@ def test_of_many_labels_the_confusion_shows_the_commonest() -> None:
     assert len(axes.texts) == MAX_PICTURED_LABELS
 
 
+def test_pictures_name_what_they_show_where_they_show_it() -> None:
+    axes = _confusion({"confusion": [[1, 3], [0, 0]], "labels": ["a", "b"]}).axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("said", "true")
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {
+        (0, 0): "1",
+        (1, 0): "3",
+    }
+    assert np.asarray(axes.images[0].get_array()).tolist() == [[0.25, 0.75], [0, 0]]
+    windows = np.tile(np.linspace(0, 1, 60, dtype=np.float32), (3, 1))
+    axes = _taggram(windows, tuple(map(str, range(60)))).axes[0]
+    shown = [int(label.get_text()) for label in axes.get_yticklabels()]
+    assert shown == [*range(60 - MAX_PICTURED_LABELS, 60)]
+    np.testing.assert_array_equal(axes.images[0].get_array(), windows[:, shown].T)
+
+
 def test_multi_label_has_areas_under_curves(tmp_path: Path) -> None:
     dataset = load(music.manifest(tmp_path, several=True))
     head = Head(name="tags", kind="multi", labels=dataset.labels, categories=("genre",) * 3)
@@ -203,14 +222,17 @@ def test_songs_that_the_card_names_are_a_caveat(tmp_path: Path, fit: str, learnt
     assert evaluate(model, dataset, "test").report["caveats"] == []
 
 
-def test_a_catalogue_without_a_split_is_measured_as_training_dealt_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_catalogue_without_a_split_is_measured_as_training_dealt_it(
+    tmp_path: Path, seed: int
+) -> None:
     dataset = load(music.folders(tmp_path / "mine", 7))
-    dealt = dataset.with_split(3)
+    dealt = dataset.with_split(seed)
     model = dataclasses.replace(
         bundle(tmp_path / "b", HEAD),
         training={
             "data": "mine",
-            "seed": 3,
+            "seed": seed,
             "learnt": learnt.record((c.name for c in dealt.clips if c.split != "test"), {}),
         },
     )
@@ -257,6 +279,29 @@ def test_windows_that_do_not_vote_change_nothing() -> None:
     windows = np.array([[0.9, 0.1], [0.0, 1.0]])
     voted = Voted.of([windows], HEAD, "mean", [np.array([True, False])])
     np.testing.assert_allclose(voted.scores, [[0.9, 0.1]])
+
+
+def test_figures_by_label_by_hand() -> None:
+    scores = np.array([[0.9, 0.2, 0.7], [0.6, 0.7, 0.6], [0.4, 0.6, 0.9], [0.3, 0.1, 0.8]])
+    targets = np.array([[1, 0, 1], [0, 1, 1], [1, 0, 1], [0, 0, 1]], np.float32)
+    found = _multi(Voted(scores, scores.argmax(1)), targets, ("a", "b", "c"))
+    assert found["roc_auc"] == {"macro": 0.875, "labels": {"a": 0.75, "b": 1.0}}
+    assert found["pr_auc"]["labels"] == pytest.approx({"a": 5 / 6, "b": 1.0})
+    assert found["f1"] == pytest.approx({"a": 1 / 2, "b": 2 / 3})
+    assert found["macro_f1"] == pytest.approx(7 / 12)
+    truth = np.eye(3, dtype=np.float32)[[0, 0, 1, 1]]
+    found = _single(Voted(scores, np.array([0, 1, 1, 2])), truth, ("a", "b", "c"))
+    assert found["confusion"] == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
+    assert found["f1"] == pytest.approx({"a": 2 / 3, "b": 1 / 2})
+    assert found["macro_f1"] == pytest.approx(7 / 12)
+
+
+def test_the_nearest_neighbour_is_sought_among_other_recordings() -> None:
+    angles = np.radians([0, 1, 20, 90, 80])
+    embeddings = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    targets = np.eye(2, dtype=np.float32)[[0, 1, 0, 1, 0]]
+    predictions = Predictions(HEAD, "audio", (), targets, [], [], embeddings, ())
+    assert _neighbours(predictions, np.array([0, 0, 1, 2, 3])) == 0.2
 
 
 def test_paired_votes_count_who_alone_is_right() -> None:
