@@ -44,9 +44,8 @@ class Checkpoint:
 
     def keep(self, part: str, step: int, state: State) -> None:
         """Both parts' states are in one file, so that the rehearsal isn't lost in the final fit."""
-        stored: dict[str, Any] = {"run": self.run, "parts": {}}
-        if self.path.is_file():
-            stored = self._read()
+        new: dict[str, Any] = {"run": self.run, "parts": {}}
+        stored = self._read() if self.path.is_file() else new
         stored["parts"][part] = {"step": step, **state.as_dict()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")

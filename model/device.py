@@ -32,13 +32,12 @@ class Precision:
     def __init__(self, device: torch.device) -> None:
         self.device = device.type
         self.dtype = torch.bfloat16
-        enabled = device.type == "cuda"
-        if device.type == "cuda" and not torch.cuda.is_bf16_supported():
-            self.dtype = torch.float16
-        if device.type == "cpu":
+        self.enabled = True
+        if self.device == "cpu":
             able = torch.cpu.get_capabilities()
-            enabled = bool(able.get("amx_bf16") or able.get("avx512_bf16"))
-        self.enabled = enabled
+            self.enabled = bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+        elif not torch.cuda.is_bf16_supported():
+            self.dtype = torch.float16
         self.scaler = torch.GradScaler(self.device, enabled=self.dtype is torch.float16)
 
     def cast(self) -> torch.autocast:

@@ -32,7 +32,6 @@ ARCHIVE_FRONT_END = LogMelConfig(
     normalise=True,
 )
 
-
 MAX_EMBEDDING_DIM = 256  # of a bundle
 BATCH = 64  # windows at a time, where nothing is learnt
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -29,7 +29,6 @@ from worker.windows import WindowCutter, cut, is_silent
 BATCH = 64  # windows
 HOP_S = WindowSettings().hop_s
 
-
 Heard = Literal["audio", "log-mels", "audio resynthesised from log-mels"]
 
 
