@@ -15,7 +15,7 @@ import torch
 from model.datasets import LAYOUTS, Clip, Dataset, Skipped, detect, load
 from model.datasets.dataset import left_out
 from model.datasets.gtzan import fault_filtered_split
-from model.datasets.logmels import LogMelSource, logmel_of, open_source
+from model.datasets.logmels import LogMelSource, logmel_of, open_source, samples_of
 from model.frontend import normalise
 from model.logmel_cnn import ARCHIVE_FRONT_END
 from tests import collections_of_music as music
@@ -611,6 +611,21 @@ def test_log_mels_of_audio_get_their_floor_and_those_of_an_archive_have_it(tmp_p
     archive = load(music.archive(tmp_path / "a.npz"))
     stored, _ = open_source(archive, ARCHIVE_FRONT_END, tmp_path / "cache")
     assert stored.range_db is None
+
+
+def test_excerpts_begin_anywhere_that_they_end_inside_the_clip() -> None:
+    ramp = np.repeat(np.arange(100, dtype=np.float32)[:, None], 128, 1)
+    source = LogMelSource([ramp], ARCHIVE_FRONT_END)
+    cut = source.excerpts(torch.zeros(3, dtype=torch.long), 72, torch.tensor([0.0, 0.5, 0.999]))
+    assert cut[:, 0, 0].tolist() == [0, 14, 28]
+    assert cut[:, -1, 0].tolist() == [71, 85, 99]
+
+
+def test_of_a_long_file_the_first_minutes_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.datasets.logmels.MAX_CLIP_S", 2.0)
+    assert len(samples_of(music.song(tmp_path / "a.wav", "blues", 0), 16_000)) == 32_000
 
 
 def test_clips_shorter_than_a_window_are_repeated() -> None:
