@@ -1,4 +1,6 @@
+import struct
 import subprocess
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from model.musicnn import (
     fetch_wheel,
     folded,
     import_musicnn,
+    read_checkpoint,
     tags_head,
 )
 from tests.unit.model.music import chords
@@ -90,6 +93,46 @@ def test_labels_are_told_apart_by_what_they_are_about() -> None:
     assert category("guitar") == "instrument"
     assert category("80s") == "era"
     assert category("female vocalists") == "voice"
+
+
+def varint(number: int) -> bytes:
+    return bytes([number & 0x7F | 0x80]) + varint(number >> 7) if number > 0x7F else bytes([number])
+
+
+def block(entries: dict[bytes, bytes]) -> bytes:
+    """Of LevelDB's table: each key after what it shares with the one before."""
+    rows, before = b"", b""
+    for key, value in entries.items():
+        alike = (one == other for one, other in zip(before, key, strict=False))
+        shared = list(alike).index(False) if before else 0
+        rows += varint(shared) + varint(len(key) - shared) + varint(len(value))
+        rows += key[shared:] + value
+        before = key
+    return rows + struct.pack("<II", 0, 1)  # where keys share nothing, and how often
+
+
+def test_float32_tensors_are_read_out_of_tensorflows_table(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    tensors = {f"dense/{name}": rng.random((2, 300), np.float32) for name in ("bias", "kernel")}
+    stored = tensors | {"global_step": np.arange(3)}
+    entries, data = {b"": b"\x08\x01"}, b""
+    for name, tensor in stored.items():
+        sizes = (b"\x08" + varint(size) for size in tensor.shape)
+        shape = b"".join(b"\x12" + varint(len(size)) + size for size in sizes)
+        dtype = b"\x08\x01" if tensor.dtype == np.float32 else b"\x08\x09"
+        where = b"\x35hash\x20" + varint(len(data)) + b"\x28" + varint(tensor.nbytes)
+        entries[name.encode()] = dtype + b"\x12" + varint(len(shape)) + shape + where
+        data += tensor.tobytes()
+    table = block(entries)
+    index = block({b"z": varint(0) + varint(len(table))})
+    footer = b"\x00\x00" + varint(len(table)) + varint(len(index))
+    with zipfile.ZipFile(tmp_path / "wheel", "w") as wheel:
+        wheel.writestr("musicnn/MSD_musicnn/.index", table + index + footer.ljust(48, b"\x00"))
+        wheel.writestr("musicnn/MSD_musicnn/.data-00000-of-00001", data)
+    read = read_checkpoint(tmp_path / "wheel", "MSD_musicnn")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(read[name], tensor)
 
 
 def test_nothing_is_fetched_for_a_place_that_cannot_be_written(
