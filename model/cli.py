@@ -359,16 +359,14 @@ def _show(evaluation: "Evaluation") -> None:
         curves,
         figure_rows,
         label_cells,
+        measured,
         paired_rows,
         vote_rows,
     )
     from worker.commands.console import out
 
     console, report = out(), evaluation.report
-    console.print(
-        f"{report['bundle']['name']} {report['bundle']['version']} on {report['dataset']}, "
-        f"split {report['split']}: {report['tracks']} tracks, {report['window']['count']} windows"
-    )
+    console.print(measured(report))
     for caveat in report["caveats"]:
         console.print(caveat, style="bold")
     for names, reason in left_out(evaluation.predictions.skipped):

@@ -123,7 +123,7 @@ def compare(
             f"{name}: {row.track:.1%} of clips; items apart {row.apart:.1%}, random {row.mixed:.1%}"
         )
         rows.append(row)
-    return _page(rows, dataset, out)
+    return _page(rows, dataset, out, quick)
 
 
 def _chosen(dataset: Dataset, seed: int, quick: bool) -> Dataset:
@@ -392,8 +392,12 @@ def _resized(source: LogMelSource, row: int, frames: int) -> Tensor:
 # The page ------------------------------------------------------------------------------------
 
 
-def _page(rows: list[Row], dataset: Dataset, out: Path) -> Path:
+def _page(rows: list[Row], dataset: Dataset, out: Path, quick: bool) -> Path:
     gallery = Gallery(out, f"Approaches on {dataset.name}")
+    learnt, asked = (len(dataset.indices(split)) for split in ("train", _measured(dataset)))
+    gallery.note(f"Learnt from {learnt} clips, measured on {asked}.")
+    if quick:
+        gallery.note("A quick run: too few clips and too short a training to compare by.")
     figure, axes = canvas(9, 1 + 0.32 * len(rows))
     places = np.arange(len(rows))[::-1]
     axes.barh(places + 0.2, [row.mixed for row in rows], 0.38, label="random split by segments")

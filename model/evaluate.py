@@ -306,6 +306,14 @@ PAIRED = ("votes, paired", "difference", "95 % interval", "only first / second r
 FIGURES = ("figure", "value")
 
 
+def measured(report: dict[str, Any]) -> str:
+    """What was measured on how much."""
+    return (
+        f"{report['bundle']['name']} {report['bundle']['version']} on {report['dataset']}, "
+        f"split {report['split']}: {report['tracks']} tracks, {report['window']['count']} windows"
+    )
+
+
 def vote_rows(report: dict[str, Any]) -> list[list[str]]:
     """What `VOTES` heads: one window, and each vote over the tracks."""
     return [
@@ -378,6 +386,7 @@ def draw(evaluation: Evaluation, folder: Path) -> Path:
     """The report's tables, and pictures of scores and of tracks, in `folder`; the page's path."""
     report = evaluation.report
     gallery = Gallery(folder, f"{report['bundle']['name']} on {report['dataset']}")
+    gallery.note(measured(report))
     for caveat in report["caveats"]:
         gallery.note(caveat)
     gallery.table("Accuracy", list(VOTES), vote_rows(report))
@@ -400,20 +409,23 @@ def _draw_scores(gallery: Gallery, evaluation: Evaluation) -> None:
             "confusion",
             _confusion(report),
             "Confusion",
-            f"Rows are the truth; at most {MAX_PICTURED_LABELS} labels, the commonest.",
+            "Counts of tracks; the darker a cell, the larger its share of the row. At most "
+            f"{MAX_PICTURED_LABELS} labels, the commonest.",
         )
     gallery.picture(
         "reliability",
         _reliability(mean.confidence, mean.hits(evaluation.predictions.targets)),
         "Reliability",
-        f"Expected calibration error {report['ece']:.3f}, of which chance alone gives "
-        f"{report['ece_by_chance']:.3f} in so few tracks. Bars on the diagonal mean what they say.",
+        f"Expected calibration error {report['ece']:.3f}; {report['ece_by_chance']:.3f} by chance "
+        "alone, were every score right. Scores are right where bars end on the diagonal. Above a "
+        "bar stands its number of tracks.",
     )
     gallery.picture(
         "coverage",
         _coverage_curve(report["coverage"]),
         "Accuracy against coverage",
-        "Right among the most confident share of tracks; the dot is where `uncertain` begins.",
+        "How many are right of the share of tracks with the best scores. The dot: of those that "
+        "are not uncertain.",
     )
 
 

@@ -85,7 +85,7 @@ def canvas(width: float = 7.0, height: float = 5.0) -> tuple[Figure, Axes]:
 def scatter_by_class(
     points: NDArray[np.floating], classes: NDArray[np.integer], labels: tuple[str, ...]
 ) -> Figure:
-    """Points `(n, 2)` in the colour of their class, named beside the picture.
+    """Points `(n, 2)` in the colour and shape of their class, named beside the picture.
 
     Of more than `MOST_NAMED` classes the others than the commonest are grey.
     """
@@ -97,7 +97,7 @@ def scatter_by_class(
     for place, index in enumerate(named):
         mine = points[classes == index]
         if len(mine):
-            colour, marker = f"C{place % 10}", "os"[place // 10]
+            colour, marker = f"C{place % 10}", "osD^v"[(place + place // 10) % 5]
             axes.scatter(mine[:, 0], mine[:, 1], s=18, c=colour, marker=marker, label=labels[index])
     axes.set_xticks([])
     axes.set_yticks([])

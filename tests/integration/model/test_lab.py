@@ -52,6 +52,7 @@ def test_compare_lays_approaches_side_by_side_from_audio(tmp_path: Path) -> None
     page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert all(f"<td>{row['approach']}</td>" in page for row in rows)
     assert "features over the clip, logistic regression" in page
+    assert "A quick run: too few clips" in page
     features = pd.read_parquet(table)
     assert {"mfcc_00_mean", "chroma_11_std", "centroid_mean", "rolloff_mean"} <= set(features)
     assert {"zero_crossings_mean", "tempo", "name", "label"} <= set(features)

@@ -121,6 +121,7 @@ def test_pictures_and_page_are_drawn(tmp_path: Path) -> None:
     dataset = load(music.archive(tmp_path / "a.npz"))
     page = draw(evaluate(bundle(tmp_path / "b", HEAD), dataset), tmp_path / "out")
     told = page.read_text()
+    assert "split all: 12 tracks, " in told
     for name in ("confusion", "reliability", "coverage", "embeddings", "taggram"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 2_000
         assert f'src="{name}.png"' in told

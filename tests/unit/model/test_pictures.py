@@ -21,6 +21,11 @@ def test_of_many_classes_the_commonest_are_named() -> None:
     assert legend is not None
     told = [text.get_text() for text in legend.get_texts()]
     assert told == ["other", *labels[100 : 100 + MOST_NAMED]]
+    drawn = figure.axes[0].collections[1:]  # the first are the others
+    shapes = [np.asarray(dots.get_paths()[0].vertices).tobytes() for dots in drawn]
+    colours = [np.asarray(dots.get_facecolor()).tobytes() for dots in drawn]
+    assert len(set(zip(shapes, colours, strict=True))) == MOST_NAMED
+    assert shapes[2] != shapes[3]  # green and red
 
 
 def test_vectors_without_a_plane_to_lay_out_stay_at_one_place() -> None:
