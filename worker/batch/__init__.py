@@ -1,1 +1,1 @@
-"""Windows of many tracks become batches on a device: `batcher` joins the other two."""
+"""Windows of many tracks become batches on a device: `batcher` joins the others."""
