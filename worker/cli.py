@@ -98,7 +98,8 @@ def options(
 def worker() -> None:
     """Tag the tracks of the event topics until SIGTERM.
 
-    Configured by the environment: TIMBRE_KAFKA__BOOTSTRAP_SERVERS, TIMBRE_REDIS__URL and others.
+    Configured by the environment: TIMBRE_KAFKA__BOOTSTRAP_SERVERS, TIMBRE_REDIS__URL and others;
+    docs/configuration.md has them all.
     """
     # What is read and loaded from here on may take long, and leaves nothing to take down.
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -99,9 +99,7 @@ def vote(
         No window votes.
     """
     if not voting.any():
-        raise TrackSilent(
-            f"All {len(voting)} windows of the track are silent, so there is nothing to tag."
-        )
+        raise TrackSilent("Every window of the track is silent, so there is nothing to tag.")
     results = [
         _vote_head(head, probabilities[head.name][voting].astype(np.float64), method)
         for head in heads

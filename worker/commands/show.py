@@ -72,8 +72,8 @@ async def stored(settings: RedisSettings, track_id: str) -> Stored:
     if value is None:
         raise TrackUnknown(
             f"Redis holds no result of {track_id}. It may be on its way (timbre watch), may have "
-            "failed (timbre dead-letters list), or the id is another (timbre submit prints ids, "
-            "into a pipe or a file those of any number of tracks)."
+            "failed (timbre dead-letters list), or the id is another (timbre watch tells ids, "
+            "into a pipe or a file whole ones)."
         )
     try:
         result = TrackTags.from_bytes(value)

@@ -163,7 +163,7 @@ def _rows(table: Path, priority: Priority) -> Iterator[NewTrack]:
             reader = csv.DictReader(file, restval="")
             column = next((c for c in URI_COLUMNS if c in (reader.fieldnames or ())), None)
             if column is None:
-                raise SourceInvalid(f"{table} has no column named {', '.join(URI_COLUMNS)}.")
+                raise SourceInvalid(f"{table} has no column named {' or '.join(URI_COLUMNS)}.")
             for row in reader:
                 yield _row(table, reader.line_num, row, column, priority)
     except (OSError, UnicodeError, csv.Error) as error:
