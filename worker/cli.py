@@ -238,7 +238,7 @@ def up() -> None:
 
 @services_app.command()
 def down() -> None:
-    """Stop what `up` started and remove its data."""
+    """Stop what `up` or a kept demo started, and remove its data."""
     from worker.commands import services
 
     services.down(_settings())
@@ -249,7 +249,9 @@ def demo(
     music: Annotated[
         Path | None, typer.Option("--music", help="A folder with music of your own.")
     ] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Leave everything running.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave everything running, until `services down`.")
+    ] = False,
 ) -> None:
     """The whole way on this machine: Kafka, Redis, a worker, and music to tag."""
     from worker.demo.run import run_demo

@@ -34,7 +34,7 @@ def up(settings: Settings) -> None:
 def down(settings: Settings) -> None:
     """End them."""
     ended = detached.down(settings)
-    console.err().print("Kafka and Redis ended." if ended else "Nothing was up.", style="dim")
+    console.err().print("All that was up has ended." if ended else "Nothing was up.", style="dim")
 
 
 @contextmanager
