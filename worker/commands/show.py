@@ -67,7 +67,8 @@ async def stored(settings: RedisSettings, track_id: str) -> Stored:
             ttl_s = await redis.ttl(key)
         except Exception as error:
             raise ServicesUnavailable(
-                f"Redis can't be used ({reason(error)}); check that it runs, and TIMBRE_REDIS__URL."
+                f"Redis can't be used ({reason(error)}); check that it runs, TIMBRE_REDIS__URL and "
+                "TIMBRE_REDIS__PASSWORD."
             ) from error
     if value is None:
         raise TrackUnknown(
