@@ -106,10 +106,7 @@ class Publisher:
         except BaseException as error:
             await self._producer.stop()
             if isinstance(error, KafkaError):
-                raise PublishFailed(
-                    f"Kafka at {self._settings.bootstrap_servers} can't be reached "
-                    f"({type(error).__name__}); check TIMBRE_KAFKA__BOOTSTRAP_SERVERS."
-                ) from error
+                raise connection.unreachable(self._settings, error) from error
             raise
         return self
 

@@ -6,13 +6,19 @@ Private parts of it are replaced, so its version is pinned exactly.
 import asyncio
 import time
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any
 
 from aiokafka import client as client_module
 from aiokafka.client import AIOKafkaClient
 from aiokafka.consumer.fetcher import Fetcher
 from aiokafka.consumer.group_coordinator import GroupCoordinator
-from aiokafka.errors import UnknownTopicOrPartitionError, for_code
+from aiokafka.errors import (
+    KafkaConnectionError,
+    KafkaError,
+    UnknownTopicOrPartitionError,
+    for_code,
+)
 from aiokafka.protocol.commit import OffsetFetchRequest
 
 from worker.kafka import record_batches
@@ -25,6 +31,7 @@ def mend() -> None:
     record_batches.read_whatever_was_sent()
     Fetcher.close = _close
     client_module.create_conn = _connect
+    AIOKafkaClient.bootstrap = _bootstrap_or_tell
     AIOKafkaClient._metadata_update = _paced
     GroupCoordinator._do_commit_offsets = _commit_to_what_is_there
     GroupCoordinator._send_req = _send_and_be_refused
@@ -54,8 +61,28 @@ async def _connect(*args: Any, **options: Any) -> Any:
     Aiokafka gives a broker that is silent as long as a request may take, and makes one connection
     at a time: those to other brokers wait meanwhile, and so does what tells who leads instead.
     """
-    async with asyncio.timeout(CONNECT_TIMEOUT_S):
-        return await _create(*args, **options)
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            return await _create(*args, **options)
+    except (OSError, KafkaError) as error:
+        _obstacle.set(error)
+        raise
+
+
+_bootstrap = AIOKafkaClient.bootstrap
+_obstacle = ContextVar[BaseException | None]("the last connection's", default=None)
+
+
+async def _bootstrap_or_tell(client: Any) -> None:
+    """Bootstrap; where no server can be reached, the error's cause is what the last one failed of.
+
+    A wrong password, a certificate and a server that is down are otherwise the same error.
+    """
+    _obstacle.set(None)
+    try:
+        await _bootstrap(client)
+    except KafkaConnectionError as error:
+        raise error from _obstacle.get()
 
 
 async def _close(fetcher: Any) -> None:

@@ -6,7 +6,12 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
-from aiokafka.errors import KafkaError
+from aiokafka.errors import (
+    KafkaConnectionError,
+    KafkaError,
+    SaslAuthenticationFailed,
+    UnsupportedSaslMechanismError,
+)
 from faust.auth import SASLCredentials, SSLCredentials
 
 from worker.errors import ServicesUnavailable, SettingsInvalid
@@ -110,8 +115,40 @@ async def started(client: Client, kafka: KafkaSettings) -> AsyncIterator[Client]
 
 
 def unreachable(kafka: KafkaSettings, error: KafkaError) -> ServicesUnavailable:
-    """What to tell of a broker that doesn't answer."""
+    """What to tell of a broker that doesn't answer, or refuses."""
+    why, check = obstacle(error)
     return ServicesUnavailable(
-        f"Kafka at {kafka.bootstrap_servers} can't be reached ({type(error).__name__}); "
-        "check that it runs, and TIMBRE_KAFKA__BOOTSTRAP_SERVERS."
+        f"Kafka at {kafka.bootstrap_servers} can't be reached ({why}); check {check}."
+    )
+
+
+def obstacle(error: BaseException) -> tuple[str, str]:
+    """Why Kafka can't be reached, and what to check then."""
+    cause = error.__cause__ or error
+    if isinstance(cause, KafkaConnectionError):  # closed by the broker, which may have told why
+        cause = cause.__cause__ or error
+    match cause:
+        case SaslAuthenticationFailed():
+            return (
+                "it refuses the user name or the password",
+                "TIMBRE_KAFKA__SASL_USERNAME, TIMBRE_KAFKA__SASL_PASSWORD and "
+                "TIMBRE_KAFKA__SASL_MECHANISM",
+            )
+        case UnsupportedSaslMechanismError():
+            return "it does not offer the SASL mechanism", "TIMBRE_KAFKA__SASL_MECHANISM"
+        case ssl.SSLCertVerificationError():
+            return (
+                f"its certificate is refused: {cause.verify_message}",
+                "TIMBRE_KAFKA__SSL_CA_FILE, and that TIMBRE_KAFKA__BOOTSTRAP_SERVERS and the "
+                "brokers' advertised listeners name hosts as the certificates do",
+            )
+        case ssl.SSLError():
+            return (
+                f"TLS fails: {cause.reason}",
+                "TIMBRE_KAFKA__SECURITY_PROTOCOL, TIMBRE_KAFKA__SSL_CERT_FILE and "
+                "TIMBRE_KAFKA__SSL_KEY_FILE",
+            )
+    return (
+        type(cause).__name__,
+        "that it runs, TIMBRE_KAFKA__BOOTSTRAP_SERVERS and TIMBRE_KAFKA__SECURITY_PROTOCOL",
     )

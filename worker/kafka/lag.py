@@ -55,7 +55,8 @@ class LagProbe:
             try:
                 await self._watch()
             except Exception as error:  # whatever it is: without lag a dead consumer looks well
-                log.warning("Consumer lag can't be measured now (%s)", type(error).__name__)
+                why, _ = connection.obstacle(error)
+                log.warning("Consumer lag can't be measured now (%s)", why)
             await asyncio.sleep(LAG_INTERVAL_S)
 
     async def _watch(self) -> None:
