@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from tenacity import (
@@ -220,7 +221,9 @@ class Worker:
                 await self._cache.remember(tags.event_id, analysis)
             await place.turn()
             async with timings.measure("publish"):
-                await self._until_delivered(lambda: self._publisher.publish(tags, features))
+                # Each by itself, or the tags come again as often as the embedding is refused.
+                await self._until_delivered(partial(self._publisher.publish, tags))
+                await self._until_delivered(partial(self._publisher.publish, features))
         except WorkerStopping:
             raise  # not the track's fault: it stays unacknowledged
         except Exception as error:

@@ -113,19 +113,19 @@ class Publisher:
     async def __aexit__(self, *exc_info: object) -> None:
         await self._producer.stop()
 
-    async def publish(self, tags: TrackTags, features: TrackFeatures) -> None:
-        """Deliver a track's tags, then its embedding: none of an event that ends otherwise.
+    async def publish(self, event: TrackTags | TrackFeatures) -> None:
+        """Deliver a track's tags or its embedding.
 
         Raises
         ------
         PublishFailed
-            Kafka did not confirm; the events may or may not be there, under the same event id.
+            Kafka did not confirm; the event may or may not be there, under the same event id.
         ResultTooLarge
             Kafka takes no message of that size.
         """
-        key = tags.track_id.encode()
-        await self._send(self._settings.topic_tags, key, tags.to_bytes())
-        await self._send(self._settings.topic_features, key, features.to_bytes())
+        kafka = self._settings
+        topic = kafka.topic_tags if isinstance(event, TrackTags) else kafka.topic_features
+        await self._send(topic, event.track_id.encode(), event.to_bytes())
 
     async def dead_letter(
         self, record: Record, failures: Sequence[Failure], model: ModelRef
@@ -196,7 +196,7 @@ class Publisher:
             compacted = ", and is not compacted: the message has no key" if key is None else ""
             raise PublishFailed(
                 f"Kafka did not confirm a message on {topic} ({type(error).__name__}); "
-                f"check the broker, and that the topic exists{compacted}."
+                f"check the broker, and that the topic exists and may be written{compacted}."
             ) from error
 
 

@@ -332,6 +332,22 @@ async def test_what_kafka_takes_to_accept_a_result_is_no_time_of_the_tracks_behi
     assert results.keys() == {"music/track.ogg", "music/track.opus"}
 
 
+async def test_while_kafka_refuses_the_embedding_the_tags_are_not_sent_again(
+    topics: MakeTopics, redis_url: str, redis_prefix: str, tracks: dict[str, Path], tmp_path: Path
+) -> None:
+    own = await topics(partitions=1)
+    own = own.model_copy(update={"topic_features": f"{own.topic_features}-later"})
+    quick = {"TIMBRE_KAFKA__REQUEST_TIMEOUT_S": "0.5"}
+    async with file_worker(own, redis_url, redis_prefix, tracks, tmp_path, **quick) as worker:
+        await send(own, event("a-file", tracks["opus"].as_uri()))
+        await until(lambda: worker.metric("timbre_retries_total", code="publish_failed") >= 2)
+        await create_topics(own, {own.topic_features: 1})
+        await receive(own, own.topic_features, 1)
+        await send(own, event("another", tracks["opus"].as_uri()))
+        first, second = await receive(own, own.topic_tags, 2)
+    assert (first.key, second.key) == (b"a-file", b"another")
+
+
 async def test_waiting_while_others_hold_the_decoders_is_no_time_of_the_tracks_behind_it(
     topics: MakeTopics,
     redis_url: str,
