@@ -25,6 +25,7 @@ from pydantic import (
     HttpUrl,
     IPvAnyNetwork,
     SecretStr,
+    StringConstraints,
     TypeAdapter,
     ValidationError,
     field_validator,
@@ -44,9 +45,8 @@ from worker.errors import SettingsInvalid
 VoteMethod = Literal["mean", "majority", "weighted"]
 MIB = 1024 * 1024
 ENDPOINT = TypeAdapter(HttpUrl)
-# Redis refuses what does not fit into 63 bits as milliseconds.
-Life = Annotated[int, Field(ge=0, le=10**12)]
-SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:,\[\]/@]+)(:\d{1,5})?")
+SERVER = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:,\[\]/@]+)(?::(\d{1,5}))?")
+MAX_PORT = 65535
 
 
 def _listed(value: Any) -> Any:
@@ -58,6 +58,20 @@ def _listed(value: Any) -> Any:
     except ValueError:
         raise ValueError('must be a list in JSON, such as ["a", "b"]') from None
 
+
+def _named(value: Any) -> Any:
+    """A path that is not empty, as one made of an unset variable is: that is where we happen to be,
+    and its files would be open to whoever sends events.
+    """
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("must name a folder")
+    return value
+
+
+Folder = Annotated[Path, BeforeValidator(_named)]
+Topic = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,249}$")]
+# Redis refuses what does not fit into 63 bits as milliseconds.
+Life = Annotated[int, Field(ge=0, le=10**12)]
 
 # Read here and not by pydantic-settings, whose complaint names the section and not the variable.
 Listed = (NoDecode, BeforeValidator(_listed))
@@ -72,13 +86,13 @@ class Section(BaseModel):
 class FetchSettings(Section):
     """Where audio may come from and how much of it."""
 
-    file_roots: Annotated[tuple[Path, ...], *Listed] = Field(
+    file_roots: Annotated[tuple[Folder, ...], *Listed] = Field(
         (), description="Folders below which `file` URIs are read"
     )
     allowed_networks: Annotated[tuple[IPvAnyNetwork, ...], *Listed] = Field(
         (), description="Networks that may be fetched from although they are not public"
     )
-    spool_dir: Path = Field(
+    spool_dir: Folder = Field(
         default_factory=lambda: Path(tempfile.gettempdir()) / f"timbre-spool-{os.geteuid()}",
         description="Folder that holds audio between fetch and decode; this user's own, no link. "
         "Default: timbre-spool-UID in the system's temporary folder",
@@ -234,12 +248,12 @@ class KafkaSettings(Section):
     """The broker, its topics and how it is spoken to."""
 
     bootstrap_servers: str = Field("localhost:9092", description="host:port, comma-separated")
-    group: str = Field("timbre", description="Consumer group")
-    topic_new: str = Field("tracks.new", description="New-track events")
-    topic_backfill: str = Field("tracks.backfill", description="The same at lower priority")
-    topic_tags: str = Field("tracks.tags", description="Results")
-    topic_features: str = Field("tracks.features", description="Embeddings")
-    topic_dead_letter: str = Field("tracks.dead-letter", description="Dead letters")
+    group: str = Field("timbre", min_length=1, description="Consumer group")
+    topic_new: Topic = Field("tracks.new", description="New-track events")
+    topic_backfill: Topic = Field("tracks.backfill", description="The same at lower priority")
+    topic_tags: Topic = Field("tracks.tags", description="Results")
+    topic_features: Topic = Field("tracks.features", description="Embeddings")
+    topic_dead_letter: Topic = Field("tracks.dead-letter", description="Dead letters")
     max_event_bytes: int = Field(MIB, gt=0, description="Bytes of one event")
     session_timeout_s: float = Field(
         20.0, ge=6, description="Seconds until the group takes over a dead worker's partitions"
@@ -265,16 +279,33 @@ class KafkaSettings(Section):
     @field_validator("bootstrap_servers")
     @classmethod
     def _are_servers(cls, value: str) -> str:
-        if not all(SERVER.fullmatch(server.strip()) for server in value.split(",")):
-            raise ValueError("must be host:port, or several with commas between")
+        for server in value.split(","):
+            found = SERVER.fullmatch(server.strip())
+            if not found or int(found[1] or 0) > MAX_PORT:
+                raise ValueError("must be host:port, or several with commas between")
         return value
 
     @model_validator(mode="after")
-    def _sasl_needs_credentials(self) -> Self:
-        if self.security_protocol.startswith("SASL") and not (
-            self.sasl_username and self.sasl_password
-        ):
-            raise ValueError(f"{self.security_protocol} needs sasl_username and sasl_password")
+    def _topics_differ(self) -> Self:
+        names = [getattr(self, field) for field in type(self).model_fields if "topic_" in field]
+        if len(set(names)) < len(names):
+            raise ValueError("each topic_* needs a name of its own, or results come in as events")
+        return self
+
+    @model_validator(mode="after")
+    def _credentials_go_with_the_protocol(self) -> Self:
+        """What was given and is not used leaves its operator in the belief that it is."""
+        protocol = self.security_protocol
+        password = (self.sasl_username, self.sasl_password)
+        if protocol.startswith("SASL"):
+            if not all(password):
+                raise ValueError(f"{protocol} needs sasl_username and sasl_password")
+        elif any(password):
+            raise ValueError(f"security_protocol {protocol} sends no sasl_username or _password")
+        if "SSL" not in protocol and (self.ssl_ca_file or self.ssl_cert_file or self.ssl_key_file):
+            raise ValueError(f"security_protocol {protocol} uses none of ssl_*: there is no TLS")
+        if self.ssl_key_file and not self.ssl_cert_file:
+            raise ValueError("ssl_key_file needs ssl_cert_file")
         return self
 
 
@@ -308,12 +339,12 @@ def _user_dir(variable: str, default: str) -> Path:
 class ServicesSettings(Section):
     """Where the local Kafka and Redis keep what outlives them."""
 
-    cache_dir: Path = Field(
+    cache_dir: Folder = Field(
         default_factory=lambda: _user_dir("XDG_CACHE_HOME", ".cache"),
         description="Kafka's jars and the demo's music, fetched or rendered once. Default: "
         "~/.cache/timbre, or timbre in XDG_CACHE_HOME",
     )
-    state_dir: Path = Field(
+    state_dir: Folder = Field(
         default_factory=lambda: _user_dir("XDG_STATE_HOME", ".local/state"),
         description="What `timbre services up` started, for `down` to find. Default: "
         "~/.local/state/timbre, or timbre in XDG_STATE_HOME",
@@ -323,7 +354,9 @@ class ServicesSettings(Section):
 class HttpSettings(Section):
     """The worker's own port: metrics and health."""
 
-    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 in a container")
+    host: str = Field(
+        "127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 in a container"
+    )
     port: int = Field(8080, ge=0, le=65535, description="Port; 0 takes a free one")
 
 
@@ -442,15 +475,26 @@ def sections() -> dict[str, type[Section]]:
 
 
 def _refuse_unknown_sections() -> None:
-    """Pydantic refuses unknown names within a section; a misspelt section it would pass over."""
+    """Pydantic refuses unknown names within a section; a misspelt section, or a single underscore
+    behind it, it would pass over.
+    """
     prefix, delimiter = "TIMBRE_", "__"
-    for name in sorted(os.environ):
-        section, found, _ = name.removeprefix(prefix).partition(delimiter)
-        if name.startswith(prefix) and found and section.lower() not in Settings.model_fields:
+    meant = {
+        f"{prefix}{section}_{key}".upper(): f"{prefix}{section}{delimiter}{key}".upper()
+        for section, model in sections().items()
+        for key in model.model_fields
+    }
+    for name, value in sorted(os.environ.items()):
+        known_as = name.upper()
+        section, found, _ = known_as.removeprefix(prefix).partition(delimiter)
+        if known_as.startswith(prefix) and found and section.lower() not in Settings.model_fields:
             raise SettingsInvalid(
                 f"{name} belongs to no section; those are "
                 f"{', '.join(each.upper() for each in Settings.model_fields)}."
             )
+        # Kubernetes tells every pod of a service `timbre-http` in such a way.
+        if known_as in meant and not value.startswith("tcp://"):
+            raise SettingsInvalid(f"{name} is not read: {meant[known_as]} is meant.")
 
 
 def _told(fault: ErrorDetails) -> str:
@@ -479,6 +523,14 @@ def _refuse_unread_secrets() -> None:
             raise SettingsInvalid(
                 f"{path} is not read: a secret must be a file that lies in TIMBRE_SECRETS_DIR."
             )
+        try:
+            marked = path.read_text(encoding="utf-8").startswith("\ufeff")
+        except OSError as error:
+            raise SettingsInvalid(f"{path} can't be read: {error.strerror}.") from None
+        except UnicodeDecodeError:
+            marked = True
+        if marked:
+            raise SettingsInvalid(f"{path} must be UTF-8 without a byte order mark.")
 
 
 def child_environment(values: Mapping[str, str]) -> dict[str, str]:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 from joblib.externals.loky.backend import context
+from pydantic import ValidationError
 
 from worker import settings_table
 from worker.errors import SettingsInvalid
-from worker.settings import DecodeSettings, FetchSettings, load
+from worker.settings import DecodeSettings, FetchSettings, HttpSettings, KafkaSettings, load
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -106,6 +107,18 @@ def test_the_environment_wins_over_files(monkeypatch: pytest.MonkeyPatch, tmp_pa
         ("TIMBRE_DECODE__PROCESSES", "1000000", "TIMBRE_DECODE__PROCESSES"),
         ("TIMBRE_KAFKA__BOOTSTRAP_SERVERS", "broker:port", "BOOTSTRAP_SERVERS: must be host:port"),
         ("TIMBRE_KAFKA__BOOTSTRAP_SERVERS", "", "BOOTSTRAP_SERVERS: must be host:port"),
+        ("TIMBRE_KAFKA__BOOTSTRAP_SERVERS", "a:99999", "BOOTSTRAP_SERVERS: must be host:port"),
+        ("timbre_kafak__group", "taggers", "timbre_kafak__group belongs to no section"),
+        ("TIMBRE_KAFKA_SASL_PASSWORD", "key", "TIMBRE_KAFKA__SASL_PASSWORD is meant"),
+        ("TIMBRE_KAFKA__GROUP", "", "TIMBRE_KAFKA__GROUP"),
+        ("TIMBRE_KAFKA__TOPIC_TAGS", "", "TIMBRE_KAFKA__TOPIC_TAGS"),
+        ("TIMBRE_KAFKA__TOPIC_TAGS", "tracks tags", "TIMBRE_KAFKA__TOPIC_TAGS"),
+        ("TIMBRE_KAFKA__TOPIC_TAGS", "tracks.new", "each topic_. needs a name of its own"),
+        ("TIMBRE_KAFKA__SASL_PASSWORD", "key", "security_protocol PLAINTEXT sends no sasl_"),
+        ("TIMBRE_KAFKA__SSL_CA_FILE", __file__, "security_protocol PLAINTEXT uses none of ssl_"),
+        ("TIMBRE_HTTP__HOST", "", "TIMBRE_HTTP__HOST"),
+        ("TIMBRE_FETCH__FILE_ROOTS", '["/music", ""]', "FETCH__FILE_ROOTS__1: must name a folder"),
+        ("TIMBRE_FETCH__SPOOL_DIR", "", "TIMBRE_FETCH__SPOOL_DIR: must name a folder"),
     ],
 )
 def test_what_cannot_be_used_is_named(
@@ -179,6 +192,26 @@ def test_secrets_are_read_as_kubernetes_lays_them_out_beside_those_of_others(
     password = load().redis.password
     assert password is not None
     assert password.get_secret_value() == "secret"
+
+
+@pytest.mark.parametrize("secret", [b"\xef\xbb\xbfkey", b"\xff\xfek\0"])
+def test_a_secret_that_is_not_plain_utf_8_is_told_by_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secret: bytes
+) -> None:
+    monkeypatch.setenv("TIMBRE_SECRETS_DIR", str(tmp_path))
+    (tmp_path / "redis__password").write_bytes(secret)
+    with pytest.raises(SettingsInvalid, match="redis__password must be UTF-8 without"):
+        load()
+
+
+def test_a_client_key_without_its_certificate_is_refused() -> None:
+    with pytest.raises(ValidationError, match="ssl_key_file needs ssl_cert_file"):
+        KafkaSettings(security_protocol="SSL", ssl_key_file=Path(__file__))
+
+
+def test_what_kubernetes_tells_of_services_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIMBRE_HTTP_PORT", "tcp://10.0.0.1:80")
+    assert load().http.port == HttpSettings().port
 
 
 def test_an_empty_name_of_the_secrets_folder_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
