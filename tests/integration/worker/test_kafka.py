@@ -3,10 +3,19 @@
 import asyncio
 import socket
 import time
+from pathlib import Path
 
 import pytest
+import trustme
 from aiokafka.client import AIOKafkaClient
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
+from worker.errors import SettingsInvalid
 from worker.kafka import aiokafka_faults
 from worker.kafka.connection import client_options
 from worker.settings import KafkaSettings
@@ -47,3 +56,21 @@ async def test_a_broker_that_is_silent_holds_up_what_is_asked_of_others_for_a_wh
         async with asyncio.timeout(10):
             await client.bootstrap()
         await client.close()
+
+
+def test_an_encrypted_client_key_is_refused_and_nobody_asked_for_its_password(
+    tmp_path: Path,
+) -> None:
+    certificate = trustme.CA().issue_cert("worker")
+    certificate.cert_chain_pems[0].write_to_path(str(tmp_path / "worker.pem"))
+    key = load_pem_private_key(certificate.private_key_pem.bytes(), None)
+    (tmp_path / "worker.key").write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
+    )
+    settings = KafkaSettings(
+        security_protocol="SSL",
+        ssl_cert_file=tmp_path / "worker.pem",
+        ssl_key_file=tmp_path / "worker.key",
+    )
+    with pytest.raises(SettingsInvalid, match=r"encrypted.*TIMBRE_KAFKA__SSL_KEY_FILE"):
+        client_options(settings)
