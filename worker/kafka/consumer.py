@@ -417,17 +417,21 @@ class Consumer:
                 partition = self._partitions[tp] = _Partition(tp, self, self._places[tp.topic])
             partition.add(event)
 
-    async def _on_assigned(self, _app: Any, /, *args: Any, **_: Any) -> None:
+    async def _on_assigned(self, app: App, /, *args: Any, **_: Any) -> None:
         (assigned,) = args
         self._assignment = sorted(assigned)
         self.assigned = True
         if assigned:
             log.info("Assigned %d partitions", len(assigned))
         else:
-            log.warning(
-                "No partitions: other workers have all, or the topics %s don't exist yet",
-                " and ".join(self._places),
-            )
+            log.warning("No partitions: other workers have all there are")
+        for topic in self._places:
+            if not app.knows(topic):
+                log.warning(
+                    "No events come from %s, which doesn't exist yet or may not be read; see its "
+                    "name in TIMBRE_KAFKA__TOPIC_*, and what Kafka allows this user",
+                    topic,
+                )
 
     async def _give_back(self, grace_s: float) -> None:
         async with self._giving_back:  # a rebalance during a stop waits for it to be done

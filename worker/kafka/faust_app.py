@@ -21,6 +21,11 @@ class App(faust.App):
     logger = logging.getLogger("faust.app")
     before_rebalance: Callable[[], Awaitable[None]]
 
+    def knows(self, topic: str) -> bool:
+        """Whether Kafka tells this consumer of partitions of a topic."""
+        consumer: Any = self.consumer
+        return bool(consumer._thread._ensure_consumer().partitions_for_topic(topic))
+
     async def _consumer_wait_empty(self, consumer: Any, logger: Any) -> None:
         await self.before_rebalance()
         # What was given back is never acknowledged here, so faust must not wait for it.

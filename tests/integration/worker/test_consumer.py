@@ -502,6 +502,22 @@ async def test_a_consumer_that_dies_is_built_anew_and_goes_on_where_it_was(
     assert await committed(own, 1) == 50
 
 
+async def test_a_topic_that_is_not_there_or_not_to_be_read_is_told_beside_one_that_is(
+    topics: MakeTopics, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumer_module, "METADATA_AGE_S", 1.0)
+    existing = await topics(partitions=1)
+    own = existing.model_copy(update={"topic_new": existing.topic_new + "-later"})
+    async with consuming(settings_of(own), Seen()) as consumer:
+        await until(lambda: consumer.assigned)
+        told = [r.getMessage() for r in caplog.records if "No events come from" in r.msg]
+        assert [own.topic_new in line for line in told] == [True]
+        caplog.clear()
+        await create_topics(own, {own.topic_new: 1})
+        await until(lambda: len(list(consumer.positions())) == 2)
+        assert "No events come from" not in caplog.text
+
+
 async def test_a_worker_that_its_group_refuses_joins_once_it_may(topics: MakeTopics) -> None:
     own = await topics(partitions=1)
     seen = Seen()
