@@ -138,15 +138,15 @@ def obstacle(error: BaseException) -> tuple[str, str]:
     match cause:
         case SaslAuthenticationFailed():
             return (
-                "it refuses the user name or the password",
+                "the user name or the password is refused",
                 "TIMBRE_KAFKA__SASL_USERNAME, TIMBRE_KAFKA__SASL_PASSWORD and "
                 "TIMBRE_KAFKA__SASL_MECHANISM",
             )
         case UnsupportedSaslMechanismError():
-            return "it does not offer the SASL mechanism", "TIMBRE_KAFKA__SASL_MECHANISM"
+            return "the SASL mechanism is not offered", "TIMBRE_KAFKA__SASL_MECHANISM"
         case ssl.SSLCertVerificationError():
             return (
-                f"its certificate is refused: {cause.verify_message}",
+                f"the certificate is refused: {cause.verify_message}",
                 "TIMBRE_KAFKA__SSL_CA_FILE, and that TIMBRE_KAFKA__BOOTSTRAP_SERVERS and the "
                 "brokers' advertised listeners name hosts as the certificates do",
             )
