@@ -211,7 +211,7 @@ async def _read(
     Raises
     ------
     ServicesUnavailable
-        Kafka does not answer, be it half-way.
+        Kafka does not answer, be it half-way, or the topic is not there.
     """
     consumer = AIOKafkaConsumer(
         **connection.client_options(settings),
@@ -221,6 +221,8 @@ async def _read(
     )
     async with connection.started(consumer, settings):
         partitions = await _partitions(consumer, settings.topic_dead_letter)
+        if not partitions:
+            raise connection.no_topic(settings, [settings.topic_dead_letter])
         if start is not None:
             partitions = [tp for tp in partitions if tp.partition == start[0]]
         if not partitions:

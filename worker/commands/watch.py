@@ -135,11 +135,21 @@ class Watch:
         await self._consumer.stop()
 
     async def __aiter__(self) -> AsyncIterator[TrackTags | DeadLetter]:
-        async with aclosing(self._messages()) as messages:
-            async for message in messages:
-                result = self._read(message)
-                if result is not None:
-                    yield result
+        """The results.
+
+        Raises
+        ------
+        ServicesUnavailable
+            Kafka refuses to go on, as where the right to read was taken away.
+        """
+        try:
+            async with aclosing(self._messages()) as messages:
+                async for message in messages:
+                    result = self._read(message)
+                    if result is not None:
+                        yield result
+        except KafkaError as error:
+            raise self._unavailable(error) from error
 
     async def _messages(self) -> AsyncGenerator["ConsumerRecord[bytes, bytes]", None]:
         async with aclosing(oldest_first(self._consumer, self._backlog)) as backlog:
@@ -161,10 +171,6 @@ class Watch:
             return None
 
     def _unavailable(self, error: KafkaError) -> ServicesUnavailable:
-        servers = self._settings.bootstrap_servers
         if isinstance(error, UnknownTopicOrPartitionError):
-            return ServicesUnavailable(
-                f"Kafka at {servers} has no topic {' or '.join(self._topics)}; make it, or name "
-                "the topics in use with TIMBRE_KAFKA__TOPIC_*."
-            )
+            return connection.no_topic(self._settings, self._topics)
         return connection.unreachable(self._settings, error)

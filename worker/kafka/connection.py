@@ -1,15 +1,17 @@
 """How Timbre speaks to Kafka: one place turns settings into what each client library wants."""
 
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.errors import (
+    GroupAuthorizationFailedError,
     KafkaConnectionError,
     KafkaError,
     SaslAuthenticationFailed,
+    TopicAuthorizationFailedError,
     UnsupportedSaslMechanismError,
 )
 from faust.auth import SASLCredentials, SSLCredentials
@@ -130,6 +132,14 @@ def unreachable(kafka: KafkaSettings, error: KafkaError) -> ServicesUnavailable:
     )
 
 
+def no_topic(kafka: KafkaSettings, topics: Sequence[str]) -> ServicesUnavailable:
+    """What to tell where Kafka shows none of a name: it has none, or this user may not see it."""
+    return ServicesUnavailable(
+        f"Kafka at {kafka.bootstrap_servers} has no topic {' or '.join(topics)} that this user may "
+        "see; make it, or name the topics in use with TIMBRE_KAFKA__TOPIC_*."
+    )
+
+
 def obstacle(error: BaseException) -> tuple[str, str]:
     """Why Kafka can't be reached, and what to check then."""
     cause = error.__cause__ or error
@@ -142,6 +152,8 @@ def obstacle(error: BaseException) -> tuple[str, str]:
                 "TIMBRE_KAFKA__SASL_USERNAME, TIMBRE_KAFKA__SASL_PASSWORD and "
                 "TIMBRE_KAFKA__SASL_MECHANISM",
             )
+        case TopicAuthorizationFailedError() | GroupAuthorizationFailedError():
+            return f"a right is missing: {cause}", "what Kafka allows this user"
         case UnsupportedSaslMechanismError():
             return "the SASL mechanism is not offered", "TIMBRE_KAFKA__SASL_MECHANISM"
         case ssl.SSLCertVerificationError():

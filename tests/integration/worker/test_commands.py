@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 
 import pytest
+from aiokafka import AIOKafkaConsumer
+from aiokafka.errors import TopicAuthorizationFailedError
 from redis.asyncio import Redis
 from rich.console import Console
 
@@ -270,6 +272,18 @@ def test_a_line_shows_no_tag_that_is_as_good_as_ruled_out_but_the_best() -> None
     assert re.findall(r"\w+-\d", captured.get().removeprefix("t-1")) == [
         *("genre-0", "mood-0", "era-0", "era-1", "era-2", "era-3")
     ]
+
+
+async def test_a_watch_whose_right_to_read_is_taken_away_says_so(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(_: AIOKafkaConsumer) -> None:
+        raise TopicAuthorizationFailedError(settings.kafka.topic_tags)
+
+    monkeypatch.setattr(AIOKafkaConsumer, "getone", refuse)
+    async with Watch(settings.kafka) as watch:
+        with pytest.raises(ServicesUnavailable, match="a right is missing"):
+            await anext(aiter(watch))
 
 
 async def test_a_watch_of_a_topic_that_is_not_there_says_so(settings: Settings) -> None:

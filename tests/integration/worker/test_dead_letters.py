@@ -112,6 +112,15 @@ async def test_a_single_letter_is_shown_and_an_absent_one_is_an_error(topics: Ma
             await dead_letters.show(settings, place)
 
 
+async def test_a_topic_of_letters_that_is_not_there_is_not_taken_for_an_empty_one(
+    topics: MakeTopics,
+) -> None:
+    own = await topics()
+    typo = own.model_copy(update={"topic_dead_letter": f"{own.topic_dead_letter}s"})
+    with pytest.raises(ServicesUnavailable, match="has no topic"):
+        await anext(dead_letters.list_dead_letters(Settings(kafka=typo)))
+
+
 async def test_nothing_is_sent_again_when_one_of_the_places_is_empty(topics: MakeTopics) -> None:
     own = await topics()
     settings = Settings(kafka=own)
