@@ -70,8 +70,9 @@ def _named(value: Any) -> Any:
 
 Folder = Annotated[Path, BeforeValidator(_named)]
 Topic = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,249}$")]
-# Redis refuses what does not fit into 63 bits as milliseconds.
+# Redis refuses what does not fit into 63 bits as milliseconds, Kafka into 31.
 Life = Annotated[int, Field(ge=0, le=10**12)]
+LONGEST_WAIT_S = 7 * 86400
 
 # Read here and not by pydantic-settings, whose complaint names the section and not the variable.
 Listed = (NoDecode, BeforeValidator(_listed))
@@ -81,6 +82,13 @@ class Section(BaseModel):
     """A part of the settings: unknown names are refused, so a misspelling is noticed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _takes_no_longer_than_a_week(cls, value: object) -> object:
+        if isinstance(value, float) and value > LONGEST_WAIT_S:
+            raise ValueError(f"must be {LONGEST_WAIT_S} at most, which is a week")
+        return value
 
 
 class FetchSettings(Section):
@@ -176,7 +184,10 @@ class DecodeSettings(Section):
         180.0, gt=0, description="Seconds of work for one track before its decoder is ended"
     )
     max_memory_bytes: int = Field(
-        512 * MIB, gt=0, description="Address space of one decoder above what it needs at rest"
+        512 * MIB,
+        gt=0,
+        le=2**62,
+        description="Address space of one decoder above what it needs at rest",
     )
     max_duration_s: float = Field(6 * 3600.0, gt=0, description="Seconds of audio in one track")
     slots: int = Field(3, ge=2, description="Shared-memory blocks of one decoder")

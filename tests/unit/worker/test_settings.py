@@ -102,6 +102,8 @@ def test_the_environment_wins_over_files(monkeypatch: pytest.MonkeyPatch, tmp_pa
         ("TIMBRE_FETCH__AZ_ENDPOINT", "http://minio:99999", "AZ_ENDPOINT: must be an address"),
         ("TIMBRE_WINDOWS__HOP_S", "inf", "TIMBRE_WINDOWS__HOP_S: Input should be a finite number"),
         ("TIMBRE_WINDOWS__HOP_S", "1e-9", "TIMBRE_WINDOWS__HOP_S"),
+        ("TIMBRE_KAFKA__SESSION_TIMEOUT_S", "1e30", "SESSION_TIMEOUT_S: must be 604800 at most"),
+        ("TIMBRE_DECODE__MAX_MEMORY_BYTES", "9" * 30, "TIMBRE_DECODE__MAX_MEMORY_BYTES"),
         ("TIMBRE_BATCH__THREADS", "100000", "TIMBRE_BATCH__THREADS"),
         ("TIMBRE_BATCH__MAX_WINDOWS", "1000000000", "TIMBRE_BATCH__MAX_WINDOWS"),
         ("TIMBRE_DECODE__PROCESSES", "1000000", "TIMBRE_DECODE__PROCESSES"),
