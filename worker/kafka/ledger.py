@@ -34,9 +34,6 @@ class Ledger:
         self._closed = False
         self.next_offset: int | None = None
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     async def room(self) -> None:
         """Wait until another event may be opened."""
         await self._room.wait()
@@ -67,7 +64,6 @@ class Ledger:
         while self._entries:
             oldest, entry = next(iter(self._entries.items()))
             if not entry.finished:
-                self.next_offset = oldest
                 break
             del self._entries[oldest]
             entry.acknowledge()
@@ -75,10 +71,8 @@ class Ledger:
         self._update_room()
 
     def close(self) -> None:
-        """Forget what is open, unacknowledged, so that it is delivered again."""
+        """Acknowledge nothing more: what is open is delivered again."""
         self._closed = True
-        self._entries.clear()
-        self._room.set()
 
     def _update_room(self) -> None:
         if len(self._entries) < self._max_ahead:

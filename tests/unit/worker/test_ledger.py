@@ -20,7 +20,6 @@ def test_acknowledges_in_offset_order_whatever_finishes_first(order: list[int]) 
         first_unfinished = next(o for o in range(13) if o not in finished)
         assert acknowledged == list(range(first_unfinished))
 
-    assert len(ledger) == 0
     assert ledger.next_offset == 12
 
 
@@ -38,11 +37,13 @@ def test_an_unfinished_event_holds_back_all_behind_it() -> None:
 
 async def test_room_is_bounded_by_the_oldest_unfinished_event() -> None:
     ledger = Ledger(max_ahead=2)
+    await asyncio.wait_for(ledger.room(), timeout=1)
     ledger.open(0, lambda: None)
     ledger.open(1, lambda: None)
-    ledger.finish(1)
 
     waiting = asyncio.create_task(ledger.room())
+    await asyncio.sleep(0)
+    ledger.finish(1)
     await asyncio.sleep(0)
     assert not waiting.done()
 
