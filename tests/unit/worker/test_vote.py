@@ -88,10 +88,11 @@ def test_weighted_is_the_mean_where_no_window_is_sure_of_anything() -> None:
 
 
 def test_confidence_is_none_for_a_uniform_window_and_full_for_a_certain_one() -> None:
-    single = np.array([[0.25] * 4, [1.0, 0.0, 0.0, 0.0]])
-    assert confidence(single, "single") == pytest.approx([0.0, 1.0])
-    multi = np.array([[0.5] * 4, [1.0, 0.0, 1.0, 0.0]])
-    assert confidence(multi, "multi") == pytest.approx([0.0, 1.0])
+    single = np.array([[0.25] * 4, [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
+    assert confidence(single, "single") == pytest.approx([0.0, 1.0, 0.5])
+    multi = np.array([[0.5] * 4, [1.0, 0.0, 1.0, 0.0], [0.5, 0.5, 0.0, 1.0]])
+    assert confidence(multi, "multi") == pytest.approx([0.0, 1.0, 0.5])
+    assert confidence(np.full((1, 2), 0.5), "single") == pytest.approx([0.0])
     assert confidence(np.ones((2, 1)), "single") == pytest.approx([1.0, 1.0])
 
 
@@ -147,9 +148,10 @@ def test_the_first_single_label_head_decides_what_is_uncertain() -> None:
 
 
 def test_without_a_single_label_head_the_best_tag_decides_what_is_uncertain() -> None:
-    probabilities = {"tags": np.tile([0.2, 0.7, 0.1], (3, 1))}
-    assert not vote(probabilities, ALL, [MOODS], uncertain_below=0.6).uncertain
-    assert vote(probabilities, ALL, [MOODS], uncertain_below=0.8).uncertain
+    eras = PlainHead(name="eras", kind="multi", labels=("old", "new", "newer"))
+    probabilities = {"tags": np.tile([0.2, 0.7, 0.1], (3, 1)), "eras": np.full((3, 3), 0.1)}
+    assert not vote(probabilities, ALL, [MOODS, eras], uncertain_below=0.6).uncertain
+    assert vote(probabilities, ALL, [MOODS, eras], uncertain_below=0.8).uncertain
 
 
 def test_every_tag_names_its_head_and_heads_keep_their_order() -> None:
