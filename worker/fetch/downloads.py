@@ -133,17 +133,17 @@ class Downloads:
 
     def __init__(self, settings: FetchSettings, resolver: AbstractResolver | None = None) -> None:
         self._settings = settings
-        self._resolver = resolver
+        self._rules = AddressRules(settings.allowed_networks)
+        self._resolver = PublicResolver(resolver or SystemResolver(), self._rules)
         self._session: ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        rules = AddressRules(self._settings.allowed_networks)
         self._session = ClientSession(
             connector=TCPConnector(
                 limit=0,  # the worker bounds how many tracks are in flight
                 force_close=True,  # or thousands of hosts leave as many connections behind
-                resolver=PublicResolver(self._resolver or SystemResolver(), rules),
-                socket_factory=rules.socket_for,
+                resolver=self._resolver,
+                socket_factory=self._rules.socket_for,
             ),
             timeout=ClientTimeout(
                 total=None,
@@ -161,6 +161,7 @@ class Downloads:
     async def __aexit__(self, *_: object) -> None:
         if self._session is not None:
             await self._session.close()
+            await self._resolver.close()  # aiohttp closes only one that it made
 
     async def copy(self, uri: str, file: SpoolFile) -> None:
         """Stream what lies at a URL into `file`.

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from worker.fetch.downloads import retry_after_s
+from worker.fetch.downloads import Downloads, SystemResolver, retry_after_s
+from worker.settings import FetchSettings
 
 
 @pytest.mark.parametrize(("value", "seconds"), [("0", 0), (" 120 ", 120), ("999999999", 999999999)])
@@ -30,3 +31,11 @@ def test_a_date_is_a_wait_until_then_and_of_nothing_once_it_has_passed() -> None
 def test_anything_else_is_a_wait_or_none(value: str) -> None:
     waits = retry_after_s(value)
     assert waits is None or waits >= 0
+
+
+async def test_no_thread_that_looks_up_names_stays_behind() -> None:
+    resolver = SystemResolver()
+    async with Downloads(FetchSettings(), resolver):
+        assert await resolver.resolve("localhost")
+    with pytest.raises(RuntimeError, match="shutdown"):
+        await resolver.resolve("localhost")
