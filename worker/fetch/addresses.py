@@ -167,7 +167,7 @@ def _is_public(address: Address) -> bool:
         if _is_translated(address):
             return True  # as public as the IPv4 address it stands for, which is asked as well
         return address in GLOBAL_UNICAST and address.is_global
-    return address.is_global and not address.is_multicast and not address.is_reserved
+    return address.is_global and not address.is_multicast
 
 
 def _embedded(address: Address) -> Iterator[IPv4Address]:

@@ -11,7 +11,7 @@ from worker.errors import AddressRefused, UriUnsupported
 from worker.fetch.addresses import MAX_ADDRESSES, AddressRules, PublicResolver, check_url, shown
 
 PUBLIC = ["8.8.8.8", "1.1.1.1", "185.199.108.153", "2606:4700::1111", "2a00:1450:4001::200e"]
-TRANSLATED_PUBLIC = ["::ffff:8.8.8.8", "64:ff9b::8.8.8.8", "2002:808:808::1"]
+TRANSLATED_PUBLIC = ["::8.8.8.8", "::ffff:8.8.8.8", "64:ff9b::8.8.8.8", "2002:808:808::1"]
 REFUSED = [
     "0.0.0.0",
     "0.1.2.3",
@@ -51,6 +51,7 @@ REFUSED = [
     "2001:0:a00:1::f5ff:fffe",
     "2001:db8::1",
     "2001:470:1f0b:1::5efe:10.0.0.1",
+    "2001:470:1f0b:1:200:5efe:10.0.0.1",
     "2002:a00:1::1",
     "2002:7f00:1::1",
     "2002:a9fe:a9fe::1",
