@@ -63,7 +63,7 @@ class Request:
 
     def over(self, now: float) -> bool:
         """Whether nobody waits for the answer any more."""
-        return self.answer.done() or self.ticket.cancelled or now >= self.ticket.deadline
+        return self.answer.done() or now >= self.ticket.deadline
 
     def fail(self, error: TimbreError) -> None:
         if not self.answer.done():
