@@ -3,7 +3,7 @@
 from typing import Annotated
 
 import numpy as np
-from pydantic import BeforeValidator, FailFast, Field
+from pydantic import BeforeValidator, FailFast
 
 from model.bundle import Bundle
 from schemas.events import AudioFacts, Finite, ModelRef, Part, Tag, WindowCounts
@@ -46,7 +46,7 @@ class Analysis(Part):
     """The model that tagged"""
     taggram: Taggram | None
     """By head, a table (windows, labels) of probabilities; present only where configured"""
-    embedding: Annotated[Numbers, Field(min_length=1)]
+    embedding: Numbers
     """The track as a vector of length 1 (L2)"""
 
     def may_be_of(self, bundle: Bundle) -> bool:

@@ -215,7 +215,6 @@ class FairQueue:
     def _kept(self, count: int) -> int:
         """Windows of the next `count` that are backfill's; fractions are saved up for later."""
         if not (self._lines["upload"].depth and self._lines["backfill"].depth):
-            self._backfill_credit = 0.0
             return 0
         self._backfill_credit += self._backfill_share * count
         kept = min(int(self._backfill_credit), count)
