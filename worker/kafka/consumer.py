@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 from faust.types import TP, EventT
 
@@ -129,7 +130,8 @@ class _Partition:
         self.ledger = Ledger(consumer.settings.worker.max_ahead)
         self.waiting: deque[EventT[Any]] = deque()
         self.running: dict[asyncio.Task[None], Place] = {}
-        self._latest: dict[bytes, asyncio.Task[None]] = {}  # of those running, by key
+        # Of those running, by key.
+        self._latest: WeakValueDictionary[bytes, asyncio.Task[None]] = WeakValueDictionary()
         self.paused = False
         self.last_offset = -1
         self._consumer = consumer
@@ -166,12 +168,7 @@ class _Partition:
         self.running[task] = place
         if record.key:
             self._latest[record.key] = task
-        task.add_done_callback(partial(self._ended, record.key))
-
-    def _ended(self, key: bytes | None, task: asyncio.Task[None]) -> None:
-        del self.running[task]
-        if key and self._latest.get(key) is task:
-            del self._latest[key]
+        task.add_done_callback(self.running.pop)
 
     async def _work(self, record: Record, place: Place) -> None:
         try:
@@ -188,7 +185,6 @@ class _Partition:
         An event that rests is left at once: it may do so for minutes.
         """
         self._pump.cancel()
-        self.waiting.clear()
         left = {task for task, place in self.running.items() if place.resting}
         working = self.running.keys() - left
         _cancel(left)
