@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from worker.errors import AudioTooLarge, FetchUnavailable, SettingsInvalid, SpoolFull
-from worker.fetch.spool import Room, Share, Spool, in_thread
+from worker.fetch.spool import WRITE_PARTS, Room, Share, Spool, in_thread
 
 HOLDER = """
 import sys, time
@@ -58,9 +58,18 @@ class TestFiles:
         assert (audio.sha256, audio.size_bytes) == (sha256(data).hexdigest(), len(data))
         assert audio.path.stat().st_mode & 0o777 == 0o600
         assert spool.room.used_bytes == len(data)
-        file.remove()
+        with audio.path.open("rb") as reader:  # by the number that the file's own had
+            file.remove()
+            assert reader.read() == data
         assert not audio.path.exists()
         assert spool.room.used_bytes == 0
+
+    async def test_do_not_gather_tiny_pieces_in_memory(self, spool: Spool, root: Path) -> None:
+        file = spool.file()
+        for _ in range(WRITE_PARTS):
+            await file.write(b"x")
+        assert [path.stat().st_size for path in files(root)] == [WRITE_PARTS]
+        file.remove()
 
     async def test_may_be_empty(self, spool: Spool) -> None:
         file = spool.file()
