@@ -871,11 +871,12 @@ async def test_a_track_that_gives_up_its_place_in_the_line_takes_no_decoder_with
 
 async def test_a_track_given_up_in_the_moment_a_decoder_is_free_is_passed_over(song: Path) -> None:
     async with pool_of() as pool:
-        async with pool.decode(song) as holding:
-            waiting = [asyncio.create_task(hear(pool, song)) for _ in range(2)]
+        async with pool.decode(song, priority="backfill") as holding:
+            waiting = [asyncio.create_task(hear(pool, song, priority="backfill")) for _ in range(3)]
             await drain(holding)
             waiting[0].cancel()
-        assert (await asyncio.wait_for(waiting[1], 10)).facts.duration_s == 60.0
+        waiting[1].cancel()  # it has been served, and doesn't know
+        assert (await asyncio.wait_for(waiting[2], 10)).facts.duration_s == 60.0
 
 
 async def test_a_spare_decoder_goes_on_with_the_backfill_that_waits(
