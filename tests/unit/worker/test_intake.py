@@ -237,6 +237,7 @@ class TestCloudEvents:
             {"data": TRACK, "datacontenttype": "application/xml"},
             {"data": TRACK, "datacontenttype": 3},
             {"data_base64": "not base64!"},
+            {"data_base64": "!" + base64.b64encode(json.dumps(TRACK).encode()).decode()},
             {"data_base64": "żółw"},
             {"data_base64": 5},
             {"data": TRACK, "id": "x" * 5000},
@@ -344,6 +345,22 @@ class TestBucketNotifications:
         track = only(read(record({"Records": [entry]})))
         assert track.audio.uri == "s3://music/a.mp3?versionId=3%2FL4kq%2Bx"
         assert track.track_id == "music/a.mp3"
+        unversioned = notification("a.mp3", versionId="null")
+        assert only(read(record({"Records": [unversioned]}))).audio.uri == "s3://music/a.mp3"
+
+    def test_without_a_sequencer_version_or_etag_tell_one_write_from_another(self) -> None:
+        entries = [
+            notification("a.mp3", sequencer=None, versionId="7"),
+            notification("a.mp3", sequencer=None),
+            {**notification("a.mp3", sequencer=None, eTag=""), "eventTime": ""},
+        ]
+        tracks = read(record({"Records": entries})).tracks
+        assert [track.source_event_id for track in tracks] == [
+            "aws:s3 music/a.mp3 7",
+            "aws:s3 music/a.mp3 abc",
+            None,
+        ]
+        assert (tracks[2].audio.etag, tracks[2].uploaded_at) == (None, None)
 
     @pytest.mark.parametrize(
         "message",
