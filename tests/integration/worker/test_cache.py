@@ -180,6 +180,9 @@ async def test_a_stored_analysis_is_found_by_audio_and_by_event(
         event_id = await store(cache, "t", analysis())
         assert await cache.by_audio(SHA256) == analysis()
         assert await cache.by_event(event_id) == analysis()
+        unpublished = analysis(sha256="cd" * 32)
+        await cache.remember("event", unpublished)
+        assert await cache.by_event("event") == unpublished
 
 
 async def test_what_redis_refuses_is_told_once_and_stored_once_it_may_be(
@@ -430,6 +433,21 @@ async def test_a_redis_that_drips_is_waited_for_no_longer_than_one_that_is_silen
             await store(cache, "t", analysis())
 
 
+async def test_what_redis_missed_takes_the_place_of_nothing_newer(
+    own_redis: LocalRedis, redis_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "CATCH_UP_BACKOFF_S", (60.0, 60.0))
+    monkeypatch.setattr(cache_module, "DOWN_FOR_S", 0.0)
+    async with cache_at(own_redis.address, redis_prefix) as cache:
+        own_redis.stop()
+        await store(cache, "t", analysis("jazz"))
+        await asyncio.sleep(0.2)  # it is tried again, in vain
+        own_redis.start()
+        await store(cache, "t", analysis("rock"))
+    async with Redis.from_url(own_redis.address) as redis:
+        assert await redis.hget(f"{redis_prefix}track:t", "genre") == b"rock"
+
+
 async def test_lookups_do_not_keep_what_redis_missed_from_being_stored(
     own_redis: LocalRedis, redis_prefix: str
 ) -> None:
@@ -490,6 +508,17 @@ async def test_a_stop_stores_what_redis_missed_although_it_is_left_alone_for_now
         own_redis.start()
     async with Redis.from_url(own_redis.address) as redis:
         assert await stored(redis, f"{redis_prefix}track:one", f"{redis_prefix}track:two")
+
+
+async def test_what_redis_missed_again_and_again_is_kept_once(
+    redis_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "CATCH_UP_BYTES", 10_000)
+    async with cache_at("redis://127.0.0.1:9/0", redis_prefix) as cache:
+        first = await store(cache, "first", analysis())
+        for _ in range(50):
+            await store(cache, "again", analysis())
+        assert await cache.by_event(first) == analysis()
 
 
 async def test_a_stop_tells_how_much_of_what_redis_missed_is_lost(
