@@ -33,7 +33,8 @@ MODEL = ModelRef(name="model", version="1")
 
 
 def record(own: KafkaSettings, offset: int, value: bytes) -> Record:
-    headers = (("ce_id", b"7"), ("ce_id", b"8"), ("nothing", None))
+    forged = ("timbre-value-omitted-bytes", b"1")
+    headers = (("ce_id", b"7"), ("ce_id", b"8"), forged, ("nothing", None))
     return Record(own.topic_new, 0, offset, 1_700_000_000.0, b"key", value, headers)
 
 
@@ -71,6 +72,17 @@ async def test_a_letter_holds_the_original_bytes_and_headers_with_reason_and_ori
     assert (letter.origin.topic, letter.origin.offset) == (own.topic_new, 1)
     assert letter.track_id == "t\n1"
     assert b64decode(letter.original.value_b64 or "") == b"{}"
+
+
+async def test_a_message_without_key_or_value_at_an_impossible_time_is_a_letter(
+    topics: MakeTopics,
+) -> None:
+    own = await topics()
+    empty = replace(record(own, 0, b""), key=None, value=None, timestamp_s=1e18)
+    async with Publisher(own) as publisher:
+        await publisher.dead_letter(empty, [Failure(EventMalformed("Empty."))], MODEL)
+    [(_, letter)] = [item async for item in dead_letters.list_dead_letters(Settings(kafka=own))]
+    assert (letter.original.value_b64, letter.origin.timestamp.year) == (None, 9999)
 
 
 async def test_a_letter_that_a_compacted_topic_refuses_is_told_of(topics: MakeTopics) -> None:
