@@ -264,6 +264,7 @@ async def test_leaving_waits_for_blocks_still_in_use(song: Path) -> None:
         async with pool.decode(song) as decoding:
             blocks = [block async for block in decoding]
             asyncio.get_running_loop().call_later(0.2, blocks[0].release)
+        await hear(pool, song)
         assert [before] == decoders(pool), "the process serves the next track"
 
 
