@@ -324,16 +324,19 @@ async def test_events_of_one_key_wait_for_all_before_them_whatever_those_end_as(
 
 async def test_events_that_rest_are_given_back_at_once_at_a_stop(topics: MakeTopics) -> None:
     own = await topics(partitions=1)
-    resting = list[int]()
+    resting, working = list[int](), list[int]()
 
     async def handle(record: Record, place: Place) -> None:
         if record.offset >= 5:
             resting.append(record.offset)
             await place.rest(600.0)
+        await place.rest(0.01)
+        working.append(record.offset)
+        await asyncio.sleep(1)
 
     await send(own, 10)
     async with consuming(settings_of(own, stop_deadline_s=50.0), handle):
-        await until(lambda: len(resting) == 5)
+        await until(lambda: len(resting) == len(working) == 5)
         stopped_s = time.monotonic()
     assert time.monotonic() - stopped_s < 10, "and not after the grace, which is 30 s"
     assert await committed(own, 1) == 5
