@@ -106,6 +106,8 @@ async def test_letters_of_one_reason_are_listed_and_sent_again_as_they_were(
 
     listed = dead_letters.list_dead_letters(settings, code="audio_not_found")
     assert [place async for place, _ in listed] == [(0, 1)]
+    listed = dead_letters.list_dead_letters(settings, limit=1)
+    assert [place async for place, _ in listed] == [(0, 0)]
     assert await dead_letters.retry(settings, code="audio_not_found") == [(0, 1)]
 
     [again] = await receive(own, own.topic_new, 1)
