@@ -32,9 +32,12 @@ __all__ = ["Bundle", "Calibration", "Head", "Output"]
 SHIPPED = Path(__file__).parent / "bundles"
 WEIGHTS, MANIFEST, CARD = "model.safetensors", "model.json", "README.md"
 MAX_WEIGHTS_BYTES = 512 * 2**20
+MAX_HEADER_BYTES = 2**20  # of the weights: a few dozen tensors take some KB
 MAX_MANIFEST_BYTES = 2 * 2**20
 SHORTEST_WINDOW_S, LONGEST_WINDOW_S = 0.1, 60.0
+MAX_DIMENSIONS = 4
 MAX_VALUES = 2**24  # of one tensor, for one window: 64 MiB; published networks have a seventh
+MAX_GFLOP = 100  # for one window: seconds on a processor; published networks have 3
 
 
 class NetworkSection(BaseModel):
@@ -110,11 +113,7 @@ class Bundle:
         """
         folder = _resolve(path)
         manifest = _read_manifest(folder)
-        raw = _read_bytes(folder / WEIGHTS, MAX_WEIGHTS_BYTES)
-        try:
-            tensors = load_tensors(raw)
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise BundleInvalid(f"{folder / WEIGHTS} is not a safetensors file: {error}") from error
+        tensors = _read_tensors(folder / WEIGHTS)
         _check_values(folder, tensors)
         if _version(manifest, tensors) != manifest.version:
             raise BundleInvalid(
@@ -220,6 +219,19 @@ def _read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    raw = _read_bytes(path, MAX_WEIGHTS_BYTES)
+    if int.from_bytes(raw[:8], "little") > MAX_HEADER_BYTES:
+        raise BundleInvalid(
+            f"{path} is not a safetensors file of a model: its header is longer than "
+            f"{MAX_HEADER_BYTES} bytes"
+        )
+    try:
+        return load_tensors(raw)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise BundleInvalid(f"{path} is not a safetensors file: {error}") from error
+
+
 def _check_values(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Before anything is done with them: not every type that a file may hold can be worked with."""
     for name, tensor in tensors.items():
@@ -227,6 +239,8 @@ def _check_values(folder: Path, tensors: dict[str, Tensor]) -> None:
             raise BundleInvalid(
                 f"{folder / WEIGHTS}: {name} is {tensor.dtype}, expected torch.float32"
             )
+        if tensor.dim() > MAX_DIMENSIONS:
+            raise BundleInvalid(f"{folder / WEIGHTS}: {name} has {tensor.dim()} dimensions")
         if not tensor.numel():  # its other sizes may be such as no array can have
             raise BundleInvalid(f"{folder / WEIGHTS}: {name} is empty")
         if not all_finite([tensor]):
@@ -290,12 +304,15 @@ class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _check_cost(folder: Path, network: Tagger) -> None:
-    """One window through the network while it is on `meta`: few weights can ask for much memory."""
+    """One window through the network while it is on `meta`: few weights can ask for much memory or
+    much time."""
+    from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415  # loads a compiler
+
     front_end = network.front_end.config
     largest = _Largest()
     largest.values = front_end.frames * front_end.n_fft
     try:
-        with torch.no_grad(), largest:
+        with torch.no_grad(), largest, FlopCounterMode(display=False) as counter:
             network.eval().from_logmel(
                 torch.zeros(1, front_end.frames, front_end.n_mels, device="meta")
             )
@@ -305,6 +322,12 @@ def _check_cost(folder: Path, network: Tagger) -> None:
         raise BundleInvalid(
             f"{folder}: the network computes {largest.values:,} values at once for one window; "
             f"no more than {MAX_VALUES:,} are allowed"
+        )
+    gflop = counter.get_total_flops() / 1e9
+    if gflop > MAX_GFLOP:
+        raise BundleInvalid(
+            f"{folder}: the network takes {gflop:,.0f} GFLOP for one window; "
+            f"no more than {MAX_GFLOP} are allowed"
         )
 
 

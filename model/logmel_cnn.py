@@ -35,7 +35,7 @@ ARCHIVE_FRONT_END = LogMelConfig(
 MAX_EMBEDDING_DIM = 256  # of a bundle
 BATCH = 64  # windows at a time, where nothing is learnt
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=4_096)]
 
 # Of filter members: how many, frames long, and of all bands high.
 TALL_FILTERS = ((40, 7, 0.2), (40, 7, 0.4), (24, 3, 0.4), (24, 1, 0.7))

@@ -138,6 +138,12 @@ def test_a_manifest_that_says_wrong_things_is_refused(
         (lambda told: told["network"].update(kind="os:system"), "unknown network kind"),
         (lambda told: told["network"]["config"].update(mid_filters=10**9), "mid_filters"),
         (
+            lambda told: told.update(
+                network={"kind": "logmel_cnn", "config": {"stem_stride": [10**30, 1]}}
+            ),
+            r"stem_stride\.0: Input should be less than",
+        ),
+        (
             lambda told: told["network"]["config"].update(mid_filters=1_000, embedding_dim=256),
             "expected torch.float32",
         ),
@@ -159,10 +165,23 @@ def test_a_network_that_does_not_fit_its_weights_is_refused(
         assert "\n" not in refused.value.message
 
 
-def test_few_weights_that_ask_for_much_memory_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("frames", "branch", "complaint"),
+    [
+        (
+            4_096,
+            Branch(filters=512, taps=1, height=2),
+            "534,773,760 values at once for one window",
+        ),
+        (3_000, Branch(filters=16, taps=512, height=200), "560 GFLOP for one window"),
+    ],
+)
+def test_few_weights_that_ask_for_much_memory_or_time_are_refused(
+    tmp_path: Path, frames: int, branch: Branch, complaint: str
+) -> None:
     config = MusicnnConfig(
-        front_end=LogMelConfig(n_fft=2_048, hop=16, n_mels=256, frames=4_096),
-        branches=(Branch(filters=512, taps=1, height=2),),
+        front_end=LogMelConfig(n_fft=2_048, hop=16, n_mels=256, frames=frames),
+        branches=(branch,),
         mid_filters=1,
         mid_taps=1,
         embedding_dim=1,
@@ -172,7 +191,7 @@ def test_few_weights_that_ask_for_much_memory_are_refused(tmp_path: Path) -> Non
     network.load_state_dict({name: torch.zeros_like(t) for name, t in network.state_dict().items()})
     hungry = Bundle("x", (head,), 16_000, 3.0, 1, 0.5, "musicnn", config, network)
 
-    with pytest.raises(BundleInvalid, match="534,773,760 values at once for one window"):
+    with pytest.raises(BundleInvalid, match=complaint):
         hungry.save(tmp_path, card="")
 
 
@@ -237,7 +256,14 @@ class Bomb:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\xff" * 100, b"\xff\xff\xff\xff\xff\xff\xff\x7f{}", pickle.dumps(Bomb())]
+    "content",
+    [
+        b"",
+        b"\xff" * 100,
+        b"\xff\xff\xff\xff\xff\xff\xff\x7f{}",
+        pickle.dumps(Bomb()),
+        struct.pack("<Q", 2**21) + b"{}".ljust(2**21),
+    ],
 )
 def test_weights_that_are_no_safetensors_are_refused(folder: Path, content: bytes) -> None:
     (folder / "model.safetensors").write_bytes(content)
@@ -276,6 +302,16 @@ def test_an_empty_tensor_of_impossible_sizes_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
 
     with pytest.raises(BundleInvalid, match="a is empty"):
+        Bundle.load(folder)
+
+
+def test_a_tensor_of_a_thousand_dimensions_is_refused(folder: Path) -> None:
+    told = {"a": {"dtype": "F32", "shape": [1] * 1_000, "data_offsets": [0, 4]}}
+    header = json.dumps(told).encode()
+    content = struct.pack("<Q", len(header)) + header + bytes(4)
+    (folder / "model.safetensors").write_bytes(content)
+
+    with pytest.raises(BundleInvalid, match="a has 1000 dimensions"):
         Bundle.load(folder)
 
 
