@@ -54,6 +54,7 @@ from worker.tagger import Tagger, Timings
 
 log = logging.getLogger(__name__)
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PUBLISH_BACKOFF_S = (0.2, 10.0)
 ATTEMPTS_BEFORE_A_WARNING = 3
 LOST_DEADLINE_S = 5.0
@@ -76,8 +77,9 @@ def run_worker(settings: Settings) -> int:
 async def _main(settings: Settings, bundle: Bundle) -> None:
     worker = Worker(settings, bundle)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, worker.stop)
+    # Not by `add_signal_handler`: a closing loop brings back what ends a process at once.
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(worker.stop))
     try:
         async with worker:
             await _run(worker)
@@ -85,6 +87,9 @@ async def _main(settings: Settings, bundle: Bundle) -> None:
         # Stopped before all was there, and what was there is taken down. PyTorch may still be at
         # work in a thread, and abort a process that ends by the usual way.
         os._exit(0)
+    finally:
+        for number in STOP_SIGNALS:  # another must not change how it ends
+            signal.signal(number, signal.SIG_IGN)
 
 
 async def _run(worker: "Worker") -> None:

@@ -533,6 +533,24 @@ async def test_a_worker_stopped_while_it_waits_for_a_silent_kafka_ends_at_once(
     assert "Traceback" not in log.read_text()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_worker_told_to_stop_again_and_again_ends_in_order(
+    number: signal.Signals,
+    topics: MakeTopics,
+    redis_url: str,
+    redis_prefix: str,
+    tmp_path: Path,
+) -> None:
+    settings = environment(await topics(partitions=1), redis_url, redis_prefix)
+    async with running_worker(settings, tmp_path / "worker.log") as worker:
+        async with asyncio.timeout(20):
+            while worker.process.poll() is None:
+                worker.process.send_signal(number)
+                await asyncio.sleep(0.005)
+        assert worker.process.returncode == 0
+    assert "Traceback" not in worker.log.read_text()
+
+
 async def test_a_worker_that_finishes_what_is_in_flight_before_it_stops_is_live_and_not_ready(
     topics: MakeTopics, redis_url: str, redis_prefix: str, tracks: dict[str, Path], tmp_path: Path
 ) -> None:
