@@ -39,7 +39,13 @@ def main() -> None:
     """The entry point: an error that Timbre knows, or a path, is a sentence on standard error."""
     # What a client library would complain of comes as an error; only `worker` keeps a log.
     logging.getLogger("aiokafka").addHandler(logging.NullHandler())
-    # A shell may have closed them (`>&-`), and Python gives none then.
+    # A shell may have closed them (`>&-`), and Python gives none then; nor may a file of ours be
+    # what the processes that we start take for one of them.
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     # What the output's encoding lacks, as a file's name may, is escaped, in JSON's own way.

@@ -2,6 +2,7 @@ import csv
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -49,6 +50,13 @@ def test_json_has_a_line_for_each_file_in_the_order_given(files: list[str]) -> N
     assert broken["error"].keys() == {"code", "message"}
     assert absent["error"]["code"] == "source_invalid"
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize("ends", ["2>&-", "<&- >&- 2>&-"])
+def test_files_are_tagged_also_where_standard_ones_are_closed(files: list[str], ends: str) -> None:
+    command = shlex.join([str(TIMBRE), "tag", "--json", files[-1]])
+    done = subprocess.run(["sh", "-c", f"{command} {ends}"], capture_output=True, check=False)
+    assert done.returncode == 0
 
 
 def test_what_is_shown_is_let_go(
