@@ -1,15 +1,20 @@
 """deploy/Dockerfile and the locks it installs, as far as they can be judged without an engine."""
 
+import json
 import re
+import runpy
+import socket
 import subprocess
 import sys
 import tomllib
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.unit.deploy.compose import ROOT
+from tests.unit.deploy.compose import ROOT, services
 from worker.settings import HttpSettings
 
 DOCKERFILE = ROOT / "deploy/Dockerfile"
@@ -94,8 +99,39 @@ def test_the_image_runs_the_worker_without_root_and_checks_itself() -> None:
     assert arguments("ENTRYPOINT") == ['["timbre"]']
     assert arguments("CMD")[-1] == '["worker"]'
     port = HttpSettings().port
-    assert f"127.0.0.1:{port}/health/ready" in arguments("HEALTHCHECK")[0]
+    assert f"//localhost:{port}/health/ready" in arguments("HEALTHCHECK")[0]
     assert arguments("EXPOSE") == [str(port)]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_a_container_is_checked_at_either_loopback_address(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TIMBRE_HTTP__HOST=:: listens on no address of IPv4."""
+    resolve = socket.getaddrinfo
+
+    def as_engines_tell_hosts(host: str, *rest: Any) -> list[Any]:
+        addresses = ("::1", "127.0.0.1") if host == "localhost" else (host,)
+        return [place for address in addresses for place in resolve(address, *rest)]
+
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        server = socket.create_server((address, 0), family=family)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    check = runpy.run_path(str(ROOT / "deploy/healthcheck.py"))["main"]
+    *_, compose = services()["worker"]["healthcheck"]["test"]
+    *_, image = json.loads(arguments("HEALTHCHECK")[0].partition("CMD")[2])
+    assert compose == image
+    with server, ThreadPoolExecutor() as pool:
+        server.settimeout(10)
+        monkeypatch.setattr(socket, "getaddrinfo", as_engines_tell_hosts)
+        status = pool.submit(check, image.replace("8080", str(server.getsockname()[1])))
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(1024)
+            connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
+        assert status.result() == 0
 
 
 @pytest.mark.parametrize("path", ["deploy/requirements.lock", "deploy/requirements-cuda.lock"])
