@@ -2,9 +2,11 @@
 
 import asyncio
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from worker.commands import console
 from worker.services import detached
@@ -13,11 +15,15 @@ from worker.services.topics import create_topics, topics_of
 from worker.settings import Settings
 
 PARTITIONS = 4
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def up(settings: Settings) -> None:
     """Start what is not there yet, with Timbre's topics, and print what to export."""
     remarks = console.err()
+    for number in INTERRUPTS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, _leave)
     with fetching() as fetched:
         addresses, new = detached.up(settings, fetched)
     kafka = settings.kafka.model_copy(update={"bootstrap_servers": addresses.kafka})
@@ -29,6 +35,13 @@ def up(settings: Settings) -> None:
     )
     for name, value in addresses.environment().items():
         sys.stdout.write(f"export {name}={shlex.quote(value)}\n")
+
+
+def _leave(number: int, _: object) -> NoReturn:
+    """Leave once: another must not cut short the removal of what was started."""
+    for interrupt in INTERRUPTS:
+        signal.signal(interrupt, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def down(settings: Settings) -> None:

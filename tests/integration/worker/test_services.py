@@ -1,6 +1,7 @@
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -302,6 +303,28 @@ def up(state_dir: Path, **environment: str) -> dict[str, str]:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     return dict(line.removeprefix("export ").split("=", 1) for line in lines)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_up_that_is_ended_while_it_starts_leaves_nothing_that_down_does_not_know(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    folders = tmp_path / "folders"
+    folders.mkdir()
+    own = {"TIMBRE_SERVICES__STATE_DIR": str(tmp_path / "state"), "TMPDIR": str(folders)}
+    named = {"TIMBRE_KAFKA__BOOTSTRAP_SERVERS", "TIMBRE_REDIS__URL"}
+    environment = {name: value for name, value in os.environ.items() if name not in named} | own
+    arguments = [str(Path(sys.executable).with_name("timbre")), "services", "up"]
+    with subprocess.Popen(arguments, env=environment) as command:
+        while not any(folders.glob("timbre-kafka-*/kafka.log")):
+            assert command.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.5)  # it waits for Kafka, which takes longer
+        started = psutil.Process(command.pid).children()
+        command.send_signal(number)
+        assert command.wait(30) == 128 + number
+    assert list(folders.iterdir()) == []
+    assert not any(process.is_running() for process in started)
 
 
 def test_services_up_stay_until_down_and_no_data_is_left(tmp_path: Path) -> None:
