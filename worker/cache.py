@@ -116,7 +116,7 @@ def _check_options(redis: Redis) -> None:
 
 def reason(error: Exception) -> str:
     """What went wrong, without the command: any words may stand in it, and the password."""
-    said = str(error).partition(", with args")[0].rpartition(" caused error: ")[2]
+    said = str(error).rpartition(" caused error: ")[2].partition(", with args")[0]
     said = said.strip("()'\",")  # a tuple of one, where it failed among others
     return f"{type(error).__name__}: {said[:REASON_CHARS]}".rstrip(": ")
 

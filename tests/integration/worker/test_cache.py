@@ -341,15 +341,16 @@ async def test_bytes_that_are_no_text_are_as_good_as_none(
         assert await cache.by_event(event_id) == analysis()
 
 
+@pytest.mark.parametrize("theirs", ["theirs", "theirs, with args", "a caused error: b"])
 async def test_what_others_keep_under_our_keys_holds_up_no_other_track(
-    redis: Redis, redis_url: str, redis_prefix: str
+    redis: Redis, redis_url: str, redis_prefix: str, theirs: str
 ) -> None:
-    await redis.set(f"{redis_prefix}track:theirs", "x")
+    await redis.set(f"{redis_prefix}track:{theirs}", "x")
     await redis.rpush(f"{redis_prefix}cache:{SHA256}:key", "x")
     metrics = Metrics()
     async with cache_at(redis_url, redis_prefix, metrics=metrics) as cache:
         assert await cache.by_audio(SHA256) is None
-        await store(cache, "theirs", analysis())
+        await store(cache, theirs, analysis())
         other = "cd" * 32
         await store(cache, "ours", analysis(sha256=other))
         assert await cache.by_audio(other) == analysis(sha256=other)
