@@ -421,8 +421,9 @@ class Consumer:
             log.info("Assigned %d partitions", len(assigned))
         else:
             log.warning("No partitions: other workers have all there are")
+        told = {tp.topic for tp in assigned}  # by who leads the group, and may know more
         for topic in self._places:
-            if not app.knows(topic):
+            if topic not in told and not app.knows(topic):
                 log.warning(
                     "No events come from %s, which doesn't exist yet or may not be read; see its "
                     "name in TIMBRE_KAFKA__TOPIC_*, and what Kafka allows this user",

@@ -521,6 +521,15 @@ async def test_a_topic_that_is_not_there_or_not_to_be_read_is_told_beside_one_th
         assert "No events come from" not in caplog.text
 
 
+async def test_a_topic_that_is_assigned_is_there_before_this_worker_has_heard_of_it(
+    topics: MakeTopics, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(App, "knows", lambda *_: False)
+    async with consuming(settings_of(await topics(partitions=1)), Seen()) as consumer:
+        await until(lambda: consumer.assigned)
+    assert "No events come from" not in caplog.text
+
+
 async def test_a_worker_that_its_group_refuses_joins_once_it_may(topics: MakeTopics) -> None:
     own = await topics(partitions=1)
     seen = Seen()
