@@ -337,7 +337,7 @@ async def test_while_kafka_refuses_the_embedding_the_tags_are_not_sent_again(
 ) -> None:
     own = await topics(partitions=1)
     own = own.model_copy(update={"topic_features": f"{own.topic_features}-later"})
-    quick = {"TIMBRE_KAFKA__REQUEST_TIMEOUT_S": "0.5"}
+    quick = {"TIMBRE_KAFKA__REQUEST_TIMEOUT_S": "2"}
     async with file_worker(own, redis_url, redis_prefix, tracks, tmp_path, **quick) as worker:
         await send(own, event("a-file", tracks["opus"].as_uri()))
         await until(lambda: worker.metric("timbre_retries_total", code="publish_failed") >= 2)
@@ -543,7 +543,7 @@ async def test_a_worker_told_to_stop_again_and_again_ends_in_order(
 ) -> None:
     settings = environment(await topics(partitions=1), redis_url, redis_prefix)
     async with running_worker(settings, tmp_path / "worker.log") as worker:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while worker.process.poll() is None:
                 worker.process.send_signal(number)
                 await asyncio.sleep(0.005)

@@ -430,7 +430,7 @@ async def test_a_redis_that_drips_is_waited_for_no_longer_than_one_that_is_silen
     redis_prefix: str,
 ) -> None:
     async with speaking(b"+OK\r\n", every_s=0.5) as url, cache_at(url, redis_prefix) as cache:
-        async with asyncio.timeout(3.0):
+        async with asyncio.timeout(5.0):
             await store(cache, "t", analysis())
 
 
