@@ -6,7 +6,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, for_code
 
 from worker.errors import ServicesUnavailable
-from worker.kafka.connection import client_options
+from worker.kafka.connection import client_options, unreachable
 from worker.settings import KafkaSettings
 
 TOPIC_ALREADY_EXISTS = 36
@@ -30,10 +30,7 @@ async def create_topics(kafka: KafkaSettings, partitions: Mapping[str, int]) -> 
             [NewTopic(name, count, AS_THE_BROKER_HAS_IT, {}) for name, count in partitions.items()]
         )
     except KafkaError as error:
-        raise ServicesUnavailable(
-            f"Topics can't be made at {kafka.bootstrap_servers}: {error!r}. Check that Kafka runs "
-            "there and that TIMBRE_KAFKA__* name it rightly."
-        ) from error
+        raise unreachable(kafka, error) from error
     finally:
         await admin.close()
     for name, code, *reason in response.topic_errors:

@@ -211,6 +211,8 @@ async def test_a_secured_kafka_serves_no_other_way_and_why_is_told(
         async with started(producer(stranger), stranger):
             pass
     assert "guess" not in str(caught.value)
+    with pytest.raises(ServicesUnavailable, match=told):
+        await create_topics(stranger, {"notes": 1})
 
 
 def test_a_service_that_does_not_start_shows_the_end_of_its_log(tmp_path: Path) -> None:
