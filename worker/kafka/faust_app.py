@@ -52,6 +52,23 @@ class _NoOffsets(dict[TP, int | None]):
         pass
 
 
+class _Thread(driver.AIOKafkaConsumerThread):
+    """Gives nothing that faust would drop, as it does what comes around a rebalance.
+
+    A poll waits for up to a second, and may so bring what lies in partitions that were assigned
+    meanwhile. Aiokafka takes that for read, and what comes behind it is committed.
+    """
+
+    async def _fetch_records(self, consumer: Any, *args: Any, **options: Any) -> Any:
+        assigned = consumer._subscription.subscription.assignment
+        records = await super()._fetch_records(consumer, *args, **options)
+        if self.consumer.flow_active and consumer._subscription.subscription.assignment is assigned:
+            return records
+        for tp in records.keys() & consumer.assignment():
+            consumer.seek(tp, records[tp][0].offset)
+        return {}
+
+
 class _Consumer(driver.Consumer):
     """Takes and commits offsets as Kafka and the ledger have them.
 
@@ -63,6 +80,9 @@ class _Consumer(driver.Consumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._read_offset = self._committed_offset = _NoOffsets()
+
+    def _new_consumer_thread(self) -> Any:
+        return _Thread(self, loop=self.loop, beacon=self.beacon)
 
     def _new_offset(self, tp: TP) -> int | None:
         acknowledged = self._acked.pop(tp, None)

@@ -24,6 +24,7 @@ from aiokafka.errors import (
     NotCoordinatorForGroupError,
 )
 from aiokafka.protocol.commit import OffsetFetchRequest, OffsetFetchResponse_v3
+from faust.transport.consumer import Consumer as FaustConsumer
 
 from tests.conftest import MakeTopics
 from tests.waiting import until
@@ -603,6 +604,32 @@ async def test_offsets_that_a_broker_does_not_tell_are_not_taken_for_missing(
         await send(own, 1)
         await until(lambda: len(seen) > 10)
     assert seen.offsets[10:] == [10]
+
+
+async def test_what_a_poll_brings_that_began_before_a_rebalance_is_not_passed_over(
+    topics: MakeTopics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = await topics(partitions=1)
+    seen, to_come = Seen(), list[int]()
+    seek = FaustConsumer.perform_seek
+
+    async def seek_as_events_come(consumer: FaustConsumer) -> None:
+        if to_come:
+            await send(own, to_come.pop())
+            await asyncio.sleep(0.5)
+        await seek(consumer)
+
+    monkeypatch.setattr(FaustConsumer, "perform_seek", seek_as_events_come)
+    async with consuming(settings_of(own), seen) as consumer:
+        await until(lambda: consumer.assigned)
+        assert consumer._app is not None
+        faust_consumer: Any = consumer._app.consumer
+        thread = faust_consumer._thread
+        coordinator = thread._ensure_consumer()._coordinator
+        await asyncio.sleep(0.2)  # a poll waits, for up to a second
+        to_come.append(10)
+        thread.thread_loop.call_soon_threadsafe(coordinator.request_rejoin)
+        await until(lambda: seen.offsets == list(range(10)), timeout_s=10)
 
 
 async def test_a_topic_that_is_deleted_holds_up_no_other(
