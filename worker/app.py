@@ -5,6 +5,7 @@ store. It ends in exactly one of two places, tags or dead letter; only then is i
 """
 
 import asyncio
+import gc
 import importlib.metadata
 import logging
 import os
@@ -82,6 +83,10 @@ async def _main(settings: Settings, bundle: Bundle) -> None:
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(worker.stop))
     try:
         async with worker:
+            # What is there by now, of PyTorch above all, stays: a full collection looked through it
+            # all, and held up the event loop for 0.2 s each time.
+            gc.collect()
+            gc.freeze()
             await _run(worker)
     except asyncio.CancelledError:
         # Stopped before all was there, and what was there is taken down. PyTorch may still be at

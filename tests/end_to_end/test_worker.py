@@ -5,6 +5,7 @@ import json
 import signal
 import socket
 import subprocess
+import sys
 from base64 import b64encode
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -583,6 +584,33 @@ async def test_a_worker_that_finishes_what_is_in_flight_before_it_stops_is_live_
         released.set()
         assert await asyncio.to_thread(worker.process.wait, 20) == 0
     assert (await receive_json(own, own.topic_tags, 1)).keys() == {"held"}
+
+
+COUNTS_WHAT_A_COLLECTION_LOOKS_THROUGH = """
+import gc, sys
+from worker.app import Worker, run_worker
+from worker.settings import load
+
+async def count(worker):
+    print("objects:", len(gc.get_objects()))
+
+Worker.run = count
+sys.exit(run_worker(load()))
+"""
+
+
+async def test_the_collector_passes_over_what_was_loaded_at_the_start(
+    topics: MakeTopics, redis_url: str, redis_prefix: str
+) -> None:
+    """Or each of its full collections holds up the event loop for 0.2 s."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", COUNTS_WHAT_A_COLLECTION_LOOKS_THROUGH),
+        env=environment(await topics(partitions=1), redis_url, redis_prefix),
+        stdout=subprocess.PIPE,
+    )
+    output, _ = await asyncio.wait_for(process.communicate(), timeout=60)
+    assert process.returncode == 0
+    assert int(output.split(b"objects:")[1]) < 10_000
 
 
 @contextmanager
