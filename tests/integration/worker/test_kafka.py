@@ -4,6 +4,7 @@ import asyncio
 import socket
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 import trustme
@@ -15,9 +16,10 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from tests.conftest import MakeTopic
 from worker.errors import SettingsInvalid
 from worker.kafka import aiokafka_faults
-from worker.kafka.connection import client_options
+from worker.kafka.connection import client_options, producer
 from worker.settings import KafkaSettings
 
 
@@ -56,6 +58,16 @@ async def test_a_broker_that_is_silent_holds_up_what_is_asked_of_others_for_a_wh
         async with asyncio.timeout(10):
             await client.bootstrap()
         await client.close()
+
+
+async def test_no_message_takes_long_to_be_compressed(
+    kafka_settings: KafkaSettings, topic: MakeTopic
+) -> None:
+    few_letters = format(Random(0).getrandbits(1 << 20), "b").encode()
+    async with producer(kafka_settings) as sending:
+        started_s = time.process_time()
+        await sending.send_and_wait(await topic(), few_letters)
+        assert time.process_time() - started_s < 0.5
 
 
 def test_an_encrypted_client_key_is_refused_and_nobody_asked_for_its_password(
