@@ -95,6 +95,8 @@ async def _main(settings: Settings, bundle: Bundle) -> None:
     finally:
         for number in STOP_SIGNALS:  # another must not change how it ends
             signal.signal(number, signal.SIG_IGN)
+        # A start that failed may have left a thread that hangs; at a stop this is under way.
+        _end_process_after(settings.worker.stop_deadline_s, status=1)
 
 
 async def _run(worker: "Worker") -> None:
