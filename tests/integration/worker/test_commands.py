@@ -23,6 +23,7 @@ from tests.audio import audio_facts
 from tests.conftest import MakeTopics
 from worker.cache import Keys
 from worker.commands import dead_letters
+from worker.commands import watch as watch_module
 from worker.commands.show import show_track
 from worker.commands.sources import tracks
 from worker.commands.submit import submit, submit_tracks
@@ -60,9 +61,7 @@ async def publish(settings: KafkaSettings, topic: str, value: bytes) -> None:
 
 
 async def events(settings: KafkaSettings, topic: str, count: int) -> list[NewTrack]:
-    """The first events of a topic, read by the means of `Watch`'s own client."""
-    from aiokafka import AIOKafkaConsumer
-
+    """The first events of a topic."""
     consumer = AIOKafkaConsumer(
         topic, **connection.client_options(settings), auto_offset_reset="earliest"
     )
@@ -132,7 +131,7 @@ async def test_what_kafka_does_not_take_is_counted_and_named(
 ) -> None:
     missing = load(
         kafka=settings.kafka.model_copy(
-            update={"topic_new": "a bad name", "request_timeout_s": 3.0}
+            update={"topic_new": "a bad name", "request_timeout_s": 1.0}
         )
     )
     assert await asyncio.to_thread(submit_tracks, missing, [str(folder)], backfill=False) == 1
@@ -286,7 +285,10 @@ async def test_a_watch_whose_right_to_read_is_taken_away_says_so(
             await anext(aiter(watch))
 
 
-async def test_a_watch_of_a_topic_that_is_not_there_says_so(settings: Settings) -> None:
+async def test_a_watch_of_a_topic_that_is_not_there_says_so(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch_module, "REQUEST_TIMEOUT_MS", 1000)
     nowhere = settings.kafka.model_copy(update={"topic_tags": "no-such-topic"})
     with pytest.raises(ServicesUnavailable, match="no-such-topic"):
         async with Watch(nowhere):

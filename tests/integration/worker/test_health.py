@@ -17,6 +17,7 @@ from pydantic import SecretStr
 from model.bundle import Bundle
 from tests.conftest import MakeTopics
 from tests.integration.worker.test_consumer import Seen, committed, consuming, send, settings_of
+from tests.unit.worker.small_network import SmallNet
 from tests.unit.worker.test_batch import MARK, Hanging, Tracks, batcher_of, noise
 from tests.waiting import until
 from tests.web import running
@@ -43,6 +44,12 @@ from worker.settings import (
 STALLED_AFTER_S = 1.0
 
 
+@pytest.fixture
+async def batcher() -> AsyncIterator[Batcher]:
+    async with batcher_of(SmallNet()) as batcher:
+        yield batcher
+
+
 @pytest.fixture(autouse=True)
 def _measure_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lag, "LAG_INTERVAL_S", 0.2)
@@ -51,7 +58,8 @@ def _measure_often(monkeypatch: pytest.MonkeyPatch) -> None:
 def impatient(own: KafkaSettings, **worker: object) -> Settings:
     """A worker that is soon stalled, whether events are worked on or not."""
     deadlines = {"track_deadline_s": 0.8 * STALLED_AFTER_S, "backoff_max_s": 0.2 * STALLED_AFTER_S}
-    return settings_of(own, stalled_after_s=STALLED_AFTER_S, **deadlines | worker)
+    stops = {"stalled_after_s": STALLED_AFTER_S, "stop_deadline_s": 2.0}
+    return settings_of(own, **stops | deadlines | worker)
 
 
 @asynccontextmanager
@@ -60,7 +68,7 @@ async def watched(
 ) -> AsyncIterator[Health]:
     """A consumer with all that its health is told by."""
     async with (
-        Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher,
+        batcher_of(SmallNet()) as batcher,
         consuming(settings, handle) as consumer,
         LagProbe(settings, consumer, metrics or Metrics()) as probe,
     ):
@@ -81,7 +89,7 @@ async def test_a_worker_is_live_while_it_progresses_and_not_when_it_hangs_with_l
     topics: MakeTopics,
 ) -> None:
     own = await topics(partitions=2)
-    settings = impatient(own, stop_deadline_s=2.0)
+    settings = impatient(own)
     metrics = Metrics()
     hang = asyncio.Event()
     handled = 0
@@ -177,7 +185,7 @@ class Dying(Consumer):
 
 async def test_an_event_that_is_slow_may_take_until_its_deadline(topics: MakeTopics) -> None:
     own = await topics(partitions=1)
-    settings = impatient(own, track_deadline_s=6.0, stop_deadline_s=2.0)
+    settings = impatient(own, track_deadline_s=3.0)
     started_s = list[float]()
 
     async def handle(record: Record, place: Place) -> None:
@@ -188,7 +196,7 @@ async def test_an_event_that_is_slow_may_take_until_its_deadline(topics: MakeTop
         await until(lambda: state.consumer.assigned)
         await send(own, 1)
         await until(lambda: state.probe.lag == 1 and state.consumer.in_flight == 1)
-        while time.monotonic() - started_s[0] < 5:
+        while time.monotonic() - started_s[0] < 2:
             assert state.why_not_live() is None, "it is within its deadline"
             await asyncio.sleep(0.1)
         await until(lambda: state.why_not_live() is not None, timeout_s=5)
@@ -227,7 +235,7 @@ async def test_a_worker_is_live_while_the_tracks_of_an_event_end_one_after_anoth
             }
         )
         async with (
-            Worker(settings, Bundle.load()) as worker,
+            Worker(settings, Bundle.load("fast")) as worker,
             aiohttp.ClientSession(f"http://127.0.0.1:{worker.http.port}") as http,
         ):
             work = asyncio.create_task(worker.run())
@@ -247,11 +255,11 @@ async def test_a_worker_is_live_while_the_tracks_of_an_event_end_one_after_anoth
 
 async def test_an_event_may_begin_after_others_have_rested_for_long(topics: MakeTopics) -> None:
     own = await topics(partitions=1)
-    settings = impatient(own, max_in_flight=1, track_deadline_s=3.0, stop_deadline_s=2.0)
+    settings = impatient(own, max_in_flight=1, track_deadline_s=2.0)
     done = list[int]()
 
     async def handle(record: Record, place: Place) -> None:
-        await asyncio.sleep(2.5)
+        await asyncio.sleep(1.5)
         if record.offset < 2:
             await place.rest(60.0)
         done.append(record.offset)
@@ -266,7 +274,7 @@ async def test_an_event_may_begin_after_others_have_rested_for_long(topics: Make
 
 
 async def test_a_worker_whose_consumer_dies_again_and_again_is_not_live(
-    topics: MakeTopics, monkeypatch: pytest.MonkeyPatch
+    topics: MakeTopics, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(consumer_module, "RESTART_BACKOFF_S", (0.2, 0.4))
     own = await topics(partitions=2)
@@ -279,37 +287,35 @@ async def test_a_worker_whose_consumer_dies_again_and_again_is_not_live(
         await asyncio.Event().wait()
 
     settings = impatient(own, rebalance_grace_s=0.1, stop_deadline_s=5.0)
-    async with Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher:
-        consumer = Dying(settings, handle, metrics)
-        running = asyncio.create_task(consumer.run())
-        async with LagProbe(settings, consumer, metrics) as probe:
-            state = Health(settings.worker, probe, consumer, batcher)
-            assert state.why_not_live() is None, "it waits for its first assignment"
-            await until(lambda: restarts() >= 2)
-            assert state.why_not_live() is None, "there is nothing to be done"
+    consumer = Dying(settings, handle, metrics)
+    running = asyncio.create_task(consumer.run())
+    async with LagProbe(settings, consumer, metrics) as probe:
+        state = Health(settings.worker, probe, consumer, batcher)
+        assert state.why_not_live() is None, "it waits for its first assignment"
+        await until(lambda: restarts() >= 2)
+        assert state.why_not_live() is None, "there is nothing to be done"
 
-            await send(own, 5)
-            await until(lambda: state.why_not_live() is not None)
-            after = restarts() + 2
-            while restarts() < after:
-                assert "5 events of lag" in (state.why_not_live() or ""), "not by a new start"
-                await asyncio.sleep(0.05)
-        consumer.stop()
-        await running
+        await send(own, 5)
+        await until(lambda: state.why_not_live() is not None)
+        after = restarts() + 2
+        while restarts() < after:
+            assert "5 events of lag" in (state.why_not_live() or ""), "not by a new start"
+            await asyncio.sleep(0.05)
+    consumer.stop()
+    await running
 
 
 async def test_a_worker_without_partitions_is_live_while_the_others_lag(
-    topics: MakeTopics,
+    topics: MakeTopics, batcher: Batcher
 ) -> None:
     own = await topics(partitions=1)
-    settings = impatient(own, rebalance_grace_s=0.1, stop_deadline_s=2.0)
+    settings = impatient(own, rebalance_grace_s=0.1)
 
     async def handle(record: Record, place: Place) -> None:
         await asyncio.Event().wait()
 
     await send(own, 5)
     async with (
-        Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher,
         consuming(settings, handle) as first,
         consuming(settings, handle) as second,
         consuming(settings, handle) as third,
@@ -347,7 +353,7 @@ async def test_lag_is_measured_on_after_any_fault(
 
     await send(own, 10)
     monkeypatch.setattr(connection, "client_options", without_certificate_at_first)
-    async with watched(impatient(own, stop_deadline_s=2.0), hang) as state:
+    async with watched(impatient(own), hang) as state:
         await until(lambda: state.probe.lag == 10, timeout_s=20)
 
 
@@ -397,19 +403,13 @@ async def test_a_worker_on_whose_device_batches_hang_is_not_live(topics: MakeTop
 
 
 async def test_the_port_serves_metrics_and_health_and_nothing_else(topics: MakeTopics) -> None:
-    own = await topics()
-    settings = settings_of(own)
-    metrics = Metrics()
+    settings = settings_of(await topics())
     async with (
-        Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher,
-        consuming(settings, Seen()) as consumer,
-        LagProbe(settings, consumer, metrics) as probe,
-        HttpServer(
-            HttpSettings(port=0), metrics, Health(settings.worker, probe, consumer, batcher)
-        ) as server,
+        watched(settings, Seen()) as state,
+        HttpServer(HttpSettings(port=0), Metrics(), state) as server,
         aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as http,
     ):
-        await until(lambda: consumer.assigned)
+        await until(lambda: state.consumer.assigned)
         for path, status in {
             "/metrics": 200,
             "/health/live": 200,
@@ -425,12 +425,10 @@ async def test_the_port_serves_metrics_and_health_and_nothing_else(topics: MakeT
             assert answer.status == 405
 
 
-async def test_connections_that_never_ask_leave_room_for_others(topics: MakeTopics) -> None:
-    settings = settings_of(await topics())
-    async with (
-        Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher,
-        serving(settings, batcher) as server,
-    ):
+async def test_connections_that_never_ask_leave_room_for_others(
+    topics: MakeTopics, batcher: Batcher
+) -> None:
+    async with serving(settings_of(await topics()), batcher) as server:
         before = psutil.Process().num_fds()
         slow = list[asyncio.StreamWriter]()
         for _ in range(5 * health.MAX_CONNECTIONS):
@@ -448,12 +446,10 @@ async def test_connections_that_never_ask_leave_room_for_others(topics: MakeTopi
             writer.close()
 
 
-async def test_who_does_not_read_the_answer_holds_up_no_stop(topics: MakeTopics) -> None:
-    settings = settings_of(await topics())
-    async with (
-        Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher,
-        serving(settings, batcher) as server,
-    ):
+async def test_who_does_not_read_the_answer_holds_up_no_stop(
+    topics: MakeTopics, batcher: Batcher
+) -> None:
+    async with serving(settings_of(await topics()), batcher) as server:
         _, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1)
         writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 10_000)
         web_server = server._runner.server
@@ -470,15 +466,13 @@ async def test_who_does_not_read_the_answer_holds_up_no_stop(topics: MakeTopics)
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1"])
 async def test_a_port_that_cannot_be_had_is_a_fault_of_the_settings(
-    topics: MakeTopics, host: str
+    topics: MakeTopics, batcher: Batcher, host: str
 ) -> None:
     settings = settings_of(await topics())
     metrics = Metrics()
-    async with Batcher(Bundle.load(), BatchSettings(device="cpu")) as batcher:
-        consumer = Consumer(settings, Seen(), metrics)
-        probe = LagProbe(settings, consumer, metrics)
-        state = Health(settings.worker, probe, consumer, batcher)
-        async with HttpServer(HttpSettings(port=0), metrics, state) as first:
-            second = HttpServer(HttpSettings(host=host, port=first.port), metrics, state)
-            with pytest.raises(SettingsInvalid, match=f"on {host}:{first.port} .*TIMBRE_HTTP__"):
-                await second.__aenter__()
+    consumer = Consumer(settings, Seen(), metrics)
+    state = Health(settings.worker, LagProbe(settings, consumer, metrics), consumer, batcher)
+    async with HttpServer(HttpSettings(port=0), metrics, state) as first:
+        second = HttpServer(HttpSettings(host=host, port=first.port), metrics, state)
+        with pytest.raises(SettingsInvalid, match=f"on {host}:{first.port} .*TIMBRE_HTTP__"):
+            await second.__aenter__()
