@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import sys
+from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from model.compare import compare
 from model.datasets import load
 from model.explore import MOST_LINES
 from tests import collections_of_music as music
-from tests.integration.model.command import refused
+from worker.cli import main
 from worker.errors import DatasetInvalid
 from worker.settings import WindowSettings
 
@@ -27,6 +29,23 @@ def timbre_model(*arguments: object) -> str:
     if result.exception is not None:
         raise result.exception
     return result.stdout
+
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """`refused(*arguments)`: the sentence that `timbre model` ends with instead of a traceback."""
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["timbre", "model", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 1
+        return "timbre: " + capsys.readouterr().err.rpartition("timbre: ")[2]
+
+    return run
 
 
 def pictures(folder: Path) -> set[str]:
@@ -210,13 +229,15 @@ def test_the_default_bundle_is_evaluated_on_an_archive_made_audible(tmp_path: Pa
     assert all(caveat in unescape(page) for caveat in report["caveats"])
 
 
-def test_the_recipe_says_at_once_when_its_data_are_not_there(tmp_path: Path) -> None:
+def test_the_recipe_says_at_once_when_its_data_are_not_there(
+    tmp_path: Path, refused: Refused
+) -> None:
     told = refused("recipe", "-o", tmp_path / "b", "--data", tmp_path, "--work", tmp_path / "work")
     assert "no gtzan/logmel30s.npz and no gtzan/manifest.csv" in told
     assert not (tmp_path / "work").exists()
 
 
-def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path: Path, refused: Refused) -> None:
     taken = tmp_path / "file"
     taken.write_bytes(b"")
     told = refused("export", "--onnx", taken / "model.onnx")
@@ -238,7 +259,7 @@ def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     assert told == f"timbre: {tmp_path}/table.xlsx: features are saved as .csv or .parquet\n"
 
 
-def test_a_bundle_overwrites_no_folder_of_something_else(tmp_path: Path) -> None:
+def test_a_bundle_overwrites_no_folder_of_something_else(tmp_path: Path, refused: Refused) -> None:
     notes = tmp_path / "README.md"
     notes.write_text("mine")
     archive = music.archive(tmp_path / "a.npz", clips=24)
@@ -250,6 +271,6 @@ def test_a_bundle_overwrites_no_folder_of_something_else(tmp_path: Path) -> None
     assert notes.read_text() == "mine"
 
 
-def test_a_data_set_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+def test_a_data_set_that_is_not_there_is_a_sentence(tmp_path: Path, refused: Refused) -> None:
     told = refused("compare", "-d", tmp_path / "none", "-o", tmp_path / "out")
     assert told == f"timbre: {tmp_path}/none does not exist\n"

@@ -145,25 +145,6 @@ def test_a_paused_redis_answers_once_it_is_resumed(tmp_path: Path) -> None:
         server.remove()
 
 
-async def test_kafka_keeps_what_it_acknowledged_through_a_stop_and_a_kill(
-    tmp_path: Path, jars: list[Path]
-) -> None:
-    broker = Kafka(tmp_path / "kafka", jars).start()
-    try:
-        settings = broker.client_settings()
-        await create_topics(settings, {"notes": 1})
-        await send(settings, "notes", b"do")
-        broker.stop()
-        broker.start()
-        await send(settings, "notes", b"re")
-        broker.kill()
-        broker.start()
-        assert broker.client_settings() == settings
-        assert await read(settings, "notes", 2) == [b"do", b"re"]
-    finally:
-        broker.remove()
-
-
 async def test_topics_have_as_many_replicas_as_their_cluster_asks_for(
     tmp_path: Path, jars: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
