@@ -45,6 +45,7 @@ from worker.kafka.connection import producer
 from worker.services.topics import create_topics
 from worker.settings import KafkaSettings, Settings, load
 
+DEFAULT = {"TIMBRE_WORKER__BUNDLE": "default"}
 SUFFIXES = ("mp3", "flac", "ogg", "m4a", "opus")
 LONG_AGO = "Mon, 01 Jan 2024 00:00:00 GMT"
 CODECS = {"mp3", "flac", "vorbis", "aac", "opus"}
@@ -105,19 +106,24 @@ async def test_tracks_of_five_codecs_over_http_s3_and_as_files_are_tagged_stored
     s3: dict[str, str],
     tmp_path: Path,
 ) -> None:
+    """And announced in every form of event."""
     own = await topics(partitions=2)
+    cloud = {"specversion": "1.0", "id": "1", "source": "/uploads", "type": "track.new"}
+    headers = [(f"ce_{name}", value.encode()) for name, value in cloud.items()]
     async with (
         serving(tracks["mp3"].parent) as http,
-        file_worker(own, redis_url, redis_prefix, tracks, tmp_path, **s3) as worker,
+        producer(own) as platform,
+        file_worker(own, redis_url, redis_prefix, tracks, tmp_path, **s3, **DEFAULT) as worker,
     ):
         await send(
             own,
             event("over-http-mp3", f"{http}/track.mp3", metadata={"artist": "Ä", "n": [1]}),
-            event("over-http-flac", f"{http}/track.flac"),
+            json.dumps(cloud | {"data": event("over-http-flac", f"{http}/track.flac")}).encode(),
             event("from-s3", "s3://music/track.m4a"),
-            event("a-file", tracks["opus"].as_uri()),
             bucket_notification("music", "new+songs/a%2Btrack.ogg"),
         )
+        file = json.dumps(event("a-file", tracks["opus"].as_uri())).encode()
+        await platform.send_and_wait(own.topic_new, file, headers=headers)
         results = await receive_json(own, own.topic_tags, 5)
         features = await receive_json(own, own.topic_features, 5)
 
@@ -193,32 +199,6 @@ async def test_a_track_uploaded_again_ends_with_the_tags_of_its_new_audio(
         results = [json.loads(one.value) for one in await receive(own, own.topic_tags, 2)]
         await stored_of(redis, f"{redis_prefix}track:again", results[1]["event_id"])
     assert [result["audio"]["codec"] for result in results] == ["mp3", "flac"]
-
-
-async def test_cloudevents_of_both_modes_are_tagged(
-    topics: MakeTopics, redis_url: str, redis_prefix: str, tracks: dict[str, Path], tmp_path: Path
-) -> None:
-    own = await topics(partitions=1)
-    structured = {
-        "specversion": "1.0",
-        "id": "1",
-        "source": "/uploads",
-        "type": "track.new",
-        "data": event("structured", tracks["mp3"].as_uri()),
-    }
-    binary = event("binary", tracks["mp3"].as_uri())
-    attributes = {name: value for name, value in structured.items() if name != "data"}
-    headers = [(f"ce_{name}", str(value).encode()) for name, value in attributes.items()]
-    async with (
-        file_worker(own, redis_url, redis_prefix, tracks, tmp_path),
-        producer(own) as platform,
-    ):
-        await send(own, json.dumps(structured).encode())
-        await platform.send_and_wait(
-            own.topic_new, json.dumps(binary).encode(), key=b"binary", headers=headers
-        )
-        results = await receive_json(own, own.topic_tags, 2)
-    assert results.keys() == {"structured", "binary"}
 
 
 async def test_what_cannot_pass_is_a_dead_letter_and_its_neighbours_are_tagged(
@@ -368,7 +348,7 @@ async def test_waiting_while_others_hold_the_decoders_is_no_time_of_the_tracks_b
     )
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    async with Worker(load(), Bundle.load()) as worker:
+    async with Worker(load(), Bundle.load("fast")) as worker:
         working = asyncio.create_task(worker.run())
         async with worker.tagger.decoders.decode(tracks["mp3"]) as holding:
             await anext(holding)
@@ -472,6 +452,7 @@ async def test_timbre_tag_and_the_worker_give_the_same_result(
         redis_url,
         redis_prefix,
         TIMBRE_FETCH__FILE_ROOTS=json.dumps([str(shared_data / "audio")]),
+        **DEFAULT,
     )
     async with running_worker(settings, tmp_path / "worker.log"):
         await send(own, *(event(file.name, file.as_uri()) for file in files))
@@ -503,7 +484,8 @@ async def test_a_worker_stopped_while_it_starts_ends_in_order_and_leaves_nothing
     tmp_path: Path,
 ) -> None:
     own, spool, log = await topics(partitions=1), tmp_path / "spool", tmp_path / "worker.log"
-    settings = environment(own, redis_url, redis_prefix, TIMBRE_FETCH__SPOOL_DIR=str(spool))
+    own_spool = {"TIMBRE_FETCH__SPOOL_DIR": str(spool)}
+    settings = environment(own, redis_url, redis_prefix, **own_spool, **DEFAULT)  # which takes long
     with start_worker(settings, log) as process, killed_at_the_end(process):
         worker = psutil.Process(process.pid)
         while not reached(worker, spool):

@@ -77,9 +77,14 @@ class OldRedis(GuardedRedis):
 
 @asynccontextmanager
 async def cache_at(
-    url: str, prefix: str, key: str = "key", metrics: Metrics | None = None, **more: int
+    url: str,
+    prefix: str,
+    key: str = "key",
+    metrics: Metrics | None = None,
+    timeout_s: float = 1.0,
+    **more: int,
 ) -> AsyncIterator[Cache]:
-    settings = RedisSettings(url=SecretStr(url), prefix=prefix, timeout_s=1.0, **more)
+    settings = RedisSettings(url=SecretStr(url), prefix=prefix, timeout_s=timeout_s, **more)
     async with Cache(settings, key, BUNDLE, metrics or Metrics()) as cache:
         yield cache
 
@@ -429,8 +434,11 @@ async def test_what_a_garbling_redis_missed_is_stored_once_it_is_itself_again(
 async def test_a_redis_that_drips_is_waited_for_no_longer_than_one_that_is_silent(
     redis_prefix: str,
 ) -> None:
-    async with speaking(b"+OK\r\n", every_s=0.5) as url, cache_at(url, redis_prefix) as cache:
-        async with asyncio.timeout(5.0):
+    async with (
+        speaking(b"+OK\r\n", every_s=0.25) as url,
+        cache_at(url, redis_prefix, timeout_s=0.5) as cache,
+    ):
+        async with asyncio.timeout(3.0):
             await store(cache, "t", analysis())
 
 
@@ -492,9 +500,9 @@ async def test_what_redis_missed_takes_bounded_memory(
     monkeypatch.setattr(cache_module, "CATCH_UP_BYTES", 10 * 130_000)
     async with cache_at("redis://127.0.0.1:9/0", redis_prefix) as cache:
         before = psutil.Process().memory_info().rss
-        for number in range(100):
+        for number in range(30):
             last = await store(cache, f"t{number}", own, metadata=metadata)
-        assert psutil.Process().memory_info().rss - before < 80 * MIB, "3 MB each as objects"
+        assert psutil.Process().memory_info().rss - before < 40 * MIB, "3 MB each as objects"
         assert await cache.by_event(last) == own
 
 
