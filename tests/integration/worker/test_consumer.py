@@ -373,7 +373,7 @@ async def test_a_rebalance_during_a_stop_waits_for_what_is_in_flight(topics: Mak
         await until(lambda: consumer.in_flight == 8)
         consumer.stop()
         async with consuming(settings_of(own), others) as another:
-            await asyncio.sleep(6)
+            await asyncio.sleep(4)
             assert not others
             finish.set()
             await until(lambda: another.assigned)
@@ -391,10 +391,10 @@ async def test_a_rebalance_waits_for_all_of_the_grace(
 
     async def slowly(record: Record, _: Place) -> None:
         begun.append(record)
-        await asyncio.sleep(9)
+        await asyncio.sleep(5)
         done.append(record)
 
-    settings = settings_of(own, rebalance_grace_s=12.0, stop_deadline_s=20.0)
+    settings = settings_of(own, rebalance_grace_s=8.0, stop_deadline_s=15.0)
     async with consuming(settings, slowly):
         await send(own, 3)
         await until(lambda: len(begun) == 3)
@@ -570,12 +570,12 @@ async def test_a_worker_that_asks_for_nothing_for_long_stays_in_its_group(
 
     async with consuming(settings_of(own), handle) as consumer:
         await until(lambda: consumer.assigned)
-        await asyncio.sleep(3)  # without partitions
+        await asyncio.sleep(2.5)  # without partitions
         await create_topics(own, {own.topic_new: 1, own.topic_backfill: 1})
         for name in names:
             await send(own, 100, getattr(own, name))
         await until(lambda: consumer.in_flight)
-        await asyncio.sleep(4)  # with all that it may hold
+        await asyncio.sleep(3)  # with all that it may hold
         taking_results.set()
         await until(lambda: len(seen) == 200, timeout_s=20)
 
