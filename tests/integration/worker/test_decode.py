@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -112,6 +113,12 @@ def decoder_of(pool: DecoderPool, path: Path) -> psutil.Process:
     return process
 
 
+def open_files() -> int:
+    """Descriptors of this process, without those that earlier tests left to the collector."""
+    gc.collect()
+    return psutil.Process().num_fds()
+
+
 def peak_bytes(process: psutil.Process) -> int:
     """The most memory that a process has held, its share of the windows included."""
     status = Path(f"/proc/{process.pid}/status").read_text()
@@ -129,11 +136,11 @@ async def test_the_terminals_interrupt_does_not_reach_a_decoder(pool: DecoderPoo
     assert all(os.getpgid(process.pid) != os.getpgid(0) for process in decoders(pool))
 
 
-@pytest.fixture
-def song(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def song(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A minute of audio, 20 windows."""
-    signal = noise(60.0, RATE_HZ)
-    return encode(tmp_path / "song.flac", signal, RATE_HZ, muxer="flac", codec="flac")
+    path = tmp_path_factory.mktemp("song") / "song.flac"
+    return encode(path, noise(60.0, RATE_HZ), RATE_HZ, muxer="flac", codec="flac")
 
 
 async def test_every_encoding_gives_the_windows_of_the_plain_decoder(
@@ -439,7 +446,7 @@ def bait(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
     """A web server's address, and the list of what was fetched from it."""
     Bait.asked, Bait.audio = [], encode_as(tmp_path / "bait.mp3", 4.0).read_bytes()
     with ThreadingHTTPServer(("127.0.0.1", 0), Bait) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", Bait.asked
         server.shutdown()
 
@@ -563,24 +570,11 @@ async def test_files_with_fuzzed_headers_give_a_result_or_a_typed_error(
     assert set(codes.values()) <= {"ok", "audio_unreadable", "audio_empty", "audio_too_long"}, codes
 
 
-async def test_odd_files_of_others_give_a_result_or_a_typed_error(
-    pool: DecoderPool, shared_data: Path
-) -> None:
-    paths = sorted(path for path in (shared_data / "audio" / "odd").rglob("*") if path.is_file())
-    assert paths
-
-    codes = dict(
-        zip(paths, await asyncio.gather(*(outcome(pool, path) for path in paths)), strict=True)
-    )
-
-    assert set(codes.values()) <= {"ok", "audio_unreadable", "audio_empty"}, codes
-    assert list(codes.values()).count("ok") > len(paths) / 2
-
-
 async def test_odd_files_of_others_cut_short_give_a_result_or_a_typed_error(
     pool: DecoderPool, shared_data: Path, tmp_path: Path
 ) -> None:
     paths = sorted(path for path in (shared_data / "audio" / "odd").rglob("*") if path.is_file())
+    assert paths
     codes: dict[tuple[Path, float], str] = {}
     for share in (0.1, 0.5, 0.95):
         cut = [tmp_path / f"{number} cut at {share}" for number in range(len(paths))]
@@ -651,7 +645,6 @@ async def test_processes_that_die_at_the_start_are_started_ever_more_slowly(
 
 
 async def test_restarts_leave_nothing_behind_and_do_not_hold_up_the_loop(song: Path) -> None:
-    own = psutil.Process()
     slowest_s = 0.0
 
     async def watch() -> None:
@@ -663,20 +656,18 @@ async def test_restarts_leave_nothing_behind_and_do_not_hold_up_the_loop(song: P
 
     async with pool_of(slots=2, slot_windows=3) as pool:
         await hear(pool, song)
-        fds = own.num_fds()
+        fds = open_files()
         watching = asyncio.create_task(watch())
         for _ in range(5):
             await leave_half_way(pool, song)
         watching.cancel()
         await hear(pool, song)
-        await until(lambda: own.num_fds() == fds)
+        await until(lambda: open_files() == fds)
         assert slowest_s < 0.5
     assert not pool.pids
 
 
 async def test_a_kept_error_keeps_nothing_of_the_decoder_that_died(song: Path) -> None:
-    own = psutil.Process()
-
     async def lose_the_decoder(pool: DecoderPool) -> None:
         async with pool.decode(song) as decoding:
             async for block in decoding:
@@ -685,11 +676,11 @@ async def test_a_kept_error_keeps_nothing_of_the_decoder_that_died(song: Path) -
 
     async with pool_of(slots=2, slot_windows=3) as pool:
         await hear(pool, song)
-        fds = own.num_fds()
+        fds = open_files()
         with pytest.raises(DecoderCrashed) as kept:
             await lose_the_decoder(pool)
         await hear(pool, song)
-        await until(lambda: own.num_fds() == fds, timeout_s=10)
+        await until(lambda: open_files() == fds, timeout_s=10)
     assert kept.value.retryable
 
 

@@ -364,8 +364,10 @@ def test_a_state_of_nothing_running_is_not_taken_for_services_that_are_up(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("damaged", ["", '{"addresses": {"kaf', "[]", "{}"])
-@pytest.mark.parametrize("command", ["up", "down"])
+@pytest.mark.parametrize(
+    ("command", "damaged"),
+    [("up", ""), ("down", '{"addresses": {"kaf'), ("up", "[]"), ("down", "{}")],
+)
 def test_a_damaged_state_is_a_sentence_that_says_what_to_do(
     tmp_path: Path, command: str, damaged: str
 ) -> None:

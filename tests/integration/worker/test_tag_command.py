@@ -14,12 +14,20 @@ import pytest
 
 from tests.audio import damaged, encode, tone
 from worker.analysis import Analysis
+from worker.cli import main
 from worker.commands.tag import _DATA, CSV_COLUMNS, Outcome, tag_tracks
 from worker.demo.music import Sample
 from worker.errors import SourceInvalid
 from worker.settings import Settings
 
 TIMBRE = Path(sys.executable).with_name("timbre")
+
+
+@pytest.fixture(scope="session")
+def settings(given_settings: Settings) -> Settings:
+    """With the bundle that answers sooner: what it says makes no difference here."""
+    worker = given_settings.worker.model_copy(update={"bundle": "fast"})
+    return given_settings.model_copy(update={"worker": worker})
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +68,7 @@ def test_files_are_tagged_also_where_standard_ones_are_closed(files: list[str], 
 
 
 def test_what_is_shown_is_let_go(
-    files: list[str], given_settings: Settings, monkeypatch: pytest.MonkeyPatch
+    files: list[str], settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a large collection it takes gigabytes."""
     shown: list[weakref.ref[Analysis]] = []
@@ -73,28 +81,29 @@ def test_what_is_shown_is_let_go(
             shown.append(weakref.ref(outcome.analysis))
 
     monkeypatch.setitem(_DATA, "json", Report)
-    assert tag_tracks(given_settings, [files[3]] * 6, form="json") == 0
+    assert tag_tracks(settings, [files[3]] * 6, form="json") == 0
     assert len(kept) == 6
     assert max(kept) <= 2, "a few that the interpreter still holds, and not all"
 
 
 def test_every_odd_file_of_others_is_a_result_or_a_typed_error(
-    shared_data: Path, given_settings: Settings, capsys: pytest.CaptureFixture[str]
+    shared_data: Path, settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     odd = sorted(str(path) for path in (shared_data / "audio" / "odd").rglob("*") if path.is_file())
-    tag_tracks(given_settings, odd, form="json")
+    tag_tracks(settings, odd, form="json")
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["source"] for line in lines] == odd
     codes = {line["source"]: line["error"] and line["error"]["code"] for line in lines}
     assert set(codes.values()) <= {None, "audio_unreadable", "audio_empty", "track_silent"}, codes
+    assert sum(code in {None, "track_silent"} for code in codes.values()) > len(odd) / 2, "decoded"
     assert all(bool(line["tags"]) is (line["error"] is None) for line in lines)
 
 
 def test_packets_that_were_skipped_are_told(
-    given_settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = damaged(tmp_path / "scratched.m4a", share=0.2)
-    assert tag_tracks(given_settings, [str(file)], form="json") == 0
+    assert tag_tracks(settings, [str(file)], form="json") == 0
     assert json.loads(capsys.readouterr().out)["audio"]["damaged_packets"] > 5
 
 
@@ -143,9 +152,9 @@ def test_an_interrupt_while_the_network_runs_ends_it_without_a_word(
 
 
 def test_the_status_is_0_when_all_were_tagged(
-    given_settings: Settings, files: list[str], capsys: pytest.CaptureFixture[str]
+    settings: Settings, files: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tag_tracks(given_settings, [files[0], files[3]]) == 0
+    assert tag_tracks(settings, [files[0], files[3]]) == 0
     shown = capsys.readouterr().out
     assert files[0] in shown
     assert "0:40" in shown
@@ -153,11 +162,11 @@ def test_the_status_is_0_when_all_were_tagged(
 
 
 def test_the_table_shows_of_each_head_the_best_tags_alone(
-    given_settings: Settings, files: list[str], capsys: pytest.CaptureFixture[str]
+    settings: Settings, files: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tag_tracks(given_settings, [files[0]], form="json") == 0
+    assert tag_tracks(settings, [files[0]], form="json") == 0
     tags = json.loads(capsys.readouterr().out)["tags"]
-    assert tag_tracks(given_settings, [files[0]]) == 0
+    assert tag_tracks(settings, [files[0]]) == 0
     shown = capsys.readouterr().out
     clear = 0
     for head in ("genre", "tags"):
@@ -167,9 +176,9 @@ def test_the_table_shows_of_each_head_the_best_tags_alone(
 
 
 def test_csv_has_a_row_for_each_tag_and_each_error(
-    given_settings: Settings, files: list[str], capsys: pytest.CaptureFixture[str]
+    settings: Settings, files: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tag_tracks(given_settings, files, form="csv") == 1
+    assert tag_tracks(settings, files, form="csv") == 1
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert tuple(rows[0]) == CSV_COLUMNS
     assert list(dict.fromkeys(row["source"] for row in rows)) == files
@@ -180,7 +189,7 @@ def test_csv_has_a_row_for_each_tag_and_each_error(
 
 @pytest.mark.parametrize("form", ["table", "csv", "json"])
 def test_a_name_steers_neither_a_terminal_nor_a_spreadsheet(
-    given_settings: Settings,
+    settings: Settings,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -189,7 +198,7 @@ def test_a_name_steers_neither_a_terminal_nor_a_spreadsheet(
     monkeypatch.chdir(tmp_path)
     name = "=HYPERLINK(A1)\x1b[2J\n\u202e.mp3"
     Path(name).write_text("This is no music.")
-    assert tag_tracks(given_settings, [name], form=form) == 1
+    assert tag_tracks(settings, [name], form=form) == 1
     shown = capsys.readouterr().out
     assert all(line.isprintable() for line in shown.split("\n"))
     assert r"HYPERLINK(A1)\u001b[2J" in shown
@@ -216,32 +225,32 @@ def test_what_goes_into_a_file_stays_out_of_the_terminal_with_the_bar(
 
 
 def test_a_folder_is_walked_and_each_file_named(
-    given_settings: Settings, files: list[str], capsys: pytest.CaptureFixture[str]
+    settings: Settings, files: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(files[0]).parent
-    tag_tracks(given_settings, [str(folder)], form="json")
+    tag_tracks(settings, [str(folder)], form="json")
     sources = [json.loads(line)["source"] for line in capsys.readouterr().out.splitlines()]
     assert sources == sorted(str(path) for path in folder.iterdir())
 
 
 def test_plots_are_drawn_beside_one_another_or_into_the_one_named(
-    given_settings: Settings,
+    settings: Settings,
     music_files: list[Sample],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     chosen = [str(sample.path) for sample in music_files[:2]]
-    assert tag_tracks(given_settings, chosen, form="json", plot=True) == 0
+    assert tag_tracks(settings, chosen, form="json", plot=True) == 0
     drawn = {path.name: path.read_bytes()[:4] for path in tmp_path.iterdir()}
     assert drawn == {f"{s.genre}.taggram.png": b"\x89PNG" for s in music_files[:2]}
-    assert tag_tracks(given_settings, [*chosen, "both.svg"], form="json", plot=True) == 0
-    assert tag_tracks(given_settings, [*chosen, "both.svg"], form="json", plot=True) == 0
+    assert tag_tracks(settings, [*chosen, "both.svg"], form="json", plot=True) == 0
+    assert tag_tracks(settings, [*chosen, "both.svg"], form="json", plot=True) == 0
     assert "both.svg" in {path.name for path in tmp_path.iterdir()}
 
 
 def test_files_of_one_name_have_a_picture_each_numbered_in_the_order_given(
-    given_settings: Settings,
+    settings: Settings,
     files: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -252,7 +261,7 @@ def test_files_of_one_name_have_a_picture_each_numbered_in_the_order_given(
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(Path(files[3]).read_bytes())
-    assert tag_tracks(given_settings, names, form="json", plot=True) == 0
+    assert tag_tracks(settings, names, form="json", plot=True) == 0
     drawn = [f"{name}.taggram.png" for name in ("01", "01-3", "01-4", "01-2")]
     assert [line.split()[-1] for line in capsys.readouterr().err.splitlines()] == drawn, (
         "01-2.mp3 is alone with its name and keeps it"
@@ -260,21 +269,21 @@ def test_files_of_one_name_have_a_picture_each_numbered_in_the_order_given(
     assert {path.name for path in tmp_path.glob("*.png")} == set(drawn)
 
 
-def test_a_model_that_is_not_there_is_an_error_before_anything_is_tagged(files: list[str]) -> None:
-    done = subprocess.run(
-        [TIMBRE, "tag", "--model", "no-such-model", *files],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr.startswith("timbre: ")
+def test_a_model_that_is_not_there_is_an_error_before_anything_is_tagged(
+    files: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["timbre", "tag", "--model", "no-such-model", *files])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("timbre: ")
 
 
 @pytest.mark.parametrize("pictures", [["cover.png"], ["new.png", "new.pdf"], ["absent/a.png"]])
 def test_pictures_among_the_files_that_are_not_ours_are_left_and_told_before_anything_is_tagged(
-    given_settings: Settings,
+    settings: Settings,
     files: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -284,11 +293,11 @@ def test_pictures_among_the_files_that_are_not_ours_are_left_and_told_before_any
     monkeypatch.chdir(tmp_path)
     Path("cover.png").write_bytes(b"the user's own")
     with pytest.raises(SourceInvalid, match=pictures[0]):
-        tag_tracks(given_settings, [files[0], *pictures], plot=True)
+        tag_tracks(settings, [files[0], *pictures], plot=True)
     assert capsys.readouterr().out == ""
     assert Path("cover.png").read_bytes() == b"the user's own"
 
 
-def test_nothing_to_tag_is_an_error(given_settings: Settings) -> None:
+def test_nothing_to_tag_is_an_error(settings: Settings) -> None:
     with pytest.raises(SourceInvalid, match="at least one"):
-        tag_tracks(given_settings, ["picture.png"], plot=True)
+        tag_tracks(settings, ["picture.png"], plot=True)
