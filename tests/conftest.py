@@ -12,6 +12,7 @@ import pytest
 from redis.asyncio import Redis
 
 from worker.demo.music import Sample, sample_tracks
+from worker.services.jars import kafka_jars
 from worker.services.local import local_services
 from worker.services.topics import create_topics, topics_of
 from worker.settings import KafkaSettings, Settings, load
@@ -36,6 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def given_settings() -> Settings:
     """The settings as the environment has them."""
     return load()
+
+
+@pytest.fixture(scope="session")
+def jars(given_settings: Settings) -> list[Path]:
+    """What Kafka is run from."""
+    return kafka_jars(given_settings.services.cache_dir / "kafka")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,9 +13,9 @@ import psutil
 import pytest
 
 from tests.audio import encode, tone
+from tests.worker_process import TIMBRE
 from worker.demo.music import Sample
 
-TIMBRE = Path(sys.executable).with_name("timbre")
 TIME_LIMIT_S = 200
 
 

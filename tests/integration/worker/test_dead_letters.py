@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
+from aiokafka.admin import NewTopic, RecordsToDelete
 
 from schemas.events import AudioRef, ModelRef, NewTrack
 from tests.conftest import MakeTopics
@@ -271,13 +271,11 @@ async def test_letters_removed_while_those_before_them_are_listed_hide_none_behi
     for _ in range(30):
         await send(own, os.urandom(MIB // 10), topic=own.topic_dead_letter)
     partition = TopicPartition(own.topic_dead_letter, 0)
-    admin = AIOKafkaAdminClient(**connection.client_options(own))
-    await admin.start()
     offsets = list[int]()
-    async for (_, offset), _letter in dead_letters.list_dead_letters(Settings(kafka=own)):
-        if not offsets:  # more were fetched with it, but not all
-            await admin.delete_records({partition: RecordsToDelete(before_offset=25)})
-        offsets.append(offset)
-    await admin.close()
+    async with administering(own) as admin:
+        async for (_, offset), _letter in dead_letters.list_dead_letters(Settings(kafka=own)):
+            if not offsets:  # more were fetched with it, but not all
+                await admin.delete_records({partition: RecordsToDelete(before_offset=25)})
+            offsets.append(offset)
     assert offsets[-5:] == [25, 26, 27, 28, 29]
     assert len(offsets) < 30, "some were removed before they were read"

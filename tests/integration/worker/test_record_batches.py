@@ -29,7 +29,6 @@ from worker.kafka.connection import client_options
 from worker.kafka.record_batches import bounded_unpacking
 from worker.publish import Failure, Publisher
 from worker.record import UNREAD, Record
-from worker.services.jars import kafka_jars
 from worker.services.service import package_file
 from worker.settings import MIB, KafkaSettings, Settings
 
@@ -52,11 +51,6 @@ async def consumer(topics: MakeTopics) -> Any:
     ) as consumer:
         consumer.own = own
         yield consumer
-
-
-@pytest.fixture(scope="module")
-def jars(given_settings: Settings) -> list[Path]:
-    return kafka_jars(given_settings.services.cache_dir / "kafka")
 
 
 @pytest.fixture

@@ -19,20 +19,14 @@ from tests.tls import issue_security
 from worker.errors import ServicesUnavailable
 from worker.kafka.connection import client_options, producer, started
 from worker.services import service
-from worker.services.jars import kafka_jars
 from worker.services.kafka import Kafka, Security
 from worker.services.local import Addresses, local_services
 from worker.services.redis import Redis
 from worker.services.topics import create_topics
-from worker.settings import KafkaSettings, Settings, load
+from worker.settings import KafkaSettings, load
 
 WITHOUT_TLS = {"ssl_ca_file": None}
 WITHOUT_PASSWORD = {"sasl_username": None, "sasl_password": None}
-
-
-@pytest.fixture(scope="module")
-def jars(given_settings: Settings) -> list[Path]:
-    return kafka_jars(given_settings.services.cache_dir / "kafka")
 
 
 @pytest.fixture(scope="module")

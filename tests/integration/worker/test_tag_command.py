@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 
 from tests.audio import damaged, encode, tone
+from tests.worker_process import TIMBRE
 from worker.analysis import Analysis
 from worker.cli import main
 from worker.commands.tag import _DATA, CSV_COLUMNS, Outcome, tag_tracks
 from worker.demo.music import Sample
 from worker.errors import SourceInvalid
 from worker.settings import Settings
-
-TIMBRE = Path(sys.executable).with_name("timbre")
 
 
 @pytest.fixture(scope="session")
