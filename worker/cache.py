@@ -18,7 +18,7 @@ import asyncio
 import logging
 import ssl
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -160,6 +160,7 @@ class _Result:
 class _Missed(NamedTuple):
     """A result as bytes: its metadata takes twenty times as much as objects."""
 
+    track_id: str
     event: bytes
     analysis: bytes
 
@@ -197,6 +198,7 @@ class Cache:
         self._down_until_s = 0.0
         self._missed: OrderedDict[str, _Missed] = OrderedDict()
         self._missed_bytes = 0
+        self._missed_of: Counter[str] = Counter()  # by track
         self._missing = asyncio.Event()
         self._catching_up: asyncio.Task[None] | None = None
 
@@ -247,9 +249,10 @@ class Cache:
             self._failed(error)
 
     async def store(self, event: TrackTags, analysis: Analysis) -> None:
-        """Keep a published result: now, or once Redis is back."""
+        """Keep a published result: now, or once Redis is back, after others of its track."""
         result = _Result(event, analysis)
-        if self._missed or not await self._try_to_store(result):
+        waits = (self._down and self._missed) or event.track_id in self._missed_of
+        if waits or not await self._try_to_store(result):
             self._miss(result)
 
     async def _get(self, key: str, max_bytes: int) -> bytes | None:
@@ -317,9 +320,14 @@ class Cache:
             await self._in_time(commands.execute())
 
     async def _in_time(self, answer: Awaitable[object]) -> object:
-        """The client's own timeout counts anew for each reply."""
+        """The client's own timeout counts anew for each reply, and it swallows cancellations where
+        Python's `wait_for` does (before 3.12)."""
         async with asyncio.timeout(ATTEMPTS * self._settings.timeout_s):
-            return await answer
+            found = await answer
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError
+        return found
 
     def _add_analysis(self, commands: Pipeline, event_id: str, analysis: Analysis) -> None:
         life_s = self._settings.cache_ttl_s or None
@@ -359,8 +367,9 @@ class Cache:
     def _miss(self, result: _Result) -> None:
         event_id = result.event.event_id
         self._forget(event_id)
-        missed = _Missed(result.event.to_bytes(), result.analysis.to_bytes())
+        missed = _Missed(result.event.track_id, result.event.to_bytes(), result.analysis.to_bytes())
         self._missed[event_id] = missed
+        self._missed_of[missed.track_id] += 1
         self._missed_bytes += missed.size_bytes
         while (
             len(self._missed) > self._settings.catch_up_max or self._missed_bytes > CATCH_UP_BYTES
@@ -373,6 +382,9 @@ class Cache:
     def _forget(self, event_id: str) -> None:
         if (missed := self._missed.pop(event_id, None)) is not None:
             self._missed_bytes -= missed.size_bytes
+            self._missed_of[missed.track_id] -= 1
+            if not self._missed_of[missed.track_id]:
+                del self._missed_of[missed.track_id]
 
     async def _catch_up(self) -> None:
         """Store what Redis missed, oldest first, once it answers again."""

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import cast
 
@@ -135,6 +136,10 @@ async def store(cache: Cache, track_id: str, found: Analysis, **more: JsonObject
     tags, _ = publish.results(track, found, MODEL, processing)
     await cache.store(tags, found)
     return tags.event_id
+
+
+def backlog(metrics: Metrics) -> float:
+    return metrics.registry.get_sample_value("timbre_redis_backlog") or 0.0
 
 
 async def stored(redis: Redis, *keys: str | bytes) -> bool:
@@ -473,6 +478,66 @@ async def test_lookups_do_not_keep_what_redis_missed_from_being_stored(
         async with Redis.from_url(own_redis.address) as redis:
             await until(lambda: stored(redis, f"{redis_prefix}track:t"), timeout_s=20)
         looking_up.cancel()
+
+
+async def test_a_track_that_is_cancelled_while_it_asks_redis_ends(
+    redis_url: str, redis_prefix: str
+) -> None:
+    async def go_on(cache: Cache) -> None:
+        for _ in range(1000):
+            await store(cache, "t", analysis())
+
+    async with cache_at(redis_url, redis_prefix) as cache:
+        for _ in range(20):
+            tasks = [asyncio.create_task(go_on(cache)) for _ in range(20)]
+            await asyncio.sleep(0.1)
+            for task in tasks:
+                task.cancel()
+            _, left = await asyncio.wait(tasks, timeout=2)
+            assert not left
+
+
+async def test_what_redis_missed_is_stored_however_many_new_results_come(
+    own_redis: LocalRedis, redis_prefix: str
+) -> None:
+    metrics, numbers = Metrics(), count()
+
+    async def go_on(cache: Cache) -> None:
+        while True:
+            await store(cache, f"new {next(numbers)}", analysis())
+            await asyncio.sleep(0.01)
+
+    async with cache_at(
+        own_redis.address, redis_prefix, metrics=metrics, catch_up_max=1000
+    ) as cache:
+        own_redis.stop()
+        for number in range(500):
+            await store(cache, f"t{number}", analysis())
+        own_redis.start()
+        await until(lambda: backlog(metrics) < 500)
+        async with asyncio.TaskGroup() as group:
+            going_on = [group.create_task(go_on(cache)) for _ in range(20)]
+            await until(lambda: backlog(metrics) == 0, timeout_s=10)
+            for task in going_on:
+                task.cancel()
+    assert metrics.registry.get_sample_value("timbre_redis_dropped_total") == 0
+
+
+async def test_a_new_result_waits_for_what_redis_missed_of_its_track(
+    own_redis: LocalRedis, redis_prefix: str
+) -> None:
+    metrics = Metrics()
+    async with cache_at(own_redis.address, redis_prefix, metrics=metrics) as cache:
+        own_redis.stop()
+        for number in range(300):
+            await store(cache, f"t{number}", analysis("rock"))
+        own_redis.start()
+        await until(lambda: backlog(metrics) < 300)
+        await store(cache, "t299", analysis("jazz"), metadata={"version": 2})
+        assert backlog(metrics) > 0
+        await until(lambda: backlog(metrics) == 0)
+        async with Redis.from_url(own_redis.address) as redis:
+            assert await redis.hget(f"{redis_prefix}track:t299", "genre") == b"jazz"
 
 
 async def test_of_what_redis_missed_the_newest_results_are_kept(
