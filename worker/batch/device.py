@@ -152,6 +152,9 @@ class Engine:
         await self._runners.run([self._warm_up], START_TIMEOUT_S)
         if not self._threads:
             await self._choose_threads()
+        # Each thread takes the memory that it needs now, and not with the first long track.
+        full = partial(self._run, self._buffers[0], 0, self._chunk)
+        await self._runners.run([full] * self._threads, START_TIMEOUT_S)
 
     def close(self) -> None:
         """Let the threads end; those that hang are left to the end of the process."""

@@ -642,7 +642,7 @@ async def test_stopping_gives_back_what_is_not_done_in_time() -> None:
     tracks = Tracks(batcher)
     network.go.clear()
     tasks = [tracks.send(f"t{i}", noise(4, i)) for i in range(4)]
-    await until(lambda: len(network.order) > 3)  # the warm-up's three, and the first batch
+    await until(lambda: len(network.order) > 4)  # the warm-up's four, and the first batch
     async with asyncio.timeout(5):
         await batcher.__aexit__(None, None, None)
     for task in tasks:

@@ -19,6 +19,7 @@ from worker.batch import device
 from worker.batch.device import (
     CPU_CHUNK_WINDOWS,
     DECODE_S_PER_WINDOW,
+    TIMED_PASSES,
     Engine,
     WindowOutputs,
     buckets,
@@ -100,7 +101,16 @@ async def test_on_a_cpu_batches_are_cut_into_chunks_and_never_padded() -> None:
 async def test_the_network_is_warm_for_every_size_once_started() -> None:
     network = SmallNet()
     async with engine_of(network):
-        assert network.sizes == [16, 8, 4, 2, 1]
+        assert network.sizes == [16, 8, 4, 2, 1, 16]
+
+
+@pytest.mark.parametrize(("threads", "chosen"), [(0, 1), (3, 3)])
+async def test_each_thread_has_run_a_full_chunk_once_started(threads: int, chosen: int) -> None:
+    """Or its memory would come with the first long track."""
+    network = SmallNet()
+    async with engine_of(network, threads=threads):
+        timed = 0 if threads else TIMED_PASSES
+        assert network.sizes.count(16) == 1 + timed + chosen
 
 
 async def test_a_part_that_is_not_finite_is_left_out_of_the_buffer() -> None:
