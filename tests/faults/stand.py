@@ -29,6 +29,7 @@ from redis.asyncio import Redis as AsyncRedis
 from tests.faults.audio_server import AudioServer
 from tests.faults.checker import Checker, Topics, Verdict, track_id
 from tests.tls import GuardedRedis, tls_proxy
+from tests.worker_process import TIMBRE
 from worker.cache import connect
 from worker.kafka.connection import client_options
 from worker.services.jars import kafka_jars
@@ -246,7 +247,7 @@ class Lane:
         given = {f"TIMBRE_{name.upper()}": str(value) for name, value in settings.items()}
         outer = {k: v for k, v in os.environ.items() if not k.startswith("TIMBRE_")}
         environment = outer | self.settings | given | {"PYTHONPATH": str(ROOT)}
-        command = [str(Path(sys.executable).with_name("timbre")), "worker"]
+        command = [str(TIMBRE), "worker"]
         if launcher is not None:
             command = [sys.executable, "-m", "tests.faults.launcher", launcher]
         log = self.folder / f"worker-{len(self.workers)}.log"

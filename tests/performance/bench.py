@@ -19,7 +19,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -31,6 +30,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from rich.console import Console
 from rich.table import Table
 
+from tests.worker_process import TIMBRE
 from worker.demo.music import sample_tracks
 from worker.kafka import connection
 from worker.services.local import Addresses, local_services
@@ -40,7 +40,6 @@ from worker.settings import KafkaSettings, load
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build"
 SHARED_TRACKS = ROOT.parent / "shared" / "audio" / "tracks"
-TIMBRE = Path(sys.executable).with_name("timbre")
 CORES = len(os.sched_getaffinity(0))
 TRACKS = 168
 REPEATS_OF_A_SAMPLE = 6  # about 30 s each: together the length of a song

@@ -21,6 +21,7 @@ import yaml
 
 from tests.conftest import MakeTopics
 from tests.unit.deploy.compose import ROOT, services
+from tests.worker_process import TIMBRE
 from worker.kafka.connection import producer
 from worker.services.service import free_ports
 from worker.settings import KafkaSettings
@@ -124,9 +125,8 @@ def worker(
         "TIMBRE_DECODE__PROCESSES": "1",
         "TIMBRE_HTTP__PORT": address.partition(":")[2],
     }
-    timbre = Path(sys.executable).with_name("timbre")
     log = tmp_path_factory.mktemp("worker") / "log"
-    with running([timbre, "worker"], f"http://{address}/health/ready", log, environment):
+    with running([TIMBRE, "worker"], f"http://{address}/health/ready", log, environment):
         yield address, music
 
 

@@ -2,10 +2,8 @@
 
 import os
 import subprocess
-import sys
-from pathlib import Path
 
-TIMBRE = Path(sys.executable).with_name("timbre")
+from tests.worker_process import TIMBRE
 
 
 def timbre_model(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -16,6 +16,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from tests.conftest import MakeTopic, MakeTopics
 from tests.tls import issue_security
+from tests.worker_process import TIMBRE
 from worker.errors import ServicesUnavailable
 from worker.kafka.connection import client_options, producer, started
 from worker.services import service
@@ -266,7 +267,7 @@ def timbre(
     state_dir: Path, *arguments: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [Path(sys.executable).with_name("timbre"), *arguments],
+        [TIMBRE, *arguments],
         env={**os.environ, "TIMBRE_SERVICES__STATE_DIR": str(state_dir), **environment},
         check=False,
         capture_output=True,
@@ -291,7 +292,7 @@ def test_up_that_is_ended_while_it_starts_leaves_nothing_that_down_does_not_know
     own = {"TIMBRE_SERVICES__STATE_DIR": str(tmp_path / "state"), "TMPDIR": str(folders)}
     named = {"TIMBRE_KAFKA__BOOTSTRAP_SERVERS", "TIMBRE_REDIS__URL"}
     environment = {name: value for name, value in os.environ.items() if name not in named} | own
-    arguments = [str(Path(sys.executable).with_name("timbre")), "services", "up"]
+    arguments = [str(TIMBRE), "services", "up"]
     with subprocess.Popen(arguments, env=environment) as command:
         while not any(folders.glob("timbre-kafka-*/kafka.log")):
             assert command.poll() is None

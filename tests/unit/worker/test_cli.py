@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from model.bundle import Bundle
+from tests.worker_process import TIMBRE
 from worker.cli import main
-
-TIMBRE = Path(sys.executable).with_name("timbre")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
