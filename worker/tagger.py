@@ -3,10 +3,10 @@
 import asyncio
 import hashlib
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -81,7 +81,11 @@ class Tagger:
         self.model = ModelRef(name=bundle.name, version=bundle.version)
         self.fetcher = Fetcher(settings.fetch, on_retry=on_retry, on_bytes=on_bytes)
         self.decoders = DecoderPool(
-            settings.decode, settings.windows, bundle, on_restart=on_decoder_restart
+            settings.decode,
+            settings.windows,
+            sample_rate_hz=bundle.sample_rate_hz,
+            window_samples=bundle.window_samples,
+            on_restart=on_decoder_restart,
         )
         self.batcher = Batcher(bundle, settings.batch, observer=batch_observer)
         self._stack = AsyncExitStack()
@@ -229,35 +233,21 @@ class Tagger:
             method=options.method,
             uncertain_below=self._uncertain_below,
         )
-        tags, counts = list[Tag](), dict[str, int]()
+        tags, counts = list[Tag](), Counter[str]()
         for voted in verdict.tags:
-            count = counts[voted.head] = counts.get(voted.head, 0) + 1
+            counts[voted.head] += 1
             # The best tag of a head always stands, however low its score.
-            if count == 1 or (
+            if counts[voted.head] == 1 or (
                 voted.score >= options.min_score
-                and (options.max_tags is None or count <= options.max_tags)
+                and (options.max_tags is None or counts[voted.head] <= options.max_tags)
             ):
-                tags.append(
-                    Tag(
-                        head=voted.head,
-                        label=voted.label,
-                        category=voted.category,
-                        score=min(voted.score, 1.0),
-                        share=voted.share,
-                    )
-                )
-        facts = heard.facts
+                tags.append(Tag(**asdict(voted)))
         return Analysis(
             audio=AudioFacts(
                 uri=uri,
                 sha256=spooled.sha256,
                 size_bytes=spooled.size_bytes,
-                container=facts.container,
-                codec=facts.codec,
-                sample_rate_hz=facts.sample_rate_hz,
-                channels=facts.channels,
-                duration_s=round(facts.duration_s, 3),
-                damaged_packets=facts.damaged_packets,
+                **asdict(heard.facts) | {"duration_s": round(heard.facts.duration_s, 3)},
             ),
             tags=tags,
             uncertain=verdict.uncertain,

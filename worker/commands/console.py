@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
@@ -10,8 +10,11 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from schemas.events import AudioFacts, ModelRef, Tag, WindowCounts
+from schemas.events import Tag, TrackTags
 from worker.printable import printable
+
+if TYPE_CHECKING:  # it loads the model's libraries, which few commands need
+    from worker.analysis import Analysis
 
 BAR_CELLS = 12
 BLOCKS = " ▏▎▍▌▋▊▉"
@@ -19,21 +22,6 @@ PIPE_WIDTH = 160
 HEAD_STYLES = {"genre": "bold cyan"}
 TABLE_TAGS = 10
 SHOWN_SCORE = 0.05
-
-
-class Result(Protocol):
-    """What a tagged track tells, be it an event or an analysis."""
-
-    @property
-    def audio(self) -> AudioFacts: ...
-    @property
-    def tags(self) -> list[Tag]: ...
-    @property
-    def uncertain(self) -> bool: ...
-    @property
-    def windows(self) -> WindowCounts: ...
-    @property
-    def model(self) -> ModelRef: ...
 
 
 class _Console(Console):
@@ -108,7 +96,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def facts(result: Result) -> Text:
+def facts(result: "TrackTags | Analysis") -> Text:
     """What the audio is, on a line."""
     audio, windows = result.audio, result.windows
     parts = [
@@ -121,7 +109,7 @@ def facts(result: Result) -> Text:
     return line.append(" · uncertain", style="yellow") if result.uncertain else line
 
 
-def tag_table(result: Result) -> Table:
+def tag_table(result: "TrackTags | Analysis") -> Table:
     """The best tags of each head, with their scores and their shares of the votes."""
     table = Table(box=None, padding=(0, 1), show_header=True, header_style="dim")
     table.add_column("")

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from dataclasses import dataclass
 from typing import cast
 
 from pydantic import ValidationError
@@ -17,18 +16,9 @@ from worker.settings import RedisSettings, Settings
 DAY_S = 86_400
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A track's hash: the result, and the seconds until it expires (None: never)."""
-
-    result: TrackTags
-    expires_in_s: int | None
-
-
 def show_track(settings: Settings, track_id: str, *, as_json: bool) -> None:
     """Print a track's result: for people, or the event as it went out."""
-    found = asyncio.run(stored(settings.redis, track_id))
-    result = found.result
+    result, expires_in_s = asyncio.run(stored(settings.redis, track_id))
     if as_json:
         console.json_line(result.to_bytes().decode())
         return
@@ -41,8 +31,8 @@ def show_track(settings: Settings, track_id: str, *, as_json: bool) -> None:
     out.print(Text(f"  {result.processing.processed_at:%Y-%m-%d %H:%M:%S} UTC · {origin}", "dim"))
     if result.metadata:
         out.print(Text(f"  {json.dumps(result.metadata, ensure_ascii=False)}", "dim"))
-    if found.expires_in_s is not None:
-        out.print(Text(f"  kept for {_span(found.expires_in_s)}", "dim"))
+    if expires_in_s >= 0:
+        out.print(Text(f"  kept for {_span(expires_in_s)}", "dim"))
 
 
 def _span(seconds: int) -> str:
@@ -50,8 +40,8 @@ def _span(seconds: int) -> str:
     return f"{seconds / DAY_S:.1f} days" if seconds >= DAY_S else f"{console.clock(seconds)} more"
 
 
-async def stored(settings: RedisSettings, track_id: str) -> Stored:
-    """The result of a track.
+async def stored(settings: RedisSettings, track_id: str) -> tuple[TrackTags, int]:
+    """The result of a track, and the seconds until it expires; below 0 where it never does.
 
     Raises
     ------
@@ -83,4 +73,4 @@ async def stored(settings: RedisSettings, track_id: str) -> Stored:
             f"What Redis holds of {track_id} is no result of this version of Timbre; have the "
             "track tagged again."
         ) from error
-    return Stored(result, ttl_s if ttl_s >= 0 else None)
+    return result, ttl_s

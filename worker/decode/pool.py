@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 from schemas.events import Priority
 from worker.backoff import Backoff
@@ -45,16 +45,6 @@ OF_THE_AUDIO: dict[str, type[TimbreError]] = {
 }
 
 
-class AudioFormat(Protocol):
-    """What of a model decides how audio is decoded for it."""
-
-    @property
-    def sample_rate_hz(self) -> int: ...
-
-    @property
-    def window_samples(self) -> int: ...
-
-
 class DecoderPool:
     """Decoder processes, each with one track at a time.
 
@@ -64,8 +54,8 @@ class DecoderPool:
         Number of processes and their limits.
     windows
         How tracks are cut.
-    model
-        The bundle that windows are for.
+    sample_rate_hz, window_samples
+        What the model hears.
     on_restart
         Told of every process that ended and is replaced.
 
@@ -76,18 +66,19 @@ class DecoderPool:
         self,
         settings: DecodeSettings,
         windows: WindowSettings,
-        model: AudioFormat,
         *,
+        sample_rate_hz: int,
+        window_samples: int,
         on_restart: Callable[[], None] | None = None,
     ) -> None:
         self._on_restart = on_restart
         self._processes = settings.processes
         self._timeout_s = settings.timeout_s
         self._setup = Setup(
-            sample_rate_hz=model.sample_rate_hz,
-            window_samples=model.window_samples,
-            hop_samples=max(1, round(windows.hop_s * model.sample_rate_hz)),
-            min_tail_samples=round(windows.min_tail_s * model.sample_rate_hz),
+            sample_rate_hz=sample_rate_hz,
+            window_samples=window_samples,
+            hop_samples=max(1, round(windows.hop_s * sample_rate_hz)),
+            min_tail_samples=round(windows.min_tail_s * sample_rate_hz),
             silence_dbfs=windows.silence_dbfs,
             max_duration_s=settings.max_duration_s,
             max_memory_bytes=settings.max_memory_bytes,

@@ -43,14 +43,6 @@ MIB = 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Model:
-    """What a bundle tells the pool."""
-
-    sample_rate_hz: int = RATE_HZ
-    window_samples: int = WINDOW
-
-
-@dataclass(frozen=True)
 class Heard:
     facts: DecodedFacts
     windows: Windows
@@ -59,7 +51,7 @@ class Heard:
 
 def pool_of(processes: int = 1, **limits: float) -> DecoderPool:
     settings = DecodeSettings.model_validate({"processes": processes, **limits})
-    return DecoderPool(settings, WindowSettings(), Model())
+    return DecoderPool(settings, WindowSettings(), sample_rate_hz=RATE_HZ, window_samples=WINDOW)
 
 
 async def hear(pool: DecoderPool, path: Path, *, priority: Priority = "upload") -> Heard:
