@@ -22,6 +22,7 @@ from prometheus_client import (
 
 from schemas.events import Priority
 from worker.analysis import Analysis
+from worker.batch.batcher import BatchObserver
 from worker.errors import dead_letter_codes
 
 OUTCOMES = ("tagged", "cached", "dead_letter")
@@ -160,7 +161,7 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class BatchMetrics:
+class BatchMetrics(BatchObserver):
     """Tells the metrics what the batcher does; every batch is progress."""
 
     def __init__(self, metrics: Metrics, progressed: Callable[[], None]) -> None:

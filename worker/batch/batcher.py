@@ -9,7 +9,7 @@ import asyncio
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
 from model.bundle import Bundle
 from schemas.events import Priority
@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 END_GRACE_S = 1.0
 
 
-class BatchObserver(Protocol):
-    """Is told what the batcher does, on the event loop. Times are in seconds."""
+class BatchObserver:
+    """Is told what the batcher does, on the event loop; this one heeds nothing of it."""
 
     def on_batch(self, windows: int, fill: float, wait_s: float, compute_s: float) -> None:
         """A batch was computed: `fill` of the most it may hold, its oldest window `wait_s` old."""
@@ -45,12 +45,6 @@ class BatchObserver(Protocol):
 
     def on_fault(self, kind: str) -> None:
         """A batch failed: failed, not_finite, out_of_memory, hung or lost."""
-
-
-class _Unobserved:
-    def on_batch(self, windows: int, fill: float, wait_s: float, compute_s: float) -> None: ...
-    def on_queue(self, depth: int) -> None: ...
-    def on_fault(self, kind: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +82,7 @@ class Batcher:
     ) -> None:
         self._settings = settings
         self._window_samples = bundle.window_samples
-        self._observer = observer or _Unobserved()
+        self._observer = observer or BatchObserver()
         self._drain_s = drain_s
         self._engine = Engine(bundle.network, bundle.window_samples, settings)
         self._queue = FairQueue(

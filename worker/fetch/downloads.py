@@ -135,7 +135,7 @@ class Downloads:
         self._settings = settings
         self._rules = AddressRules(settings.allowed_networks)
         self._resolver = PublicResolver(resolver or SystemResolver(), self._rules)
-        self._session: ClientSession | None = None
+        self._session: ClientSession
 
     async def __aenter__(self) -> Self:
         self._session = ClientSession(
@@ -159,9 +159,8 @@ class Downloads:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._session is not None:
-            await self._session.close()
-            await self._resolver.close()  # aiohttp closes only one that it made
+        await self._session.close()
+        await self._resolver.close()  # aiohttp closes only one that it made
 
     async def copy(self, uri: str, file: SpoolFile) -> None:
         """Stream what lies at a URL into `file`.
@@ -193,7 +192,6 @@ class Downloads:
             ) from error
 
     async def _follow(self, url: URL, file: SpoolFile) -> None:
-        assert self._session is not None, "Downloads is an async context manager"
         patience_s = self._settings.answer_timeout_s
         async with asyncio.timeout(patience_s) as until_answered:  # however it drips its headers
             for _ in range(self._settings.max_redirects + 1):

@@ -8,19 +8,10 @@ for what can pass, the deadline, the checksum.
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
-from typing import NamedTuple, Self
+from typing import Self
 
 from aiohttp.abc import AbstractResolver
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    stop_after_attempt,
-    stop_any,
-    stop_before_delay,
-    wait_exponential,
-    wait_random,
-)
-from tenacity.stop import stop_base
+from tenacity import AsyncRetrying, RetryCallState, wait_exponential, wait_random
 
 from worker.errors import (
     ChecksumMismatch,
@@ -141,31 +132,28 @@ class Fetcher:
         retrying = AsyncRetrying(
             sleep=sleep,
             retry=_tried_again,
-            stop=stop_any(
-                stop_after_attempt(self._settings.attempts),
-                stop_before_delay(self._settings.timeout_s),
-                _WaitedEnough(self._settings.max_wait_s),
-            ),
+            stop=self._tried_enough,
             wait=self._wait_s,
             before_sleep=self._tell_retry,
             reraise=True,
         )
         deadline_s = asyncio.get_running_loop().time() + self._settings.timeout_s
         try:
-            fetched: _Fetched = await retrying(
+            fetched: tuple[SpoolFile, SpooledAudio] = await retrying(
                 self._attempt, copy, uri, expected_sha256, deadline_s
             )
         except FetchFailed as error:
             error.attempts = retrying.statistics["attempt_number"]
             raise
+        file, audio = fetched
         try:
-            yield fetched.audio
+            yield audio
         finally:
-            fetched.file.remove()
+            file.remove()
 
     async def _attempt(
         self, copy: Copy, uri: str, expected_sha256: str | None, deadline_s: float
-    ) -> "_Fetched":
+    ) -> tuple[SpoolFile, SpooledAudio]:
         loop = asyncio.get_running_loop()
         file, began_s = self._spool.file(), loop.time()
         with ExitStack() as unless_fetched:
@@ -186,7 +174,7 @@ class Fetcher:
                 raise
             _check_sha256(audio, expected_sha256, uri)
             unless_fetched.pop_all()
-        return _Fetched(file, audio)
+        return file, audio
 
     def _wait_s(self, state: RetryCallState) -> float:
         """Seconds before the next attempt: never sooner than the server asked for."""
@@ -195,25 +183,20 @@ class Fetcher:
         asked = error.retry_after_s if isinstance(error := _failure(state), FetchUnavailable) else 0
         return max(backoff(state), asked or 0)
 
+    def _tried_enough(self, state: RetryCallState) -> bool:
+        """Whether another attempt, or the wait before it, would be too much: others of the event's
+        partition wait behind it."""
+        settings, wait_s = self._settings, state.upcoming_sleep
+        return (
+            state.attempt_number >= settings.attempts
+            or (state.seconds_since_start or 0.0) + wait_s >= settings.timeout_s
+            or state.idle_for + wait_s > settings.max_wait_s
+        )
+
     def _tell_retry(self, state: RetryCallState) -> None:
         error = _failure(state)
         if self._on_retry is not None and isinstance(error, TimbreError):
             self._on_retry(error.code)
-
-
-class _WaitedEnough(stop_base):
-    """Where another wait would be too much: others of the event's partition wait behind it."""
-
-    def __init__(self, max_wait_s: float) -> None:
-        self._max_wait_s = max_wait_s
-
-    def __call__(self, retry_state: RetryCallState) -> bool:
-        return retry_state.idle_for + retry_state.upcoming_sleep > self._max_wait_s
-
-
-class _Fetched(NamedTuple):
-    file: SpoolFile
-    audio: SpooledAudio
 
 
 def _late(file: SpoolFile, uri: str) -> FetchFailed:

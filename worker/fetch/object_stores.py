@@ -118,13 +118,9 @@ class ObjectStores:
                     raise SettingsInvalid(UNREADABLE[scheme]) from None
 
     def _connect(self, scheme: str, bucket: str) -> Store:
-        connect: dict[str, Callable[[str], Store]] = {
-            "s3": self._s3,
-            "gs": self._gs,
-            "az": self._az,
-        }
+        makers: dict[str, Callable[[str], Store]] = {"s3": self._s3, "gs": self._gs, "az": self._az}
         try:
-            return connect[scheme](bucket)
+            return makers[scheme](bucket)
         except BaseError:  # no request was made yet
             raise FetchFailed(
                 f"No client for {scheme} addresses can be made; see "

@@ -16,7 +16,7 @@ from model.network import Tagger
 from schemas.events import Priority
 from tests.unit.worker.small_network import Answer, SmallNet
 from tests.waiting import until
-from worker.batch.batcher import Batcher, Ticket, WindowOutputs
+from worker.batch.batcher import Batcher, BatchObserver, Ticket, WindowOutputs
 from worker.batch.device import Buffer
 from worker.errors import (
     DeadlineExceeded,
@@ -106,7 +106,7 @@ def bundle_of(network: nn.Module) -> Bundle:
 
 
 @dataclass
-class Told:
+class Told(BatchObserver):
     """An observer that keeps what it was told."""
 
     batches: list[int] = field(default_factory=list)
