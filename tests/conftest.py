@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 from redis.asyncio import Redis
 
 from worker.demo.music import Sample, sample_tracks
 from worker.services.jars import kafka_jars
 from worker.services.local import local_services
 from worker.services.topics import create_topics, topics_of
-from worker.settings import KafkaSettings, Settings, load
+from worker.settings import KafkaSettings, RedisSettings, Settings, load
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -48,7 +49,8 @@ def jars(given_settings: Settings) -> list[Path]:
 @pytest.fixture(scope="session")
 def kafka(given_settings: Settings) -> Iterator[str]:
     """The bootstrap servers of a real Kafka."""
-    with local_services(given_settings, redis=False) as addresses:
+    elsewhere = RedisSettings(url=SecretStr("redis://elsewhere"))
+    with local_services(given_settings.model_copy(update={"redis": elsewhere})) as addresses:
         assert addresses.kafka is not None
         yield addresses.kafka
 
@@ -56,7 +58,8 @@ def kafka(given_settings: Settings) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def redis_url(given_settings: Settings) -> Iterator[str]:
     """The URL of a real Redis; tests keep apart by `redis_prefix`."""
-    with local_services(given_settings, kafka=False) as addresses:
+    elsewhere = KafkaSettings(bootstrap_servers="elsewhere")
+    with local_services(given_settings.model_copy(update={"kafka": elsewhere})) as addresses:
         assert addresses.redis is not None
         yield addresses.redis
 

@@ -4,6 +4,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -14,10 +15,25 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
+from pydantic import SecretStr
 
-from worker.services.kafka import Security
+from worker.services.kafka import Kafka
 from worker.services.redis import Redis
 from worker.services.service import HOST
+from worker.settings import KafkaSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Security:
+    """A user's name and password, and what makes a server speak TLS.
+
+    `certificate_file` holds an unencrypted PKCS #8 key followed by its certificate chain, as PEM.
+    """
+
+    username: str
+    password: str
+    certificate_file: Path
+    ca_file: Path
 
 
 def issue_security(folder: Path, user: str, password: str) -> Security:
@@ -30,6 +46,43 @@ def issue_security(folder: Path, user: str, password: str) -> Security:
     (folder / "server.pem").write_bytes(pkcs8 + chain)
     authority.cert_pem.write_to_path(str(folder / "ca.pem"))
     return Security(user, password, folder / "server.pem", folder / "ca.pem")
+
+
+class GuardedKafka(Kafka):
+    """A Kafka that speaks TLS only, to clients that know a password by SCRAM-SHA-512 or PLAIN."""
+
+    def __init__(self, folder: Path, jars: list[Path], security: Security) -> None:
+        super().__init__(folder, jars)
+        self._security = security
+
+    def client_settings(self) -> KafkaSettings:
+        """Settings by which Timbre's clients reach this broker."""
+        return KafkaSettings(
+            bootstrap_servers=self.address,
+            security_protocol="SASL_SSL",
+            sasl_username=self._security.username,
+            sasl_password=SecretStr(self._security.password),
+            ssl_ca_file=self._security.ca_file,
+        )
+
+    def _format_options(self) -> list[str]:
+        user = f"name={self._security.username},password={self._security.password}"
+        return [*super()._format_options(), "--add-scram", f"SCRAM-SHA-512=[{user}]"]
+
+    def _configuration(self) -> dict[str, object]:
+        security, listener = self._security, "listener.name.clients"
+        module = "org.apache.kafka.common.security"
+        plain = f'{module}.plain.PlainLoginModule required user_{security.username}="%s";'
+        return super()._configuration() | {
+            "listener.security.protocol.map": self._protocols("SASL_SSL"),
+            "sasl.enabled.mechanisms": "SCRAM-SHA-512,PLAIN",
+            f"{listener}.scram-sha-512.sasl.jaas.config": (
+                f"{module}.scram.ScramLoginModule required;"
+            ),
+            f"{listener}.plain.sasl.jaas.config": plain % security.password,
+            f"{listener}.ssl.keystore.type": "PEM",
+            f"{listener}.ssl.keystore.location": security.certificate_file,
+        }
 
 
 class GuardedRedis(Redis):

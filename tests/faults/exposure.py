@@ -8,8 +8,7 @@ import psutil
 
 from tests.faults.scenarios import Outcome, conclude, require, scenario
 from tests.faults.stand import Lane, Stand, Worker, until
-from tests.tls import issue_security
-from worker.services.kafka import Security
+from tests.tls import Security, issue_security
 
 USER, PASSWORD, WRONG = "alice", "correct-horse-battery", "wrong-password"
 SECRETS = ("kafka__sasl_password", "redis__password", "fetch__s3_secret_access_key")

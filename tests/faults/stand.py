@@ -28,12 +28,12 @@ from redis.asyncio import Redis as AsyncRedis
 
 from tests.faults.audio_server import AudioServer
 from tests.faults.checker import Checker, Topics, Verdict, track_id
-from tests.tls import GuardedRedis, tls_proxy
+from tests.tls import GuardedKafka, GuardedRedis, Security, tls_proxy
 from tests.worker_process import TIMBRE
 from worker.cache import connect
 from worker.kafka.connection import client_options
 from worker.services.jars import kafka_jars
-from worker.services.kafka import Kafka, Security
+from worker.services.kafka import Kafka
 from worker.services.redis import Redis
 from worker.services.service import HOST
 from worker.services.topics import create_topics
@@ -417,7 +417,7 @@ class Stand:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="timbre-faults-"))
             self.folder = Path(folder)
             jars = kafka_jars(ServicesSettings().cache_dir / "kafka", lambda done, total: None)
-            self.kafka = Kafka(self.folder / "kafka", jars, security=self.security)
+            self.kafka = self._kafka(self.folder / "kafka", jars)
             self.redis = self._redis(self.folder / "redis")
             for service in (self.kafka, self.redis):
                 stack.callback(service.remove)
@@ -442,6 +442,11 @@ class Stand:
             "TIMBRE_REDIS__URL": self.redis_address,
         }
 
+    def _kafka(self, folder: Path, jars: list[Path]) -> Kafka:
+        if self.security is None:
+            return Kafka(folder, jars)
+        return GuardedKafka(folder, jars, self.security)
+
     def _redis(self, folder: Path) -> Redis:
         if self.security is None:
             return Redis(folder)
@@ -449,7 +454,9 @@ class Stand:
 
     @property
     def kafka_settings(self) -> KafkaSettings:
-        return self.kafka.client_settings()
+        if isinstance(self.kafka, GuardedKafka):
+            return self.kafka.client_settings()
+        return KafkaSettings(bootstrap_servers=self.kafka.address)
 
     @property
     def redis_settings(self) -> RedisSettings:

