@@ -21,7 +21,6 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -151,12 +150,6 @@ class Keys:
         return f"{self._prefix}genre-since:{label}"
 
 
-@dataclass(frozen=True)
-class _Result:
-    event: TrackTags
-    analysis: Analysis
-
-
 class _Missed(NamedTuple):
     """A result as bytes: its metadata takes twenty times as much as objects."""
 
@@ -167,9 +160,6 @@ class _Missed(NamedTuple):
     @property
     def size_bytes(self) -> int:
         return len(self.event) + len(self.analysis)
-
-    def result(self) -> _Result:
-        return _Result(TrackTags.from_bytes(self.event), Analysis.from_bytes(self.analysis))
 
 
 class Cache:
@@ -250,10 +240,9 @@ class Cache:
 
     async def store(self, event: TrackTags, analysis: Analysis) -> None:
         """Keep a published result: now, or once Redis is back, after others of its track."""
-        result = _Result(event, analysis)
         waits = (self._down and self._missed) or event.track_id in self._missed_of
-        if waits or not await self._try_to_store(result):
-            self._miss(result)
+        if waits or not await self._try_to_store(event, analysis):
+            self._miss(event, analysis)
 
     async def _get(self, key: str, max_bytes: int) -> bytes | None:
         """The first `max_bytes` of a value, which anybody may have written; None where it is empty
@@ -268,11 +257,11 @@ class Cache:
             return None
         return value if isinstance(value, bytes) and value else None
 
-    async def _try_to_store(self, result: _Result) -> bool:
+    async def _try_to_store(self, event: TrackTags, analysis: Analysis) -> bool:
         if self._is_avoided(storing=True):
             return False
         try:
-            await self._write(result)
+            await self._write(event, analysis)
         except Exception as error:
             if self._failed(error):
                 return False
@@ -284,9 +273,8 @@ class Cache:
             self._down_until_s = 0.0
         return True
 
-    async def _write(self, result: _Result) -> None:
-        event, analysis, keys = result.event, result.analysis, self._keys
-        settings = self._settings
+    async def _write(self, event: TrackTags, analysis: Analysis) -> None:
+        keys, settings = self._keys, self._settings
         genre = next(tag for tag in event.tags if tag.head == self._genre_head.name)
         track_key = keys.track(event.track_id)
         genre_key, since_key = keys.genre(genre.label), keys.genre_since(genre.label)
@@ -364,11 +352,10 @@ class Cache:
         self._down_until_s = time.monotonic() + DOWN_FOR_S
         return True
 
-    def _miss(self, result: _Result) -> None:
-        event_id = result.event.event_id
-        self._forget(event_id)
-        missed = _Missed(result.event.track_id, result.event.to_bytes(), result.analysis.to_bytes())
-        self._missed[event_id] = missed
+    def _miss(self, event: TrackTags, analysis: Analysis) -> None:
+        self._forget(event.event_id)
+        missed = _Missed(event.track_id, event.to_bytes(), analysis.to_bytes())
+        self._missed[event.event_id] = missed
         self._missed_of[missed.track_id] += 1
         self._missed_bytes += missed.size_bytes
         while (
@@ -401,7 +388,8 @@ class Cache:
     async def _store_oldest(self) -> bool:
         """Store what Redis missed first; whether that is done with."""
         event_id, missed = next(iter(self._missed.items()))
-        if not await self._try_to_store(missed.result()):
+        event, analysis = TrackTags.from_bytes(missed.event), Analysis.from_bytes(missed.analysis)
+        if not await self._try_to_store(event, analysis):
             return False
         self._forget(event_id)
         self._metrics.redis_backlog.set(len(self._missed))

@@ -9,16 +9,13 @@ import hashlib
 import json
 import uuid
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Self
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import (
-    KafkaError,
-    MessageSizeTooLargeError,
-    RecordListTooLargeError,
-)
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
 
 from schemas.events import ModelRef, NewTrack, Processing, TrackFeatures, TrackTags
 from worker.analysis import Analysis
@@ -97,21 +94,16 @@ class Publisher:
 
     def __init__(self, settings: KafkaSettings) -> None:
         self._settings = settings
+        self._open = AsyncExitStack()
         self._producer: AIOKafkaProducer
 
     async def __aenter__(self) -> Self:
-        self._producer = connection.producer(self._settings)
-        try:
-            await self._producer.start()
-        except BaseException as error:
-            await self._producer.stop()
-            if isinstance(error, KafkaError):
-                raise connection.unreachable(self._settings, error) from error
-            raise
+        starting = connection.started(connection.producer(self._settings), self._settings)
+        self._producer = await self._open.enter_async_context(starting)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        await self._producer.stop()
+        await self._open.aclose()
 
     async def publish(self, event: TrackTags | TrackFeatures) -> None:
         """Deliver a track's tags or its embedding.

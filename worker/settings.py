@@ -34,10 +34,11 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
-    NestedSecretsSettingsSource,
+    InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
 )
 
 from worker.errors import SettingsInvalid
@@ -47,6 +48,7 @@ MIB = 1024 * 1024
 ENDPOINT = TypeAdapter(HttpUrl)
 SERVER = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:,\[\]/@]+)(?::(\d{1,5}))?")
 MAX_PORT = 65535
+BYTE_ORDER_MARK = "\ufeff"
 
 
 def _listed(value: Any) -> Any:
@@ -440,16 +442,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        secrets_dir = os.environ.get("TIMBRE_SECRETS_DIR")
-        if not secrets_dir:
-            return init_settings, env_settings
-        files = NestedSecretsSettingsSource(
-            file_secret_settings,
-            secrets_dir=secrets_dir,
-            secrets_dir_missing="error",
-            secrets_prefix="",
-        )
-        return init_settings, env_settings, files
+        return init_settings, env_settings, InitSettingsSource(settings_cls, _secrets())
 
 
 def load(**sections: object) -> Settings:
@@ -462,7 +455,6 @@ def load(**sections: object) -> Settings:
         names it without showing secrets.
     """
     _refuse_unknown_sections()
-    _refuse_unread_secrets()
     try:
         return Settings(**sections)  # type: ignore[arg-type]  # pydantic checks what comes in
     except ValidationError as error:
@@ -471,7 +463,7 @@ def load(**sections: object) -> Settings:
             for fault in error.errors(include_input=False, include_url=False)
         )
         raise SettingsInvalid(f"Settings can't be used. {faults}.") from None
-    except Exception as error:
+    except SettingsError as error:
         raise SettingsInvalid(f"Settings can't be read: {error}") from None
 
 
@@ -518,30 +510,35 @@ def _told(fault: ErrorDetails) -> str:
     return "there is no such setting" + (f"; perhaps {variable} is meant" if near else "")
 
 
-def _refuse_unread_secrets() -> None:
-    """What is no file of the folder itself, as where a link leads out of it, pydantic passes over:
-    the worker would do without a password that its operator gave.
+def _secrets() -> dict[str, Any]:
+    """What the files of TIMBRE_SECRETS_DIR hold, by section and name.
+
+    What is no file of the folder itself, as where a link leads out of it, is not passed over: the
+    worker would do without a password that its operator gave.
     """
+    secrets: dict[str, Any] = {}
     if not (named := os.environ.get("TIMBRE_SECRETS_DIR")):
-        return
+        return secrets
     if not (folder := Path(named)).is_dir():
         raise SettingsInvalid(f"TIMBRE_SECRETS_DIR: {named} is not a folder.")
     for path in sorted(folder.iterdir()):
-        section, found, _ = path.name.partition("__")
-        if not found or section.lower() not in Settings.model_fields:
+        section, found, name = path.name.lower().partition("__")
+        if not found or section not in Settings.model_fields:
             continue
         if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
             raise SettingsInvalid(
                 f"{path} is not read: a secret must be a file that lies in TIMBRE_SECRETS_DIR."
             )
         try:
-            marked = path.read_text(encoding="utf-8").startswith("\ufeff")
+            secret = path.read_text(encoding="utf-8")
         except OSError as error:
             raise SettingsInvalid(f"{path} can't be read: {error.strerror}.") from None
         except UnicodeDecodeError:
-            marked = True
-        if marked:
+            secret = BYTE_ORDER_MARK
+        if secret.startswith(BYTE_ORDER_MARK):
             raise SettingsInvalid(f"{path} must be UTF-8 without a byte order mark.")
+        secrets.setdefault(section, {})[name] = secret.strip()
+    return secrets
 
 
 def child_environment(values: Mapping[str, str]) -> dict[str, str]:

@@ -6,13 +6,14 @@ import json
 import logging
 import os
 import sys
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -69,13 +70,6 @@ class Outcome:
         return line | {"processing": self.processing.model_dump(mode="json")}
 
 
-class Report(Protocol):
-    """One way of showing outcomes, in the order the files were given."""
-
-    def add(self, outcome: Outcome) -> None:
-        """Show one outcome."""
-
-
 def tag_tracks(
     settings: Settings,
     files: Sequence[str],
@@ -130,11 +124,11 @@ async def _tag_all(
     sources = list(_sources(files))
     failed, drawn = False, []
     shown, in_terminal = console.out(), sys.stdout.isatty()
-    report: Report = _TableReport(shown) if form == "table" else _DATA[form]()
+    report = _report(form, shown)
     with console.progress(
         shown if in_terminal else console.err(),  # one console keeps the bar below what it shows
         "Tagging",
-        wanted=len(sources) > 1 and not (in_terminal and form in _DATA),
+        wanted=len(sources) > 1 and not (in_terminal and form != "table"),
     ) as progress:
         task = progress.add_task("", total=len(sources))
         async with (
@@ -142,7 +136,7 @@ async def _tag_all(
             aclosing(_in_order(tagger, sources, settings.worker.max_in_flight)) as ordered,
         ):
             async for outcome in ordered:
-                report.add(outcome)
+                report(outcome)
                 failed |= outcome.error is not None
                 if plot and outcome.analysis is not None:
                     drawn.append((outcome.source, outcome.analysis))
@@ -199,58 +193,53 @@ async def _tag_one(tagger: Tagger, source: str, uri: str | SourceInvalid) -> Out
     return Outcome(source, analysis, error, processing)
 
 
-class _JsonReport:
+def _report(form: str, shown: Console) -> Callable[[Outcome], None]:
+    """One way of showing outcomes, in the order the files were given."""
+    if form == "json":
+        return _write_json
+    if form == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(CSV_COLUMNS)
+        return partial(_write_csv, writer)
+    return partial(_print, shown)
+
+
+def _write_json(outcome: Outcome) -> None:
     """One object a line."""
-
-    def add(self, outcome: Outcome) -> None:
-        console.json_line(json.dumps(outcome.to_json(), ensure_ascii=False))
+    console.json_line(json.dumps(outcome.to_json(), ensure_ascii=False))
 
 
-class _CsvReport:
+def _write_csv(writer: Any, outcome: Outcome) -> None:
     """A row for every tag; a file without tags has one row with its error."""
-
-    def __init__(self) -> None:
-        self._writer = csv.writer(sys.stdout, lineterminator="\n")
-        self._writer.writerow(CSV_COLUMNS)
-
-    def add(self, outcome: Outcome) -> None:
-        source, analysis, error = outcome.source, outcome.analysis, outcome.error
-        if analysis is not None:
-            for t in analysis.tags:
-                row = (t.head, t.label, t.category, t.score, t.share, analysis.uncertain)
-                self._write(source, *row, "", "")
-        if error is not None:
-            self._write(source, *[""] * 6, error.code, error.message)
-        sys.stdout.flush()
-
-    def _write(self, *cells: object) -> None:
-        self._writer.writerow([_cell(cell) if isinstance(cell, str) else cell for cell in cells])
+    analysis, error = outcome.analysis, outcome.error
+    rows = list[tuple[object, ...]]()
+    if analysis is not None:
+        rows += [
+            (t.head, t.label, t.category, t.score, t.share, analysis.uncertain, "", "")
+            for t in analysis.tags
+        ]
+    if error is not None:
+        rows.append((*[""] * 6, error.code, error.message))
+    for row in rows:
+        cells = (outcome.source, *row)
+        writer.writerow([_cell(cell) if isinstance(cell, str) else cell for cell in cells])
+    sys.stdout.flush()
 
 
-class _TableReport:
+def _print(shown: Console, outcome: Outcome) -> None:
     """A block for every file: its facts on a line, then a bar for every tag."""
-
-    def __init__(self, shown: Console) -> None:
-        self._console = shown
-
-    def add(self, outcome: Outcome) -> None:
-        self._console.print(Text(printable(outcome.source), style="bold"))
-        if outcome.error is not None:
-            self._console.print(
-                Text.assemble("  ", (outcome.error.code, "red"), " ", outcome.error.message)
-            )
-        if outcome.analysis is not None:
-            self._console.print(console.facts(outcome.analysis))
-            self._console.print(console.tag_table(outcome.analysis))
-        self._console.print()
+    shown.print(Text(printable(outcome.source), style="bold"))
+    if outcome.error is not None:
+        shown.print(Text.assemble("  ", (outcome.error.code, "red"), " ", outcome.error.message))
+    if outcome.analysis is not None:
+        shown.print(console.facts(outcome.analysis))
+        shown.print(console.tag_table(outcome.analysis))
+    shown.print()
 
 
 def _cell(text: str) -> str:
     """A cell that steers no terminal, and that no spreadsheet takes for a formula."""
     return printable(f"'{text}" if text.startswith(FORMULAS) else text)
-
-
-_DATA: dict[str, type[_CsvReport] | type[_JsonReport]] = {"csv": _CsvReport, "json": _JsonReport}
 
 
 def _draw(drawn: Sequence[Tagged], bundle: Bundle, hop_s: float, picture: Path | None) -> None:

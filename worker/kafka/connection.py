@@ -108,7 +108,7 @@ def producer(kafka: KafkaSettings) -> AIOKafkaProducer:
 
 @asynccontextmanager
 async def started(client: Client, kafka: KafkaSettings) -> AsyncIterator[Client]:
-    """A client for as long as somebody at a terminal needs it; stopped also where it can't start.
+    """A client for as long as the context lasts; stopped also where it can't start.
 
     Raises
     ------

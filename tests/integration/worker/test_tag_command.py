@@ -16,7 +16,8 @@ from tests.audio import damaged, encode, tone
 from tests.worker_process import TIMBRE
 from worker.analysis import Analysis
 from worker.cli import main
-from worker.commands.tag import _DATA, CSV_COLUMNS, Outcome, tag_tracks
+from worker.commands import tag
+from worker.commands.tag import CSV_COLUMNS, Outcome, tag_tracks
 from worker.demo.music import Sample
 from worker.errors import SourceInvalid
 from worker.settings import Settings
@@ -73,13 +74,12 @@ def test_what_is_shown_is_let_go(
     shown: list[weakref.ref[Analysis]] = []
     kept: list[int] = []
 
-    class Report:
-        def add(self, outcome: Outcome) -> None:
-            assert outcome.analysis is not None
-            kept.append(sum(earlier() is not None for earlier in shown))
-            shown.append(weakref.ref(outcome.analysis))
+    def show(outcome: Outcome) -> None:
+        assert outcome.analysis is not None
+        kept.append(sum(earlier() is not None for earlier in shown))
+        shown.append(weakref.ref(outcome.analysis))
 
-    monkeypatch.setitem(_DATA, "json", Report)
+    monkeypatch.setattr(tag, "_write_json", show)
     assert tag_tracks(settings, [files[3]] * 6, form="json") == 0
     assert len(kept) == 6
     assert max(kept) <= 2, "a few that the interpreter still holds, and not all"
