@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from joblib import cpu_count
 from pydantic import (
@@ -285,6 +285,11 @@ class KafkaSettings(Section):
     ssl_key_file: FilePath | None = Field(None, description="Client key")
 
     @property
+    def topics(self) -> list[str]:
+        """The names of all topics."""
+        return [getattr(self, name) for name in type(self).model_fields if "topic_" in name]
+
+    @property
     def max_message_bytes(self) -> int:
         """An event with its key, its headers and what Kafka adds."""
         return self.max_event_bytes + 64 * 1024
@@ -300,8 +305,7 @@ class KafkaSettings(Section):
 
     @model_validator(mode="after")
     def _topics_differ(self) -> Self:
-        names = [getattr(self, field) for field in type(self).model_fields if "topic_" in field]
-        if len(set(names)) < len(names):
+        if len(set(self.topics)) < len(self.topics):
             raise ValueError("each topic_* needs a name of its own, or results come in as events")
         return self
 
@@ -416,10 +420,7 @@ class Settings(BaseSettings):
     """Everything a process of Timbre can be told."""
 
     model_config = SettingsConfigDict(
-        env_prefix="TIMBRE_",
-        env_nested_delimiter="__",
-        extra="ignore",
-        frozen=True,
+        env_prefix="TIMBRE_", env_nested_delimiter="__", extra="ignore", frozen=True
     )
 
     fetch: FetchSettings = Field(default_factory=FetchSettings)
@@ -469,12 +470,8 @@ def load(**sections: object) -> Settings:
 
 def sections() -> dict[str, type[Section]]:
     """The models of the sections, by name."""
-    found = {}
-    for name, field in Settings.model_fields.items():
-        assert isinstance(field.annotation, type)
-        assert issubclass(field.annotation, Section)
-        found[name] = field.annotation
-    return found
+    fields = Settings.model_fields.items()
+    return {name: cast(type[Section], field.annotation) for name, field in fields}
 
 
 def _refuse_unknown_sections() -> None:

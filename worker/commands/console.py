@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
@@ -36,12 +36,12 @@ class _Console(Console):
 
 def out() -> Console:
     """Standard output; as wide as the terminal, or wide enough for any line into a pipe."""
-    return _console(stderr=False)
+    return _console(sys.stdout)
 
 
 def err() -> Console:
     """Standard error, where progress and remarks go, so that results stay alone on the other."""
-    return _console(stderr=True)
+    return _console(sys.stderr)
 
 
 def bar(share: float, cells: int = BAR_CELLS) -> Text:
@@ -144,12 +144,10 @@ def progress(on: Console, text: str, *more: ProgressColumn, wanted: bool = True)
     )
 
 
-def _console(*, stderr: bool) -> Console:
-    stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else PIPE_WIDTH
+def _console(stream: TextIO) -> Console:
     return _Console(
         file=stream,
-        width=width,
+        width=None if stream.isatty() else PIPE_WIDTH,
         markup=False,
         emoji=False,
         highlight=False,

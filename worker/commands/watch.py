@@ -2,12 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
-from typing import Self
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 from aiokafka.structs import ConsumerRecord
 from pydantic import ValidationError
 from rich.console import Console
@@ -16,7 +14,6 @@ from rich.text import Text
 from schemas.events import DeadLetter, TrackTags
 from worker.commands import console
 from worker.dead_letters import oldest_first, parse
-from worker.errors import ServicesUnavailable
 from worker.kafka import connection
 from worker.settings import KafkaSettings, Settings
 
@@ -26,6 +23,8 @@ REQUEST_TIMEOUT_MS = 10_000  # somebody waits for it
 ID_WIDTH = 28
 GENRES_SHOWN = 2
 TAGS_SHOWN = 4
+
+Result = TrackTags | DeadLetter
 
 
 def watch_results(
@@ -40,7 +39,7 @@ def watch_results(
 
     async def follow() -> None:
         out, seen = console.out(), 0
-        async with Watch(
+        async with watching(
             settings.kafka, from_beginning=from_beginning, failures=failures
         ) as results:
             if not as_json:
@@ -61,7 +60,7 @@ def watch_results(
         return
 
 
-def print_line(out: Console, result: TrackTags | DeadLetter) -> None:
+def print_line(out: Console, result: Result) -> None:
     """One result in one line: track, genres, other tags; or track and what went wrong."""
     if isinstance(result, DeadLetter):
         name = result.track_id or "(no track id)"
@@ -87,90 +86,63 @@ def _cell(out: Console, name: str) -> Text:
     return Text(f"{cut:<{ID_WIDTH}} ", style="bold")
 
 
-class Watch:
-    """Iterates over tags, and over dead letters where `failures` is set, until it is left.
+@asynccontextmanager
+async def watching(
+    settings: KafkaSettings, *, from_beginning: bool = False, failures: bool = False
+) -> AsyncIterator[AsyncIterator[Result]]:
+    """Tags, and dead letters where `failures` is set, as they arrive.
 
     From its start on nothing is missed; `from_beginning` begins with what there is, oldest first.
+
+    Raises
+    ------
+    ServicesUnavailable
+        Kafka can't be reached, a topic is not there, or Kafka refuses to go on, as where the right
+        to read was taken away.
     """
+    topics = [settings.topic_tags] + ([settings.topic_dead_letter] if failures else [])
+    consumer = AIOKafkaConsumer(
+        *topics,
+        **connection.client_options(settings) | {"request_timeout_ms": REQUEST_TIMEOUT_MS},
+        group_id=None,
+        auto_offset_reset="earliest" if from_beginning else "latest",
+    )
+    async with connection.started(consumer, settings, topics):  # waits for the topics
+        # Asking for a position settles it: what is published from here on is seen.
+        for partition in consumer.assignment():
+            await consumer.position(partition)
+        backlog = await consumer.end_offsets(consumer.assignment()) if from_beginning else {}
+        async with aclosing(_results(consumer, backlog, settings.topic_tags)) as results:
+            yield results
 
-    def __init__(
-        self, settings: KafkaSettings, *, from_beginning: bool = False, failures: bool = False
-    ) -> None:
-        self._settings = settings
-        self._from_beginning = from_beginning
-        self._backlog: dict[TopicPartition, int] = {}
-        self._topics = [settings.topic_tags]
-        if failures:
-            self._topics.append(settings.topic_dead_letter)
-        self._consumer = AIOKafkaConsumer(
-            *self._topics,
-            **connection.client_options(settings) | {"request_timeout_ms": REQUEST_TIMEOUT_MS},
-            group_id=None,
-            auto_offset_reset="earliest" if from_beginning else "latest",
-        )
 
-    async def __aenter__(self) -> Self:
-        """Find the topics' partitions and where to begin.
+async def _results(
+    consumer: AIOKafkaConsumer, backlog: Mapping[TopicPartition, int], topic_tags: str
+) -> AsyncGenerator[Result, None]:
+    async with aclosing(_messages(consumer, backlog)) as messages:
+        async for message in messages:
+            if message.topic != topic_tags:
+                yield parse(message)
+            elif (tags := _tags(message)) is not None:
+                yield tags
 
-        Raises
-        ------
-        ServicesUnavailable
-            Kafka can't be reached, or a topic is not there.
-        """
-        try:
-            await self._consumer.start()  # waits for the topics
-            # Asking for a position settles it: what is published from here on is seen.
-            for partition in self._consumer.assignment():
-                await self._consumer.position(partition)
-            if self._from_beginning:
-                self._backlog = await self._consumer.end_offsets(self._consumer.assignment())
-        except BaseException as error:
-            await self._consumer.stop()
-            if isinstance(error, KafkaError):
-                raise self._unavailable(error) from error
-            raise
-        return self
 
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self._consumer.stop()
-
-    async def __aiter__(self) -> AsyncIterator[TrackTags | DeadLetter]:
-        """The results.
-
-        Raises
-        ------
-        ServicesUnavailable
-            Kafka refuses to go on, as where the right to read was taken away.
-        """
-        try:
-            async with aclosing(self._messages()) as messages:
-                async for message in messages:
-                    result = self._read(message)
-                    if result is not None:
-                        yield result
-        except KafkaError as error:
-            raise self._unavailable(error) from error
-
-    async def _messages(self) -> AsyncGenerator["ConsumerRecord[bytes, bytes]", None]:
-        async with aclosing(oldest_first(self._consumer, self._backlog)) as backlog:
-            async for message in backlog:
-                yield message
-        async for message in self._consumer:
+async def _messages(
+    consumer: AIOKafkaConsumer, backlog: Mapping[TopicPartition, int]
+) -> AsyncGenerator["ConsumerRecord[bytes, bytes]", None]:
+    async with aclosing(oldest_first(consumer, backlog)) as messages:
+        async for message in messages:
             yield message
+    async for message in consumer:
+        yield message
 
-    def _read(self, message: "ConsumerRecord[bytes, bytes]") -> TrackTags | DeadLetter | None:
-        if message.topic != self._settings.topic_tags:
-            return parse(message)
-        try:
-            return TrackTags.from_bytes(message.value or b"")
-        except ValidationError:
-            log.warning(
-                "Not a result of Timbre, left out: %s-%d@%d",
-                message.topic, message.partition, message.offset,
-            )  # fmt: skip
-            return None
 
-    def _unavailable(self, error: KafkaError) -> ServicesUnavailable:
-        if isinstance(error, UnknownTopicOrPartitionError):
-            return connection.no_topic(self._settings, self._topics)
-        return connection.unreachable(self._settings, error)
+def _tags(message: "ConsumerRecord[bytes, bytes]") -> TrackTags | None:
+    try:
+        return TrackTags.from_bytes(message.value or b"")
+    except ValidationError:
+        log.warning(
+            "Not a result of Timbre, left out: %s-%d@%d",
+            message.topic, message.partition, message.offset,
+        )  # fmt: skip
+        return None

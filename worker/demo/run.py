@@ -18,19 +18,19 @@ from rich.console import Console
 from rich.progress import TimeElapsedColumn
 from rich.text import Text
 
-from schemas.events import AudioRef, DeadLetter, NewTrack, TrackTags
+from schemas.events import AudioRef, NewTrack, TrackTags
 from worker.commands import console
 from worker.commands.services import PARTITIONS, fetching
 from worker.commands.sources import audio_files, track_id
 from worker.commands.submit import submit
-from worker.commands.watch import Watch, print_line
+from worker.commands.watch import Result, print_line, watching
 from worker.demo import server
 from worker.demo.music import sample_tracks
 from worker.errors import DemoFailed, SourceInvalid
 from worker.services import detached
 from worker.services.jars import kafka_jars
 from worker.services.local import Addresses, given, local_services
-from worker.services.service import HOST, Service, free_ports, new_folder
+from worker.services.service import HOST, Service, new_folder
 from worker.services.topics import create_topics, topics_of
 from worker.settings import KafkaSettings, Settings
 
@@ -67,8 +67,6 @@ class MusicServer(Service):
         return server.url(self.port, "")
 
     def _prepare(self) -> list[str]:
-        if not self.port:
-            (self.port,) = free_ports(1)
         module = "worker.demo.server"
         return [sys.executable, "-m", module, str(self.port), str(self._music)]
 
@@ -85,9 +83,7 @@ class Worker(Service):
         return f"http://{HOST}:{self.port}"
 
     def _prepare(self) -> list[str]:
-        if not self.port:
-            (self.port,) = free_ports(1)
-            self.environment["TIMBRE_HTTP__PORT"] = str(self.port)
+        self.environment["TIMBRE_HTTP__PORT"] = str(self.port)
         return [sys.executable, "-m", "worker.cli", "worker"]
 
 
@@ -192,13 +188,11 @@ def _samples(settings: Settings, out: Console) -> Music:
             progress.update(task, completed=done, total=total, visible=True)
 
         samples = sample_tracks(settings.services.cache_dir / "music", rendered)
+    named = {f"demo-{sample.genre}": sample for sample in samples}
     return Music(
         samples[0].path.parent,
-        {f"demo-{sample.genre}": sample.path.name for sample in samples},
-        {
-            f"demo-{sample.genre}": {"title": sample.title, "composed_as": sample.genre}
-            for sample in samples
-        },
+        {name: sample.path.name for name, sample in named.items()},
+        {name: {"title": s.title, "composed_as": s.genre} for name, s in named.items()},
     )
 
 
@@ -221,7 +215,7 @@ def _start_services(
 
 async def _tag(
     kafka: KafkaSettings, out: Console, music: Music, music_server: MusicServer, worker: Worker
-) -> dict[str, TrackTags | DeadLetter]:
+) -> dict[str, Result]:
     """Submit every track and wait for what becomes of each, in order of arrival."""
     tracks = [
         NewTrack(
@@ -231,14 +225,13 @@ async def _tag(
         )
         for name, file in music.files.items()
     ]
-    results: dict[str, TrackTags | DeadLetter] = {}
+    results: dict[str, Result] = {}
     with console.progress(out, "Tagging", TimeElapsedColumn()) as progress:
         task = progress.add_task("", total=len(tracks))
-        async with Watch(kafka, failures=True) as watch:
+        async with watching(kafka, failures=True) as arriving:
             submission = await submit(kafka, tracks)
             submitted = console.counted(len(tracks), "track")
             out.print(f"Submitted {submitted} to {', '.join(submission.delivered)}")
-            arriving = aiter(watch)
             while len(results) < len(tracks):
                 result = await _next(arriving, worker)
                 if result.track_id in music.files and result.track_id not in results:
@@ -248,9 +241,7 @@ async def _tag(
     return results
 
 
-async def _next(
-    arriving: AsyncIterator[TrackTags | DeadLetter], worker: Worker
-) -> TrackTags | DeadLetter:
+async def _next(arriving: AsyncIterator[Result], worker: Worker) -> Result:
     """The next result.
 
     Raises
@@ -274,7 +265,7 @@ async def _next(
     return waiting.result()
 
 
-def _sum_up(out: Console, results: Mapping[str, TrackTags | DeadLetter], seconds: float) -> None:
+def _sum_up(out: Console, results: Mapping[str, Result], seconds: float) -> None:
     tagged = [result for result in results.values() if isinstance(result, TrackTags)]
     audio_s = sum(result.audio.duration_s for result in tagged)
     windows = sum(result.windows.total for result in tagged)

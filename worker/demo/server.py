@@ -23,13 +23,7 @@ def serve(port: int, folder: Path) -> None:
     """Serve `folder` until SIGTERM; nothing outside it, and no listing of it."""
     app = web.Application()
     app.router.add_static("/", folder)
-    web.run_app(
-        app,
-        host=HOST,
-        port=port,
-        access_log=None,
-        print=_announce,
-    )
+    web.run_app(app, host=HOST, port=port, access_log=None, print=_announce)
 
 
 def _announce(_: str) -> None:

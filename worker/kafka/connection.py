@@ -12,6 +12,7 @@ from aiokafka.errors import (
     KafkaError,
     SaslAuthenticationFailed,
     TopicAuthorizationFailedError,
+    UnknownTopicOrPartitionError,
     UnsupportedSaslMechanismError,
 )
 from faust.auth import SASLCredentials, SSLCredentials
@@ -107,18 +108,22 @@ def producer(kafka: KafkaSettings) -> AIOKafkaProducer:
 
 
 @asynccontextmanager
-async def started(client: Client, kafka: KafkaSettings) -> AsyncIterator[Client]:
+async def started(
+    client: Client, kafka: KafkaSettings, topics: Sequence[str] = ()
+) -> AsyncIterator[Client]:
     """A client for as long as the context lasts; stopped also where it can't start.
 
     Raises
     ------
     ServicesUnavailable
-        Kafka can't be reached, or is gone half-way.
+        Kafka can't be reached, or is gone half-way, or one of `topics` is not there.
     """
     try:
         await client.start()
         yield client
     except KafkaError as error:
+        if topics and isinstance(error, UnknownTopicOrPartitionError):
+            raise no_topic(kafka, topics) from error
         raise unreachable(kafka, error) from error
     finally:
         await client.stop()

@@ -7,14 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from worker.errors import ServicesUnavailable
-from worker.services.service import (
-    HOST,
-    LOG_TAIL_LINES,
-    Service,
-    free_ports,
-    package_file,
-    write_private,
-)
+from worker.services.service import HOST, LOG_TAIL_LINES, Service, package_file, write_private
 
 CLUSTER_ID = base64.urlsafe_b64encode(b"Timbre by itself").decode().rstrip("=")
 
@@ -27,12 +20,12 @@ class Kafka(Service):
 
     name = "kafka"
     ready_line = "Kafka Server started"
+    inner_ports = (0, 0)
     max_heap = "512m"
 
     def __init__(self, folder: Path, jars: list[Path], *, guarded: bool = True) -> None:
         super().__init__(folder, guarded=guarded)
         self._jars = jars
-        self._internal_ports = (0, 0)
 
     @property
     def address(self) -> str:
@@ -40,9 +33,6 @@ class Kafka(Service):
         return f"{HOST}:{self.port}"
 
     def _prepare(self) -> list[str]:
-        if not self.port:
-            self.port, *internal = free_ports(3)
-            self._internal_ports = (internal[0], internal[1])
         properties = self.folder / "server.properties"
         write_private(properties, _properties(self._configuration()))
         write_private(self.folder / "log4j2.properties", _properties(self._logging()))
@@ -78,7 +68,7 @@ class Kafka(Service):
         ]
 
     def _configuration(self) -> dict[str, object]:
-        internal, controller = self._internal_ports
+        internal, controller = self.inner_ports
         listeners = f"CLIENTS://{HOST}:{self.port},INTERNAL://{HOST}:{internal}"
         return {
             "process.roles": "broker,controller",

@@ -24,10 +24,7 @@ class Addresses:
 
     def environment(self) -> dict[str, str]:
         """The variables by which any Timbre process finds these services."""
-        named = {
-            "TIMBRE_KAFKA__BOOTSTRAP_SERVERS": self.kafka,
-            "TIMBRE_REDIS__URL": self.redis,
-        }
+        named = {"TIMBRE_KAFKA__BOOTSTRAP_SERVERS": self.kafka, "TIMBRE_REDIS__URL": self.redis}
         return {name: value for name, value in named.items() if value is not None}
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from worker.services.service import HOST, Service, free_ports, package_file, write_private
+from worker.services.service import HOST, Service, package_file, write_private
 
 
 class Redis(Service):
@@ -17,8 +17,6 @@ class Redis(Service):
         return f"redis://{HOST}:{self.port}/0"
 
     def _prepare(self) -> list[str]:
-        if not self.port:
-            (self.port,) = free_ports(1)
         configuration = self.folder / "redis.conf"
         write_private(
             configuration, "".join(f"{key} {value}\n" for key, value in self._configuration())

@@ -45,13 +45,11 @@ class Service(ABC):
 
     name: ClassVar[str]
     ready_line: ClassVar[str]
+    inner_ports: tuple[int, ...] = ()
+    """What it listens on beside its port"""
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        guarded: bool = True,
-        environment: Mapping[str, str] | None = None,
+        self, folder: Path, *, guarded: bool = True, environment: Mapping[str, str] | None = None
     ) -> None:
         self.folder = folder
         self.guarded = guarded
@@ -91,7 +89,7 @@ class Service(ABC):
         """Start without waiting; `wait_ready` must follow."""
         assert not self.running, f"{self.name} runs already"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._run(self._prepare())
+        self._run()
 
     def wait_ready(self) -> Self:
         """Wait until it serves; at a first start another port is tried where one was taken."""
@@ -103,7 +101,7 @@ class Service(ABC):
                 break
             self.kill()
             self.port = 0
-            self._run(self._prepare())
+            self._run()
         self.kill()
         raise ServicesUnavailable(
             f"The local {self.name} did not start. The end of {self.log}:\n{self.log_tail()}"
@@ -146,7 +144,11 @@ class Service(ABC):
         lines = self._read_log().splitlines()[-LOG_TAIL_LINES:]
         return "\n".join(lines) or "(empty)"
 
-    def _run(self, command: list[str]) -> None:
+    def _run(self) -> None:
+        if not self.port:
+            self.port, *inner = free_ports(1 + len(self.inner_ports))
+            self.inner_ports = tuple(inner)
+        command = self._prepare()
         with self.log.open("a") as log:
             self._log_start = log.tell()
             guard = (

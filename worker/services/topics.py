@@ -40,11 +40,4 @@ async def create_topics(kafka: KafkaSettings, partitions: Mapping[str, int]) -> 
 
 def topics_of(kafka: KafkaSettings, partitions: int) -> dict[str, int]:
     """Every topic of a worker with its number of partitions, for `create_topics`."""
-    names = (
-        kafka.topic_new,
-        kafka.topic_backfill,
-        kafka.topic_tags,
-        kafka.topic_features,
-        kafka.topic_dead_letter,
-    )
-    return dict.fromkeys(names, partitions)
+    return dict.fromkeys(kafka.topics, partitions)

@@ -27,7 +27,7 @@ from worker.commands import watch as watch_module
 from worker.commands.show import show_track
 from worker.commands.sources import tracks
 from worker.commands.submit import submit, submit_tracks
-from worker.commands.watch import Watch, print_line, watch_results
+from worker.commands.watch import print_line, watch_results, watching
 from worker.errors import ServicesUnavailable, TrackUnknown
 from worker.kafka import connection
 from worker.settings import KafkaSettings, RedisSettings, Settings, load
@@ -148,10 +148,10 @@ async def test_progress_is_told_of_every_track(settings: Settings, folder: Path)
 
 async def test_a_watch_sees_what_is_published_after_its_start(settings: Settings) -> None:
     await publish(settings.kafka, settings.kafka.topic_tags, result("early").to_bytes())
-    async with Watch(settings.kafka) as watch, asyncio.timeout(30):
+    async with watching(settings.kafka) as results, asyncio.timeout(30):
         await publish(settings.kafka, settings.kafka.topic_tags, b"not a result")
         await publish(settings.kafka, settings.kafka.topic_tags, result("late").to_bytes())
-        assert await anext(aiter(watch)) == result("late")
+        assert await anext(results) == result("late")
 
 
 async def test_a_watch_from_the_beginning_prints_results_as_json(
@@ -191,8 +191,7 @@ async def test_what_several_partitions_hold_comes_oldest_first(
             dead_letters.list_all, settings, code=None, limit=count, as_json=True
         )
         assert ids() == list("7654321")[:count]
-    async with Watch(settings.kafka, from_beginning=True) as watch, asyncio.timeout(30):
-        results = aiter(watch)
+    async with watching(settings.kafka, from_beginning=True) as results, asyncio.timeout(30):
         await publish(settings.kafka, settings.kafka.topic_tags, result("late").to_bytes())
         assert [(await anext(results)).track_id for _ in range(8)][-1] == "late"
 
@@ -280,9 +279,9 @@ async def test_a_watch_whose_right_to_read_is_taken_away_says_so(
         raise TopicAuthorizationFailedError(settings.kafka.topic_tags)
 
     monkeypatch.setattr(AIOKafkaConsumer, "getone", refuse)
-    async with Watch(settings.kafka) as watch:
-        with pytest.raises(ServicesUnavailable, match="a right is missing"):
-            await anext(aiter(watch))
+    with pytest.raises(ServicesUnavailable, match="a right is missing"):
+        async with watching(settings.kafka) as results:
+            await anext(results)
 
 
 async def test_a_watch_of_a_topic_that_is_not_there_says_so(
@@ -291,7 +290,7 @@ async def test_a_watch_of_a_topic_that_is_not_there_says_so(
     monkeypatch.setattr(watch_module, "REQUEST_TIMEOUT_MS", 1000)
     nowhere = settings.kafka.model_copy(update={"topic_tags": "no-such-topic"})
     with pytest.raises(ServicesUnavailable, match="no-such-topic"):
-        async with Watch(nowhere):
+        async with watching(nowhere):
             pass
 
 
