@@ -72,9 +72,9 @@ class Tagger:
         bundle: Bundle,
         *,
         batch_observer: BatchObserver | None = None,
-        on_retry: Callable[[str], None] | None = None,
-        on_bytes: Callable[[int], None] | None = None,
-        on_decoder_restart: Callable[[], None] | None = None,
+        on_retry: Callable[[str], None] = lambda code: None,
+        on_bytes: Callable[[int], None] = lambda size_bytes: None,
+        on_decoder_restart: Callable[[], None] = lambda: None,
     ) -> None:
         self._settings = settings
         self._bundle = bundle
@@ -144,11 +144,7 @@ class Tagger:
                 async with AsyncExitStack() as stack:
                     async with timings.measure("fetch"):
                         spooled = await stack.enter_async_context(
-                            self.fetcher.fetch(
-                                uri,
-                                expected_sha256=expected_sha256,
-                                sleep=sleep,
-                            )
+                            self.fetcher.fetch(uri, expected_sha256=expected_sha256, sleep=sleep)
                         )
                     if lookup is not None and (known := await lookup(spooled.sha256)):
                         return known

@@ -68,19 +68,19 @@ AUDIO_DECODERS = _audio_decoders()
 WHITELISTS = {"format_whitelist": CONTAINERS, "codec_whitelist": AUDIO_DECODERS}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DecodedFacts:
     """What a track turned out to be: measured on the samples decoded, not read off its headers.
 
     `container` and `codec` are FFmpeg's names, `damaged_packets` were skipped.
     """
 
-    container: str
-    codec: str
-    sample_rate_hz: int
-    channels: int
-    duration_s: float
-    damaged_packets: int
+    container: str = ""
+    codec: str = ""
+    sample_rate_hz: int = 0
+    channels: int = 0
+    duration_s: float = 0.0
+    damaged_packets: int = 0
 
 
 def decode_samples(
@@ -127,7 +127,7 @@ def decode_windows(
 
 
 class Decoder:
-    """One file's samples in pieces: iterate once, then read `facts`.
+    """One file's samples in pieces: iterate once; `facts` are complete then.
 
     Yields arrays of shape (samples,), float32; joined, they are what `decode_samples` returns.
     """
@@ -138,26 +138,9 @@ class Decoder:
         self._path = path
         self._sample_rate_hz = sample_rate_hz
         self._max_duration_s = max_duration_s
-        self._container = ""
-        self._codec = ""
+        self.facts = DecodedFacts()
         self._layout = ""
-        self._rate_hz = 0
-        self._channels = 0
-        self._duration_s = 0.0
         self._packets = 0
-        self._damaged = 0
-
-    @property
-    def facts(self) -> DecodedFacts:
-        """What was decoded so far; complete after the iteration."""
-        return DecodedFacts(
-            container=self._container,
-            codec=self._codec,
-            sample_rate_hz=self._rate_hz,
-            channels=self._channels,
-            duration_s=round(self._duration_s, 6),
-            damaged_packets=self._damaged,
-        )
 
     def __iter__(self) -> Iterator[Samples]:
         try:
@@ -184,9 +167,10 @@ class Decoder:
         for samples in self._resampled(self._single_frames(file)):
             yield _sane(samples[max(0, given - seen) :])
             seen += samples.size
-        if self._damaged * 2 > self._packets:
+        damaged = self.facts.damaged_packets
+        if damaged * 2 > self._packets:
             raise AudioUnreadable(
-                f"{self._damaged} of {self._packets} packets are damaged: encode the file anew."
+                f"{damaged} of {self._packets} packets are damaged: encode the file anew."
             )
         if not seen:
             raise AudioEmpty("The file decodes to no samples at all.")
@@ -200,7 +184,7 @@ class Decoder:
         which FFmpeg, opening the file by itself, would give to PyAV (see `_opened`).
         """
         with self._opened(file) as (container, stream):
-            if self._container not in PACKED_CONTAINERS or " (" in self._layout:
+            if self.facts.container not in PACKED_CONTAINERS or " (" in self._layout:
                 return
             options = WHITELISTS | {"protocol_whitelist": "fd", "fd": str(file.fileno())}
             file.seek(0)
@@ -235,15 +219,15 @@ class Decoder:
                 except MemoryError:
                     raise
                 except av.FFmpegError:
-                    self._damaged += 1
+                    self.facts.damaged_packets += 1
 
     @contextmanager
     def _opened(self, file: FileIO) -> Iterator[tuple[InputContainer, AudioStream]]:
         file.seek(0)
         with _open(file) as container:
             stream = _audio_stream(container)
-            self._container = _short_name(container.format.name)
-            self._codec = stream.codec_context.codec.canonical_name
+            self.facts.container = _short_name(container.format.name)
+            self.facts.codec = stream.codec_context.codec.canonical_name
             layout = stream.layout
             self._layout = layout.name
             # PyAV frees twice the list of channels that an unusual layout has: FFmpeg gets none.
@@ -260,11 +244,12 @@ class Decoder:
         except MemoryError:
             raise
         except av.FFmpegError:
-            self._damaged += 1
+            self.facts.damaged_packets += 1
             yield None
 
     def _resampled(self, frames: Iterator[AudioFrame]) -> Iterator[Samples]:
         resampler: _Resampler | None = None
+        facts = self.facts
         earlier_s = 0.0  # before the last change of format
         for frame in frames:
             if resampler is None or not resampler.takes(frame):
@@ -273,8 +258,8 @@ class Decoder:
                     earlier_s += resampler.received_s
                     self._lasts(earlier_s)
                 resampler = _Resampler(frame, self._sample_rate_hz)
-                self._rate_hz = self._rate_hz or frame.sample_rate
-                self._channels = self._channels or frame.layout.nb_channels
+                facts.sample_rate_hz = facts.sample_rate_hz or frame.sample_rate
+                facts.channels = facts.channels or frame.layout.nb_channels
             if resampler.push(frame):
                 self._lasts(earlier_s + resampler.received_s)
                 yield from resampler.pull()
@@ -283,7 +268,7 @@ class Decoder:
             yield from resampler.flush()
 
     def _lasts(self, duration_s: float) -> None:
-        self._duration_s = duration_s
+        self.facts.duration_s = round(duration_s, 6)
         if duration_s > self._max_duration_s:
             raise AudioTooLong(
                 f"The track lasts longer than {self._max_duration_s:g} s: "

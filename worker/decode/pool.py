@@ -69,7 +69,7 @@ class DecoderPool:
         *,
         sample_rate_hz: int,
         window_samples: int,
-        on_restart: Callable[[], None] | None = None,
+        on_restart: Callable[[], None] = lambda: None,
     ) -> None:
         self._on_restart = on_restart
         self._processes = settings.processes
@@ -193,8 +193,7 @@ class DecoderPool:
                     await process.ended.wait()
                 finally:
                     self._reap(process)
-                if self._on_restart is not None:
-                    self._on_restart()
+                self._on_restart()
                 useful = process.tracks > 0
                 process = None
             if useful:
@@ -228,7 +227,7 @@ class Decoding:
         self, process: DecoderProcess, path: Path, work_s: float, on_block: Callable[[], None]
     ) -> None:
         self.ended = False
-        self._process_sound = True
+        self._sound = False
         self._facts: DecodedFacts | None = None
         self._process = process
         self._work_s = work_s
@@ -238,7 +237,7 @@ class Decoding:
     @property
     def ended_in_order(self) -> bool:
         """Whether the process is as good as before the track."""
-        return self.ended and self._process_sound and not self._process.overdue
+        return self._sound and not self._process.overdue
 
     @property
     def facts(self) -> DecodedFacts:
@@ -258,11 +257,11 @@ class Decoding:
             return self._process.block(message)
         self.ended = True
         if message is None:
-            self._process_sound = False
             raise await self._death()
         if "error" in message:
-            self._process_sound = message["error"]["code"] in OF_THE_AUDIO
+            self._sound = message["error"]["code"] in OF_THE_AUDIO
             raise _error(message["error"])
+        self._sound = True
         self._facts = DecodedFacts(**message["facts"])
         raise StopAsyncIteration
 

@@ -64,8 +64,8 @@ class Fetcher:
         self,
         settings: FetchSettings,
         *,
-        on_retry: Callable[[str], None] | None = None,
-        on_bytes: Callable[[int], None] | None = None,
+        on_retry: Callable[[str], None] = lambda code: None,
+        on_bytes: Callable[[int], None] = lambda size_bytes: None,
         resolver: AbstractResolver | None = None,
     ) -> None:
         self._settings = settings
@@ -101,11 +101,7 @@ class Fetcher:
 
     @asynccontextmanager
     async def fetch(
-        self,
-        uri: str,
-        *,
-        expected_sha256: str | None = None,
-        sleep: Sleep = asyncio.sleep,
+        self, uri: str, *, expected_sha256: str | None = None, sleep: Sleep = asyncio.sleep
     ) -> AsyncIterator[SpooledAudio]:
         """Fetch into the spool; the file is there until the context is left, however it is left.
 
@@ -194,8 +190,7 @@ class Fetcher:
         )
 
     def _tell_retry(self, state: RetryCallState) -> None:
-        error = _failure(state)
-        if self._on_retry is not None and isinstance(error, TimbreError):
+        if isinstance(error := _failure(state), TimbreError):
             self._on_retry(error.code)
 
 

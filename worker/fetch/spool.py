@@ -115,12 +115,12 @@ class Spool:
         *,
         max_bytes: int,
         max_file_bytes: int,
-        on_bytes: Callable[[int], None] | None = None,
+        on_bytes: Callable[[int], None] = lambda size_bytes: None,
     ) -> None:
         self.max_file_bytes = min(max_file_bytes, max_bytes)
         self.room = Room(max_bytes)
         self._root = root
-        self._on_bytes = on_bytes or (lambda size_bytes: None)
+        self._on_bytes = on_bytes
         self._folder: Path | None = None
         self._lock_fd = -1
 
@@ -339,15 +339,12 @@ def _remove_dead(root: Path) -> None:
 def _locked(path: Path, flags: int = 0) -> int | None:
     """A descriptor that holds the lock, or None where another process does (or removed it)."""
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | flags, 0o600)
-    try:
+    with suppress(BlockingIOError):
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    if os.fstat(fd).st_nlink == 0:
-        os.close(fd)
-        return None
-    return fd
+        if os.fstat(fd).st_nlink:
+            return fd
+    os.close(fd)
+    return None
 
 
 def _lock_path(folder: Path) -> Path:

