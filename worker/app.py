@@ -141,12 +141,7 @@ class Worker:
         self._cache = Cache(settings.redis, self.tagger.analysis_key, bundle, self.metrics)
         self._publisher = Publisher(settings.kafka)
         self._probe = LagProbe(settings, self.consumer, self.metrics)
-        self._health = Health(
-            settings.worker,
-            self._probe,
-            self.consumer,
-            self.tagger.batcher,
-        )
+        self._health = Health(settings.worker, self._probe, self.consumer, self.tagger.batcher)
         self.http = HttpServer(settings.http, self.metrics, self._health)
         self._stack = AsyncExitStack()
         self._starting: asyncio.Task[Any] | None = None

@@ -134,8 +134,7 @@ def submit(
 @app.command()
 def watch(
     from_beginning: Annotated[
-        bool,
-        typer.Option("--from-beginning", help="Begin with those there are, oldest first."),
+        bool, typer.Option("--from-beginning", help="Begin with those there are, oldest first.")
     ] = False,
     count: Annotated[
         int | None, typer.Option("--count", "-n", min=1, help="Stop after that many results.")
@@ -155,8 +154,7 @@ def watch(
 
 @app.command()
 def show(
-    track: Annotated[str, typer.Argument(help="The track's id.")],
-    as_json: AsJson = False,
+    track: Annotated[str, typer.Argument(help="The track's id.")], as_json: AsJson = False
 ) -> None:
     """Show what Redis holds of a track."""
     from worker.commands.show import show_track

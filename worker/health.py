@@ -6,7 +6,9 @@ a slow one ends as a dead letter and not with the worker.
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from aiohttp import web
@@ -70,13 +72,12 @@ class HttpServer:
     def __init__(self, settings: HttpSettings, metrics: Metrics, health: Health) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._health = health
         app = web.Application()
         app.router.add_get("/metrics", self._get_metrics)
-        app.router.add_get("/health/live", self._get_live)
-        app.router.add_get("/health/ready", self._get_ready)
+        app.router.add_get("/health/live", partial(_answer, health.why_not_live))
+        app.router.add_get("/health/ready", partial(_answer, health.why_not_ready))
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S)
-        self._listener: asyncio.Server | None = None
+        self._listener: asyncio.Server
         self.port = settings.port
 
     async def __aenter__(self) -> Self:
@@ -103,8 +104,7 @@ class HttpServer:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        if self._listener is not None:
-            self._listener.close()
+        self._listener.close()
         await self._runner.cleanup()
 
     def _accept(self) -> asyncio.Protocol:
@@ -120,14 +120,9 @@ class HttpServer:
             body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST}
         )
 
-    async def _get_live(self, _: web.Request) -> web.Response:
-        return _answer(self._health.why_not_live())
 
-    async def _get_ready(self, _: web.Request) -> web.Response:
-        return _answer(self._health.why_not_ready())
-
-
-def _answer(trouble: str | None) -> web.Response:
+async def _answer(why_not: Callable[[], str | None], _: web.Request) -> web.Response:
+    trouble = why_not()
     return web.json_response(
         {"status": "ok" if trouble is None else "unavailable", "reason": trouble},
         status=200 if trouble is None else 503,

@@ -14,12 +14,7 @@ from aiokafka.client import AIOKafkaClient
 from aiokafka.codec import gzip_encode
 from aiokafka.consumer.fetcher import Fetcher
 from aiokafka.consumer.group_coordinator import GroupCoordinator
-from aiokafka.errors import (
-    KafkaConnectionError,
-    KafkaError,
-    UnknownTopicOrPartitionError,
-    for_code,
-)
+from aiokafka.errors import KafkaConnectionError, KafkaError, UnknownTopicOrPartitionError, for_code
 from aiokafka.protocol.commit import OffsetFetchRequest
 
 from worker.kafka import record_batches

@@ -61,10 +61,7 @@ class Place:
     """
 
     def __init__(
-        self,
-        places: _Places,
-        earlier: "asyncio.Task[None] | None",
-        progressed: Callable[[], None],
+        self, places: _Places, earlier: "asyncio.Task[None] | None", progressed: Callable[[], None]
     ) -> None:
         self._places = places
         self._earlier = earlier
@@ -246,11 +243,7 @@ class Consumer:
         """
         for tp in self._assignment:
             partition = self._partitions.get(tp)
-            yield (
-                tp.topic,
-                tp.partition,
-                partition.ledger.next_offset if partition else None,
-            )
+            yield (tp.topic, tp.partition, partition.ledger.next_offset if partition else None)
 
     @property
     def in_flight(self) -> int:
@@ -446,7 +439,6 @@ def _cancel(tasks: set[asyncio.Task[None]]) -> None:
 def _record(event: EventT[Any]) -> Record:
     message = event.message
     headers: Any = message.headers or ()
-    pairs = headers.items() if isinstance(headers, dict) else headers
     return Record(
         topic=message.topic,
         partition=message.partition,
@@ -454,5 +446,5 @@ def _record(event: EventT[Any]) -> Record:
         timestamp_s=message.timestamp,
         key=message.key,
         value=message.value,
-        headers=tuple(pairs),
+        headers=tuple(headers),
     )
