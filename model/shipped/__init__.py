@@ -61,6 +61,7 @@ class Material:
     def gather(cls, data: Path, work: Path) -> "Material":
         """What is in `data` and, downloaded to `work`, in Debian; log-mels are kept in `work`."""
         cache = work / LOG_MELS
+        cache.mkdir(exist_ok=True)
         game = list(music.recordings(music.debian_music(work), cache))
         tracks = list(music.recordings(music.shared_tracks(data / "audio"), cache))
         excerpts = music.excerpts(data / "gtzan", cache)
@@ -104,7 +105,9 @@ def build_shipped(out: Path, *, data: Path, work: Path, seed: int = 0) -> tuple[
     began = time.monotonic()
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    _make_folders(out, work)
+    make_folder(work)
+    for name in ("default", "fast"):
+        make_bundle_folder(out / name)
     wheel = fetch_wheel(work)
     reference = folded(read_checkpoint(wheel, "MSD_musicnn"))
     at_hand = (work / LOG_MELS).exists()
@@ -168,12 +171,6 @@ def _with_genres(
         config=settings,
         network=whole,
     )
-
-
-def _make_folders(out: Path, work: Path) -> None:
-    make_folder(work)
-    for name in ("default", "fast"):
-        make_bundle_folder(out / name)
 
 
 def _archive(path: Path) -> dict[str, Any]:

@@ -84,9 +84,9 @@ def _given(network: Tagger, logmel: Floats) -> Sequence[Tensor]:
     return torch.split(as_heard, BATCH)
 
 
-def cut(recording: Recording, hop: int = WINDOW_FRAMES) -> Floats:
-    """A recording's windows of log-mels, one every `hop` frames."""
-    starts = range(0, max(1, len(recording.fine) - WINDOW_FRAMES + 1), hop)
+def cut(recording: Recording) -> Floats:
+    """A recording's windows of log-mels, end to end."""
+    starts = range(0, max(1, len(recording.fine) - WINDOW_FRAMES + 1), WINDOW_FRAMES)
     windows = [recording.fine[at : at + WINDOW_FRAMES] for at in starts]
     return np.stack(windows).astype(np.float32)
 

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -119,37 +120,30 @@ def _unpack(package: str, folder: Path) -> None:
 
 def recordings(files: Sequence[Path], cache: Path) -> Iterator[Recording]:
     """Log-mels of audio files, made on all cores and kept in `cache`."""
-    cache.mkdir(parents=True, exist_ok=True)
     # Spawned: a fork would take over PyTorch's threads as locks that nobody opens.
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for file, made in zip(files, pool.map(_logmels, files, [cache] * len(files)), strict=True):
-            if made is None:
-                continue
-            with np.load(made) as stored:
-                yield Recording(str(file), stored["fine"], stored["coarse"])
+        made = pool.map(partial(_logmels, cache=cache), files)
+        for file, stored in zip(files, made, strict=True):
+            if stored is not None:
+                yield _recording(stored, str(file))
 
 
 def excerpts(gtzan: Path, cache: Path) -> list[Recording]:
     """The labelled excerpts of GTZAN that `manifest.csv` lists, tiled to a window where shorter."""
     with (gtzan / "manifest.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    cache.mkdir(parents=True, exist_ok=True)
-    found = []
-    for row in rows:
-        made = _logmels(gtzan / row["path"], cache)
-        if made is None:
-            continue
-        with np.load(made) as stored:
-            found.append(
-                Recording(
-                    row["song"],
-                    stored["fine"],
-                    stored["coarse"],
-                    row["genre"],
-                    row["filtered_split"],
-                )
-            )
-    return found
+    return [
+        _recording(stored, row["song"], row["genre"], row["filtered_split"])
+        for row in rows
+        if (stored := _logmels(gtzan / row["path"], cache)) is not None
+    ]
+
+
+def _recording(
+    stored: Path, name: str, genre: str | None = None, split: str | None = None
+) -> Recording:
+    with np.load(stored) as logmels:
+        return Recording(name, logmels["fine"], logmels["coarse"], genre, split)
 
 
 def _logmels(file: Path, cache: Path) -> Path | None:

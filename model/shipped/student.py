@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 BAND_STRIDE = 3  # bands between positions of a filter
 TOP_MEL = 45.245  # Slaney's mel of 8 kHz
 BATCH = 64
+EMBEDDING_WEIGHT = 0.5  # of a lesson, beside the tags
 Item = TypeVar("Item")
 
 
@@ -152,27 +154,17 @@ class Lessons:
     embedding: Floats
 
     @classmethod
+    @torch.inference_mode()
     def ask(cls, reference: Bundle, windows: Iterable[Floats]) -> "Lessons":
         """Put `windows` `(WINDOW_FRAMES, 96)` to the reference."""
-        network = reference.network
-        asked: list[Floats] = []
         kept, tags, embedding = [], [], []
-
-        def answer() -> None:
-            with torch.inference_mode():
-                batch = torch.from_numpy(np.stack(asked))
-                logits, embedded = network.logits(batch)
+        coming = iter(windows)
+        while asked := list(islice(coming, BATCH)):
+            batch = torch.from_numpy(np.stack(asked))
+            logits, embedded = reference.network.logits(batch)
             kept.append(halved(batch).half().numpy())
             tags.append(logits["tags"].sigmoid().numpy())
             embedding.append(embedded.numpy())
-            asked.clear()
-
-        for window in windows:
-            asked.append(window)
-            if len(asked) == BATCH:
-                answer()
-        if asked:
-            answer()
         return cls(np.concatenate(kept), np.concatenate(tags), np.concatenate(embedding))
 
     def draw(self, count: int, rng: np.random.Generator) -> tuple[Floats, Floats, Floats]:
@@ -193,7 +185,6 @@ class Plan:
     steps: int
     learning_rate: float
     batch: tuple[int, ...]
-    embedding_weight: float = 0.5
 
 
 @contextmanager
@@ -235,7 +226,7 @@ def teach(
         like = functional.binary_cross_entropy_with_logits(raw, tags)
         like = tags.shape[1] * (like - functional.binary_cross_entropy(tags, tags))
         near = ((embedded - wanted) / deviation).square().mean()
-        loss = like + plan.embedding_weight * near
+        loss = like + EMBEDDING_WEIGHT * near
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 5.0)
