@@ -20,14 +20,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.calibration import Calibration
 from model.folder import make_folder
 from model.heads import Head
 from model.invalid import first_fault
-from model.network import Output, Tagger, build
+from model.network import Tagger, build
 from worker.errors import BundleInvalid, SettingsInvalid
-
-__all__ = ["Bundle", "Calibration", "Head", "Output"]
 
 SHIPPED = Path(__file__).parent / "bundles"
 WEIGHTS, MANIFEST, CARD = "model.safetensors", "model.json", "README.md"
@@ -337,7 +334,7 @@ def _probe(folder: Path, manifest: Manifest, network: Tagger) -> None:
     samples = round(manifest.window_s * manifest.sample_rate_hz)
     try:
         with torch.inference_mode():
-            output: Output = network.eval()(torch.zeros(1, samples))
+            output = network.eval()(torch.zeros(1, samples))
     except (RuntimeError, ValueError) as error:
         raise BundleInvalid(f"{folder}: the network can't take its own window: {error}") from error
     if tuple(output.embedding.shape) != (1, manifest.embedding_dim):

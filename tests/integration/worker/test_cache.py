@@ -17,7 +17,8 @@ import trustme
 from pydantic import SecretStr
 from redis.asyncio import Redis
 
-from model.bundle import Bundle, Head
+from model.bundle import Bundle
+from model.heads import Head
 from model.network import Tagger
 from schemas.events import (
     AudioRef,

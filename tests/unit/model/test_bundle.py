@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.bundle import MAX_MANIFEST_BYTES, Bundle, Calibration, Head, shipped
+from model.bundle import MAX_MANIFEST_BYTES, Bundle, shipped
+from model.calibration import Calibration
 from model.frontend import LogMelConfig
+from model.heads import Head
 from model.network import Branch, MusicnnConfig, build
 from tests.unit.model.music import chords
 from worker.errors import BundleInvalid

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.bundle import Bundle, Head
+from model.bundle import Bundle
+from model.heads import Head
 from model.network import Tagger
 from schemas.events import Priority
 from tests.unit.worker.small_network import Answer, SmallNet
