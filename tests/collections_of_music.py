@@ -1,7 +1,9 @@
 """Small data sets of every layout, with real encoded audio made here."""
 
 import csv
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -9,22 +11,33 @@ import numpy as np
 from tests.audio import ENCODINGS, Signal, encode, noise, tone
 
 GENRES = ("blues", "metal")
+DURATION_S = 6.5
 TRACK_IDS = tuple(f"TRAAAAA128F93{number:05d}" for number in range(12))
 
 
-def sound(genre: str, seed: int, duration_s: float, rate_hz: int) -> Signal:
+def sound(genre: str, seed: int, rate_hz: int) -> Signal:
     """What a genre sounds like here: metal hisses, everything else hums at a pitch of its own."""
     if genre == "metal":
-        return noise(duration_s, rate_hz, channels=2, seed=seed)
-    hum = tone(duration_s, rate_hz, 150.0 + 10 * seed, channels=2)
-    return np.asarray(hum + 0.02 * noise(duration_s, rate_hz, seed=seed), dtype=np.float32)
+        return noise(DURATION_S, rate_hz, channels=2, seed=seed)
+    hum = tone(DURATION_S, rate_hz, 150.0 + 10 * seed, channels=2)
+    return np.asarray(hum + 0.02 * noise(DURATION_S, rate_hz, seed=seed), dtype=np.float32)
 
 
-def song(path: Path, genre: str, seed: int, duration_s: float = 6.5) -> Path:
+def song(path: Path, genre: str, seed: int) -> Path:
     """One file, encoded as its suffix says."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    muxer, codec, rate_hz = ENCODINGS[path.suffix[1:]]
-    return encode(path, sound(genre, seed, duration_s, rate_hz), rate_hz, muxer=muxer, codec=codec)
+    path.write_bytes(_encoded(path.suffix[1:], genre, seed))
+    return path
+
+
+@cache
+def _encoded(suffix: str, genre: str, seed: int) -> bytes:
+    """Many data sets have the same songs."""
+    muxer, codec, rate_hz = ENCODINGS[suffix]
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "song")
+        encode(path, sound(genre, seed, rate_hz), rate_hz, muxer=muxer, codec=codec)
+        return path.read_bytes()
 
 
 def gtzan(root: Path, suffix: str = "wav") -> Path:

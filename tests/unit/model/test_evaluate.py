@@ -11,6 +11,7 @@ import torch
 from model import learnt
 from model.bundle import Bundle
 from model.datasets import load
+from model.datasets.dataset import Dataset
 from model.evaluate import (
     MAX_PICTURED_LABELS,
     _confusion,
@@ -29,6 +30,7 @@ from model.logmel_cnn import LogMelCnnConfig, MemberConfig, build_logmel_cnn
 from model.measure import Voted, nll, window_accuracy
 from model.predict import Predictions
 from tests import collections_of_music as music
+from tests.audio import encode
 from worker.errors import DatasetInvalid
 
 HEAD = Head(name="genre", kind="single", labels=music.GENRES, categories=("genre", "genre"))
@@ -52,10 +54,20 @@ def bundle(folder: Path, *heads: Head) -> Bundle:
     ).save(folder, card="# untrained\n")
 
 
-def test_report_has_every_figure(tmp_path: Path) -> None:
-    dataset = load(music.archive(tmp_path / "a.npz", split="test"))
-    report = evaluate(bundle(tmp_path / "b", HEAD), dataset).report
-    report = json.loads(json.dumps(report))
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """One of two genres."""
+    return bundle(tmp_path_factory.mktemp("bundle"), HEAD)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Of 12 clips, eight of them to train."""
+    return load(music.archive(tmp_path_factory.mktemp("archive") / "a.npz"))
+
+
+def test_report_has_every_figure(model: Bundle, archive: Dataset) -> None:
+    report = json.loads(json.dumps(evaluate(model, archive).report))
     assert report["tracks"] == 12
     assert report["window"]["count"] == 36
     low, high = report["window"]["interval"]
@@ -77,49 +89,42 @@ def test_report_has_every_figure(tmp_path: Path) -> None:
     assert 0 <= report["neighbours"]["same_label"] <= 1
 
 
-def test_split_is_optional_and_an_unknown_one_is_refused(tmp_path: Path) -> None:
-    model = bundle(tmp_path / "b", HEAD)
-    dataset = load(music.archive(tmp_path / "a.npz"))
-    assert evaluate(model, dataset).report["tracks"] == 12
-    assert evaluate(model, dataset, "valid").report["tracks"] == 4
+def test_split_is_optional_and_an_unknown_one_is_refused(
+    model: Bundle, archive: Dataset, tmp_path: Path
+) -> None:
+    assert evaluate(model, archive, "valid").report["tracks"] == 4
     with pytest.raises(DatasetInvalid, match="train, valid"):
-        evaluate(model, dataset, "test")
+        evaluate(model, archive, "test")
     bare = load(music.archive(tmp_path / "bare.npz", optional=False))
     assert evaluate(model, bare).report["tracks"] == 12
 
 
-def test_windows_may_overlap_in_archives_and_audio(tmp_path: Path) -> None:
-    model = bundle(tmp_path / "b", HEAD)
-    archive = load(music.archive(tmp_path / "a.npz"))  # 241 frames, of which 72 are a window
-    assert evaluate(model, archive).report["window"]["count"] == 12 * 3
-    closer = evaluate(model, archive, hop_s=1.5).report
+def test_windows_may_overlap_in_archives_and_audio(
+    model: Bundle, archive: Dataset, tmp_path: Path
+) -> None:
+    closer = evaluate(model, archive, hop_s=1.5).report  # 241 frames, of which 72 are a window
     assert (closer["window"]["count"], closer["hop_s"]) == (12 * 5, 1.5)
     audio = load(music.folders(tmp_path / "own", 1))  # 6.5 s
     assert evaluate(model, audio, hop_s=1.75).report["window"]["count"] == 2 * 3
 
 
-def test_one_seed_gives_one_report(tmp_path: Path) -> None:
-    model = bundle(tmp_path / "b", HEAD)
-    dataset = load(music.archive(tmp_path / "a.npz"))
-    assert evaluate(model, dataset).report == evaluate(model, dataset).report
+def test_one_seed_gives_one_report(model: Bundle, archive: Dataset) -> None:
+    assert evaluate(model, archive).report == evaluate(model, archive).report
 
 
-def test_audio_goes_the_workers_way_and_what_fails_is_named(tmp_path: Path) -> None:
+def test_audio_goes_the_workers_way_and_what_fails_is_named(model: Bundle, tmp_path: Path) -> None:
     root = music.folders(tmp_path / "own", 2)
     (root / "blues" / "broken.mp3").write_bytes(b"\0" * 500)
     silence = np.zeros((22_050 * 4, 2), np.float32)
-    from tests.audio import encode
-
     encode(root / "blues" / "silent.wav", silence, 22_050, muxer="wav", codec="pcm_s16le")
-    evaluation = evaluate(bundle(tmp_path / "b", HEAD), load(root))
+    evaluation = evaluate(model, load(root))
     assert evaluation.report["tracks"] == 4
     assert evaluation.report["window"]["count"] == 8  # 6.5 s: two windows, a tail too short
     assert set(evaluation.report["skipped"]) == {"blues/broken.mp3", "blues/silent.wav"}
 
 
-def test_pictures_and_page_are_drawn(tmp_path: Path) -> None:
-    dataset = load(music.archive(tmp_path / "a.npz"))
-    page = draw(evaluate(bundle(tmp_path / "b", HEAD), dataset), tmp_path / "out")
+def test_pictures_and_page_are_drawn(model: Bundle, archive: Dataset, tmp_path: Path) -> None:
+    page = draw(evaluate(model, archive), tmp_path / "out")
     told = page.read_text()
     assert "split all: 12 tracks, " in told
     for name in ("confusion", "reliability", "coverage", "embeddings", "taggram"):
@@ -179,22 +184,19 @@ def test_tags_beside_a_genre_head_say_nothing_of_uncertain(tmp_path: Path) -> No
     assert "<td>not uncertain (- of tracks)</td><td>-</td>" in page
 
 
-def test_labels_that_no_head_knows_are_refused(tmp_path: Path) -> None:
+def test_labels_that_no_head_knows_are_refused(model: Bundle, archive: Dataset) -> None:
     other = HEAD.model_copy(update={"labels": ("blues", "polka")})
-    dataset = load(music.archive(tmp_path / "a.npz"))
     with pytest.raises(DatasetInvalid, match="metal"):
-        evaluate(bundle(tmp_path / "b", other), dataset)
+        evaluate(dataclasses.replace(model, heads=(other,)), archive)
 
 
 def test_log_mels_of_another_front_end_are_made_audible_and_the_report_says_so(
-    tmp_path: Path,
+    model: Bundle, archive: Dataset
 ) -> None:
-    model = bundle(tmp_path / "b", HEAD)
-    dataset = load(music.archive(tmp_path / "a.npz"))
-    assert dataset.logmels is not None
-    own = evaluate(model, dataset).report
+    assert archive.logmels is not None
+    own = evaluate(model, archive).report
     assert (own["input"], own["caveats"]) == ("log-mels", [])
-    other = dataclasses.replace(dataset, logmels=dataclasses.replace(dataset.logmels, hop=1_024))
+    other = dataclasses.replace(archive, logmels=dataclasses.replace(archive.logmels, hop=1_024))
     report = evaluate(model, other).report
     assert report["input"] == "audio resynthesised from log-mels"
     assert report["window"]["count"] == 12 * 4  # 11.1 s: three windows, and one of the tail
@@ -202,47 +204,46 @@ def test_log_mels_of_another_front_end_are_made_audible_and_the_report_says_so(
     assert "no measure of the bundle on audio" in caveat
 
 
-def test_log_mels_that_are_neither_are_refused(tmp_path: Path) -> None:
-    dataset = load(music.archive(tmp_path / "a.npz"))
-    assert dataset.logmels is not None
-    fewer = dataclasses.replace(dataset.logmels, values=dataset.logmels.values[:, :96])
+def test_log_mels_that_are_neither_are_refused(model: Bundle, archive: Dataset) -> None:
+    assert archive.logmels is not None
+    fewer = dataclasses.replace(archive.logmels, values=archive.logmels.values[:, :96])
     with pytest.raises(DatasetInvalid, match="96 mels as uint8, others than this bundle's"):
-        evaluate(bundle(tmp_path / "b", HEAD), dataclasses.replace(dataset, logmels=fewer))
+        evaluate(model, dataclasses.replace(archive, logmels=fewer))
 
 
 @pytest.mark.parametrize(("fit", "learnt"), [("all", 12), ("train", 8)])
-def test_songs_that_the_card_names_are_a_caveat(tmp_path: Path, fit: str, learnt: int) -> None:
-    model = dataclasses.replace(
-        bundle(tmp_path / "b", HEAD), training={"data": "GTZAN", "fit": fit}
-    )
+def test_songs_that_the_card_names_are_a_caveat(
+    model: Bundle, tmp_path: Path, fit: str, learnt: int
+) -> None:
+    taught = dataclasses.replace(model, training={"data": "GTZAN", "fit": fit})
     dataset = load(music.gtzan(tmp_path / "music"))
-    report = evaluate(model, dataset).report
+    report = evaluate(taught, dataset).report
     assert report["input"] == "audio"
     [caveat] = report["caveats"]
     assert f"{learnt} of these 14 tracks" in caveat
-    assert evaluate(model, dataset, "test").report["caveats"] == []
+    assert evaluate(taught, dataset, "test").report["caveats"] == []
 
 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_a_catalogue_without_a_split_is_measured_as_training_dealt_it(
-    tmp_path: Path, seed: int
+    model: Bundle, tmp_path: Path, seed: int
 ) -> None:
     dataset = load(music.folders(tmp_path / "mine", 7))
     dealt = dataset.with_split(seed)
-    model = dataclasses.replace(
-        bundle(tmp_path / "b", HEAD),
+    taught = dataclasses.replace(
+        model,
         training={
             "data": "mine",
             "seed": seed,
             "learnt": learnt.record((c.name for c in dealt.clips if c.split != "test"), {}),
         },
     )
-    asked = evaluate(model, dataset, "test")
+    asked = evaluate(taught, dataset, "test")
     assert [clip.name for clip in asked.predictions.clips] == [
         clip.name for clip in dealt.clips if clip.split == "test"
     ]
     assert asked.report["caveats"] == []
-    [caveat] = evaluate(model, dataset).report["caveats"]
+    [caveat] = evaluate(taught, dataset).report["caveats"]
     assert f"from mine: {14 - asked.report['tracks']} of these 14 tracks" in caveat
 
 
@@ -335,10 +336,9 @@ def test_a_long_track_counts_in_the_interval_of_windows_by_its_windows() -> None
 
 
 def test_figures_do_not_depend_on_how_much_is_computed_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Bundle, archive: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, dataset = bundle(tmp_path / "b", HEAD), load(music.archive(tmp_path / "a.npz"))
-    whole = evaluate(model, dataset)
+    whole = evaluate(model, archive)
     values, groups = np.random.default_rng(0).random((40, 3)), np.arange(40) % 13
     intervals = _intervals(values, groups, 0)
     monkeypatch.setattr("model.evaluate.BLOCK", 64)
