@@ -30,6 +30,7 @@ from worker.settings import KafkaSettings, Settings
 
 MIB = 1024 * 1024
 MODEL = ModelRef(name="model", version="1")
+HUGE = b"x" * 11_000_000
 
 
 def record(own: KafkaSettings, offset: int, value: bytes) -> Record:
@@ -74,15 +75,29 @@ async def test_a_letter_holds_the_original_bytes_and_headers_with_reason_and_ori
     assert b64decode(letter.original.value_b64 or "") == b"{}"
 
 
-async def test_a_message_without_key_or_value_at_an_impossible_time_is_a_letter(
-    topics: MakeTopics,
+@pytest.mark.parametrize(
+    ("key", "value", "timestamp_s"),
+    [
+        pytest.param(None, None, 0.0, id="neither key nor value"),
+        pytest.param(b"key", b"{}", 1e18, id="a timestamp beyond the calendar"),
+        pytest.param(b"key", b"{}", -1.0, id="no timestamp"),
+        pytest.param(b"key", HUGE, 0.0, id="a value larger than Kafka takes back"),
+        pytest.param(HUGE, b"{}", 0.0, id="a key larger than Kafka takes back"),
+    ],
+)
+async def test_any_message_becomes_a_dead_letter_with_its_origin(
+    topics: MakeTopics, key: bytes | None, value: bytes | None, timestamp_s: float
 ) -> None:
+    """One that could not would stop its partition."""
     own = await topics()
-    empty = replace(record(own, 0, b""), key=None, value=None, timestamp_s=1e18)
+    odd = Record(own.topic_new, 3, 14, timestamp_s, key, value)
     async with Publisher(own) as publisher:
-        await publisher.dead_letter(empty, [Failure(EventMalformed("Empty."))], MODEL)
+        await publisher.dead_letter(odd, [Failure(EventMalformed("The event is odd."))], MODEL)
     [(_, letter)] = [item async for item in dead_letters.list_dead_letters(Settings(kafka=own))]
-    assert (letter.original.value_b64, letter.origin.timestamp.year) == (None, 9999)
+    assert (letter.origin.partition, letter.origin.offset) == (3, 14)
+    assert letter.origin.timestamp.year == (9999 if timestamp_s > 0 else 1970)
+    assert letter.reason.code == "event_malformed"
+    assert (letter.original.value_b64 is None) is (value is None or HUGE in (key, value))
 
 
 async def test_a_letter_that_a_compacted_topic_refuses_is_told_of(topics: MakeTopics) -> None:
