@@ -21,6 +21,7 @@ from schemas.events import (
 )
 from tests.audio import audio_facts
 from tests.conftest import MakeTopics
+from tests.worker_process import receive, send
 from worker.cache import Keys
 from worker.commands import dead_letters
 from worker.commands import watch as watch_module
@@ -55,18 +56,14 @@ def result(track_id: str) -> TrackTags:
     )
 
 
-async def publish(settings: KafkaSettings, topic: str, value: bytes) -> None:
-    async with connection.producer(settings) as producer:
-        await producer.send_and_wait(topic, value)
+async def publish(settings: Settings, track_id: str) -> None:
+    """A result, as a worker does."""
+    await send(settings.kafka, result(track_id).to_bytes(), topic=settings.kafka.topic_tags)
 
 
 async def events(settings: KafkaSettings, topic: str, count: int) -> list[NewTrack]:
     """The first events of a topic."""
-    consumer = AIOKafkaConsumer(
-        topic, **connection.client_options(settings), auto_offset_reset="earliest"
-    )
-    async with consumer, asyncio.timeout(30):
-        return [NewTrack.from_bytes((await consumer.getone()).value) for _ in range(count)]
+    return [NewTrack.from_bytes(one.value) for one in await receive(settings, topic, count)]
 
 
 @pytest.fixture
@@ -147,10 +144,10 @@ async def test_progress_is_told_of_every_track(settings: Settings, folder: Path)
 
 
 async def test_a_watch_sees_what_is_published_after_its_start(settings: Settings) -> None:
-    await publish(settings.kafka, settings.kafka.topic_tags, result("early").to_bytes())
+    await publish(settings, "early")
     async with watching(settings.kafka) as results, asyncio.timeout(30):
-        await publish(settings.kafka, settings.kafka.topic_tags, b"not a result")
-        await publish(settings.kafka, settings.kafka.topic_tags, result("late").to_bytes())
+        await send(settings.kafka, b"not a result", topic=settings.kafka.topic_tags)
+        await publish(settings, "late")
         assert await anext(results) == result("late")
 
 
@@ -158,7 +155,7 @@ async def test_a_watch_from_the_beginning_prints_results_as_json(
     settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for track_id in ("one", "two"):
-        await publish(settings.kafka, settings.kafka.topic_tags, result(track_id).to_bytes())
+        await publish(settings, track_id)
     await asyncio.to_thread(watch_results, settings, from_beginning=True, count=2, as_json=True)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {line["track_id"] for line in lines} == {"one", "two"}
@@ -192,15 +189,15 @@ async def test_what_several_partitions_hold_comes_oldest_first(
         )
         assert ids() == list("7654321")[:count]
     async with watching(settings.kafka, from_beginning=True) as results, asyncio.timeout(30):
-        await publish(settings.kafka, settings.kafka.topic_tags, result("late").to_bytes())
+        await publish(settings, "late")
         assert [(await anext(results)).track_id for _ in range(8)][-1] == "late"
 
 
 async def test_a_watch_prints_tags_and_failures_in_lines(
     settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    await publish(settings.kafka, settings.kafka.topic_tags, result("one").to_bytes())
-    await publish(settings.kafka, settings.kafka.topic_dead_letter, b"{}")
+    await publish(settings, "one")
+    await send(settings.kafka, b"{}", topic=settings.kafka.topic_dead_letter)
     await asyncio.to_thread(watch_results, settings, from_beginning=True, failures=True, count=2)
     said = capsys.readouterr().out
     assert "jazz 0.81" in said
@@ -226,7 +223,7 @@ async def test_what_others_wrote_steers_no_terminal(
         redis=RedisSettings.model_validate({"url": redis_url, "prefix": redis_prefix}),
     )
     await redis.hset(Keys(redis_prefix).track(told.track_id), "result", told.to_bytes())
-    await publish(settings.kafka, settings.kafka.topic_tags, told.to_bytes())
+    await send(settings.kafka, told.to_bytes(), topic=settings.kafka.topic_tags)
     async with connection.producer(settings.kafka) as producer:
         await producer.send_and_wait(
             settings.kafka.topic_dead_letter,

@@ -1,4 +1,3 @@
-import asyncio
 import json
 import os
 import signal
@@ -12,11 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 import redis
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer
 
 from tests.conftest import MakeTopic, MakeTopics
 from tests.tls import GuardedKafka, Security, issue_security
-from tests.worker_process import TIMBRE
+from tests.worker_process import TIMBRE, receive, send
 from worker.errors import ServicesUnavailable
 from worker.kafka.connection import client_options, producer, started
 from worker.services import service
@@ -45,32 +44,15 @@ def secured(
     broker.remove()
 
 
-async def send(kafka: KafkaSettings, topic: str, value: bytes) -> None:
-    client: AIOKafkaProducer = producer(kafka)
-    await client.start()
-    try:
-        await client.send_and_wait(topic, value)
-    finally:
-        await client.stop()
-
-
 async def read(kafka: KafkaSettings, topic: str, count: int) -> list[bytes]:
-    consumer = AIOKafkaConsumer(**client_options(kafka))
-    await consumer.start()
-    try:
-        consumer.assign([TopicPartition(topic, 0)])
-        await consumer.seek_to_beginning()
-        async with asyncio.timeout(30):
-            return [(await consumer.getone()).value for _ in range(count)]
-    finally:
-        await consumer.stop()
+    return [message.value for message in await receive(kafka, topic, count)]
 
 
 async def test_a_topic_made_by_the_factory_carries_messages(
     kafka_settings: KafkaSettings, topic: MakeTopic
 ) -> None:
     name = await topic("notes")
-    await send(kafka_settings, name, b"la")
+    await send(kafka_settings, b"la", topic=name)
     assert await read(kafka_settings, name, 1) == [b"la"]
 
 
@@ -79,12 +61,8 @@ async def test_making_a_topic_twice_leaves_it_as_it_is(
 ) -> None:
     name = await topic("notes", partitions=2)
     await create_topics(kafka_settings, {name: 5})
-    consumer = AIOKafkaConsumer(name, **client_options(kafka_settings))
-    await consumer.start()
-    try:
+    async with AIOKafkaConsumer(name, **client_options(kafka_settings)) as consumer:
         assert consumer.partitions_for_topic(name) == {0, 1}
-    finally:
-        await consumer.stop()
 
 
 async def test_a_worker_gets_topics_and_a_group_of_its_own(topics: MakeTopics) -> None:
@@ -159,8 +137,8 @@ async def test_a_secured_kafka_serves_by_tls_and_password(secured: GuardedKafka)
     scram = secured.client_settings()
     plain = scram.model_copy(update={"sasl_mechanism": "PLAIN"})
     await create_topics(scram, {"notes": 1})
-    await send(scram, "notes", b"do")
-    await send(plain, "notes", b"re")
+    await send(scram, b"do", topic="notes")
+    await send(plain, b"re", topic="notes")
     assert await read(scram, "notes", 2) == [b"do", b"re"]
 
 
@@ -305,28 +283,23 @@ def test_up_that_is_ended_while_it_starts_leaves_nothing_that_down_does_not_know
     assert not any(process.is_running() for process in started)
 
 
-def test_services_up_stay_until_down_and_no_data_is_left(tmp_path: Path) -> None:
-    exports = up(tmp_path)
+async def test_services_up_stay_until_down_and_start_anew_in_the_same_shell(
+    tmp_path: Path,
+) -> None:
+    shell = up(tmp_path)
     try:
-        assert up(tmp_path) == exports
+        assert up(tmp_path) == shell
         state = json.loads((tmp_path / "services.json").read_text())
-        with redis.Redis.from_url(exports["TIMBRE_REDIS__URL"], retry=None) as client:
+        with redis.Redis.from_url(shell["TIMBRE_REDIS__URL"], retry=None) as client:
             assert client.ping()
             with ThreadPoolExecutor(2) as shells:
                 ended = shells.map(lambda _: timbre(tmp_path, "services", "down"), range(2))
             assert [done.stderr for done in ended if done.returncode] == []
             with pytest.raises(redis.ConnectionError):
                 client.ping()
-    finally:
-        timbre(tmp_path, "services", "down")
-    assert not any(Path(folder).exists() for folder in state["folders"])
-    assert not (tmp_path / "services.json").exists()
+        assert not any(Path(folder).exists() for folder in state["folders"]), "no data is left"
+        assert not (tmp_path / "services.json").exists()
 
-
-async def test_up_after_down_in_the_same_shell_starts_anew(tmp_path: Path) -> None:
-    shell = up(tmp_path)
-    try:
-        timbre(tmp_path, "services", "down")
         anew = up(tmp_path, **shell)
         assert anew.keys() == shell.keys()
         assert not anew.items() & shell.items()
@@ -334,7 +307,7 @@ async def test_up_after_down_in_the_same_shell_starts_anew(tmp_path: Path) -> No
         with redis.Redis.from_url(anew["TIMBRE_REDIS__URL"], retry=None) as client:
             assert client.ping()
         kafka = KafkaSettings(bootstrap_servers=anew["TIMBRE_KAFKA__BOOTSTRAP_SERVERS"])
-        await send(kafka, kafka.topic_new, b"la")
+        await send(kafka, b"la")
     finally:
         timbre(tmp_path, "services", "down")
 
