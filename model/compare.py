@@ -9,7 +9,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,10 +137,7 @@ def _chosen(dataset: Dataset, seed: int, quick: bool) -> Dataset:
         counts[key] += 1
         if clip.split in {"train", measured} and not (quick and counts[key] > QUICK_CLIPS):
             kept.append(index)
-    logmels = dataset.logmels
-    if logmels is not None:
-        logmels = replace(logmels, values=logmels.values[kept])
-    return replace(dataset, clips=tuple(dataset.clips[i] for i in kept), logmels=logmels)
+    return dataset.only(kept)
 
 
 def _measured(dataset: Dataset) -> str:

@@ -106,13 +106,8 @@ def _draw_features(
 
 def _sample(dataset: Dataset, most: int, seed: int) -> Dataset:
     """At most `most` clips, drawn at random; all of them in one split, so that none is dropped."""
-    rows = drawn_by_chance(len(dataset.clips), most, seed)
-    logmels = dataset.logmels
-    return replace(
-        dataset,
-        clips=tuple(replace(dataset.clips[row], split="all") for row in rows),
-        logmels=None if logmels is None else replace(logmels, values=logmels.values[rows]),
-    )
+    drawn = dataset.only(drawn_by_chance(len(dataset.clips), most, seed))
+    return replace(drawn, clips=tuple(replace(clip, split="all") for clip in drawn.clips))
 
 
 def _firsts(dataset: Dataset) -> list[int]:

@@ -115,6 +115,15 @@ class Dataset:
             )
         return np.flatnonzero([clip.split == wanted for clip in self.clips])
 
+    def only(self, rows: Sequence[int] | NDArray[np.intp]) -> "Dataset":
+        """The data set of the clips at these positions."""
+        logmels = self.logmels
+        return replace(
+            self,
+            clips=tuple(self.clips[row] for row in rows),
+            logmels=None if logmels is None else replace(logmels, values=logmels.values[rows]),
+        )
+
     def columns(self, asked: Sequence[str]) -> dict[str, int]:
         """Where in `asked` the data set's labels stand; those that don't are left out.
 
