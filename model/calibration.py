@@ -93,4 +93,4 @@ def chance_calibration_error(confidence: np.ndarray, *, draws: int = 1_000, seed
 
 def threshold_for_coverage(confidence: np.ndarray, coverage: float) -> float:
     """Confidence that the most confident `coverage` of tracks reach or exceed."""
-    return float(np.quantile(np.asarray(confidence), 1 - coverage))
+    return float(np.quantile(confidence, 1 - coverage))

@@ -47,7 +47,6 @@ class Checkpoint:
         new: dict[str, Any] = {"run": self.run, "parts": {}}
         stored = self._read() if self.path.is_file() else new
         stored["parts"][part] = {"step": step, **state.as_dict()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         torch.save(stored, partial)
         partial.replace(self.path)

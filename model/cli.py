@@ -283,7 +283,7 @@ def export(
     from model.export import export_onnx
 
     export_onnx(Bundle.load(bundle), onnx)
-    _console().print(f"{onnx}")
+    _console().print(str(onnx))
 
 
 @app.command()

@@ -54,7 +54,7 @@ class _Flat(nn.Module):
         return (*(output.probabilities[name] for name in self.names), output.embedding)
 
 
-def export_onnx(bundle: Bundle, path: Path) -> Path:
+def export_onnx(bundle: Bundle, path: Path) -> None:
     """Write `bundle` to `path` for ONNX Runtime and others; any number of windows at a time.
 
     The file's input is `samples` `(windows, window_samples)`, its outputs are named after the
@@ -74,17 +74,17 @@ def export_onnx(bundle: Bundle, path: Path) -> Path:
     }
     onnx.helper.set_model_props(model, facts)
     onnx.save(model, path)
-    return path
 
 
 def _traced(network: nn.Module, samples: int, outputs: list[str]) -> torch.onnx.ONNXProgram:
     example = torch.zeros(2, samples)
     windows = torch.export.Dim("windows", min=1)
+    remarks = logging.getLogger("torch.onnx")
+    level = remarks.level
     # The exporter's own remarks on its internals are nothing that a user could act on.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        level = logging.getLogger("torch.onnx").level
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        remarks.setLevel(logging.ERROR)
         program = torch.onnx.export(
             network,
             (example,),
@@ -95,6 +95,6 @@ def _traced(network: nn.Module, samples: int, outputs: list[str]) -> torch.onnx.
             dynamo=True,
             verbose=False,
         )
-        logging.getLogger("torch.onnx").setLevel(level)
+        remarks.setLevel(level)
     assert program is not None
     return program

@@ -42,9 +42,11 @@ class Gallery:
     title: str
     parts: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+
     def picture(self, name: str, figure: Figure, title: str, caption: str) -> None:
         """Save `figure` as `name`.png."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             # A box stands for a letter that the font lacks.
             warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
@@ -68,7 +70,6 @@ class Gallery:
 
     def write(self) -> Path:
         """The page, and its path."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         page = self.folder / "index.html"
         page.write_text(
             PAGE.format(title=escape(self.title), body="\n".join(self.parts)), encoding="utf-8"
@@ -76,7 +77,7 @@ class Gallery:
         return page
 
 
-def canvas(width: float = 7.0, height: float = 5.0) -> tuple[Figure, Axes]:
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure with one pair of axes, outside of matplotlib's global state."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()

@@ -92,7 +92,7 @@ def load_recipe(path: Path | None, passes: float | None, *, fine_tuning: bool) -
         return Recipe.model_validate(_changed(base, other))
     except ValidationError as error:
         raise SettingsInvalid(f"the recipe can't be used: {first_fault(error)}") from error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise SettingsInvalid(f"the recipe {path} can't be read as JSON: {error}") from error
 
 
