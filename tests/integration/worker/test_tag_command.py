@@ -106,12 +106,9 @@ def test_packets_that_were_skipped_are_told(
     assert json.loads(capsys.readouterr().out)["audio"]["damaged_packets"] > 5
 
 
-@pytest.mark.parametrize(
-    ("form", "encoding", "shown"),
-    [("--json", "utf-8", r"\udcff.mp3"), ("--csv", "ascii", r"\udcff.mp3")],
-)
+@pytest.mark.parametrize(("form", "encoding"), [("--json", "utf-8"), ("--csv", "ascii")])
 def test_a_name_that_the_output_cannot_hold_is_escaped(
-    files: list[str], tmp_path: Path, form: str, encoding: str, shown: str
+    files: list[str], tmp_path: Path, form: str, encoding: str
 ) -> None:
     file = tmp_path / os.fsdecode(b"\xff.mp3")
     file.write_bytes(Path(files[3]).read_bytes())
@@ -119,7 +116,7 @@ def test_a_name_that_the_output_cannot_hold_is_escaped(
     done = subprocess.run(
         [TIMBRE, "tag", form, file], capture_output=True, text=True, check=True, env=environment
     )
-    assert shown in done.stdout
+    assert r"\udcff.mp3" in done.stdout
     if form == "--json":
         assert json.loads(done.stdout)["source"] == str(file)
 
@@ -205,21 +202,21 @@ def test_a_name_steers_neither_a_terminal_nor_a_spreadsheet(
         assert next(csv.DictReader(shown.splitlines()))["source"].startswith("'=")
 
 
-@pytest.mark.parametrize("form", ["--csv", "--json"])
-def test_what_goes_into_a_file_stays_out_of_the_terminal_with_the_bar(
-    files: list[str], form: str
-) -> None:
+def test_what_goes_into_a_file_stays_out_of_the_terminal_with_the_bar(files: list[str]) -> None:
     terminal, stderr = pty.openpty()
     try:
         done = subprocess.run(
-            [TIMBRE, "tag", form, *files[1:3]], stdout=subprocess.PIPE, stderr=stderr, check=False
+            [TIMBRE, "tag", "--csv", *files[1:3]],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            check=False,
         )
-        shown = os.read(terminal, 65_536).decode()
+        shown = os.read(terminal, 65_536)
     finally:
         os.close(terminal)
         os.close(stderr)
-    assert "Tagging" in shown
-    assert files[1] not in shown
+    assert b"Tagging" in shown
+    assert files[1].encode() not in shown
     assert files[1] in done.stdout.decode()
 
 

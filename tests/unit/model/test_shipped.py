@@ -90,7 +90,7 @@ def test_an_archives_clip_becomes_decibels_over_time() -> None:
 def test_the_student_learns_to_answer_as_the_reference_does(reference: Bundle) -> None:
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
-    lessons = Lessons.ask(reference, varied([recording(seed) for seed in range(4)], 96, rng))
+    lessons = Lessons.ask(reference, varied([recording(seed) for seed in range(4)], 48, rng))
     student, _ = start(reference)
 
     def distance() -> float:
@@ -99,7 +99,7 @@ def test_the_student_learns_to_answer_as_the_reference_does(reference: Bundle) -
         return float(np.square(said.numpy() - lessons.embedding).mean())
 
     before = distance()
-    teach(student, [lessons], Plan(steps=60, learning_rate=1e-3, batch=(32,)), rng)
+    teach(student, [lessons], Plan(steps=30, learning_rate=1e-3, batch=(16,)), rng)
 
     assert distance() < 0.5 * before
 
@@ -122,7 +122,7 @@ def test_one_seed_gives_one_student(reference: Bundle) -> None:
         torch.manual_seed(3)
         lessons = Lessons.ask(reference, varied([recording(0)], 12, rng))
         student, _ = start(reference)
-        teach(student, [lessons], Plan(steps=20, learning_rate=1e-3, batch=(8,)), rng)
+        teach(student, [lessons], Plan(steps=5, learning_rate=1e-3, batch=(8,)), rng)
         return dict(student.state_dict())
 
     first, second = train(), train()

@@ -28,7 +28,7 @@ from tests import collections_of_music as music
 from worker.errors import CheckpointInvalid, DatasetInvalid, SettingsInvalid
 
 SMALL = Recipe(
-    passes=60,
+    passes=20,
     batch=8,
     learning_rate=5e-3,
     average=0.9,
