@@ -43,6 +43,17 @@ def environment(own: KafkaSettings, redis_url: str, prefix: str, **more: str) ->
     return os.environ | given | more
 
 
+def metric(told: str, name: str, **labels: str) -> float:
+    """The sum of the samples of that full name with these labels, of what `/metrics` told."""
+    wanted, total = {f'{label}="{value}"' for label, value in labels.items()}, 0.0
+    for line in told.splitlines():
+        sample, _, value = line.rpartition(" ")
+        found, _, rest = sample.partition("{")
+        if found == name and wanted <= set(re.findall(r'\w+="[^"]*"', rest)):
+            total += float(value)
+    return total
+
+
 class WorkerProcess:
     """A running worker: its port is known, so it answers HTTP."""
 
@@ -57,17 +68,7 @@ class WorkerProcess:
             return text
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of a sample by its full name; 0 where it is not there."""
-        wanted = {f'{key}="{value}"' for key, value in labels.items()}
-        for line in self.get("/metrics").splitlines():
-            sample, _, value = line.rpartition(" ")
-            found, _, rest = sample.partition("{")
-            if found == name and wanted <= set(re.findall(r'\w+="[^"]*"', rest)):
-                return float(value)
-        return 0.0
-
-    def memory_bytes(self) -> float:
-        return self.metric("process_resident_memory_bytes")
+        return metric(self.get("/metrics"), name, **labels)
 
 
 def start_worker(settings: Mapping[str, str], log: Path) -> "subprocess.Popen[str]":

@@ -29,7 +29,7 @@ from redis.asyncio import Redis as AsyncRedis
 from tests.faults.audio_server import AudioServer
 from tests.faults.checker import Checker, Topics, Verdict, track_id
 from tests.tls import GuardedKafka, GuardedRedis, Security, tls_proxy
-from tests.worker_process import TIMBRE
+from tests.worker_process import TIMBRE, metric
 from worker.cache import connect
 from worker.kafka.connection import client_options
 from worker.services.jars import kafka_jars
@@ -164,16 +164,8 @@ class Worker:
         return await asyncio.to_thread(fetch)
 
     async def metric(self, name: str, **labels: str) -> float:
-        """The sum of a metric's samples that carry these labels."""
-        _, text = await self.get("/metrics")
-        total = 0.0
-        for line in text.splitlines():
-            sample, _, value = line.rpartition(" ")
-            if re.split(r"[{ ]", sample)[0] == name and all(
-                f'{label}="{wanted}"' in sample for label, wanted in labels.items()
-            ):
-                total += float(value)
-        return total
+        _, told = await self.get("/metrics")
+        return metric(told, name, **labels)
 
     def tree(self) -> list[psutil.Process]:
         """It and its decoders."""

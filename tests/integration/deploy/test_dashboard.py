@@ -21,7 +21,7 @@ import yaml
 
 from tests.conftest import MakeTopics
 from tests.unit.deploy.compose import ROOT, services
-from tests.worker_process import TIMBRE
+from tests.worker_process import TIMBRE, environment
 from worker.kafka.connection import producer
 from worker.services.service import free_ports
 from worker.settings import KafkaSettings
@@ -35,9 +35,6 @@ QUERIES = [
 VARIABLES = {"$__rate_interval": "1m", "$instance": ".*"}
 FINISHED = "sum(timbre_tracks_total) or vector(0)"
 EMPTY_WHILE_ALL_IS_WELL = ("timbre_batch_faults_total",)
-KAFKA_NAMES = {"bootstrap_servers", "group"} | {
-    name for name in KafkaSettings.model_fields if name.startswith("topic_")
-}
 SCRAPE_S = 1
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
@@ -109,24 +106,21 @@ def worker(
     """The address of a worker, started as its image starts it, and where it may read files."""
     music = tmp_path_factory.mktemp("music")
     address = f"127.0.0.1:{free_ports(1)[0]}"
-    kafka = kafka_of_worker.model_dump(include=KAFKA_NAMES)
-    environment = {
-        **os.environ,
-        **{f"TIMBRE_KAFKA__{name.upper()}": value for name, value in kafka.items()},
-        "TIMBRE_REDIS__URL": redis_url,
-        "TIMBRE_REDIS__PREFIX": f"{kafka_of_worker.group}:",
-        "TIMBRE_FETCH__FILE_ROOTS": json.dumps([str(music)]),
-        "TIMBRE_FETCH__ALLOWED_NETWORKS": '["127.0.0.0/8"]',
-        "TIMBRE_FETCH__ATTEMPTS": "2",
-        "TIMBRE_FETCH__BACKOFF_INITIAL_S": "0.05",
-        "TIMBRE_FETCH__SPOOL_DIR": str(tmp_path_factory.mktemp("spool")),
-        "TIMBRE_WORKER__ATTEMPTS": "2",
-        "TIMBRE_WORKER__BACKOFF_INITIAL_S": "0.05",
-        "TIMBRE_DECODE__PROCESSES": "1",
-        "TIMBRE_HTTP__PORT": address.partition(":")[2],
-    }
+    settings = environment(
+        kafka_of_worker,
+        redis_url,
+        f"{kafka_of_worker.group}:",
+        TIMBRE_FETCH__FILE_ROOTS=json.dumps([str(music)]),
+        TIMBRE_FETCH__ATTEMPTS="2",
+        TIMBRE_FETCH__BACKOFF_INITIAL_S="0.05",
+        TIMBRE_FETCH__SPOOL_DIR=str(tmp_path_factory.mktemp("spool")),
+        TIMBRE_WORKER__ATTEMPTS="2",
+        TIMBRE_WORKER__BACKOFF_INITIAL_S="0.05",
+        TIMBRE_DECODE__PROCESSES="1",
+        TIMBRE_HTTP__PORT=address.partition(":")[2],
+    )
     log = tmp_path_factory.mktemp("worker") / "log"
-    with running([TIMBRE, "worker"], f"http://{address}/health/ready", log, environment):
+    with running([TIMBRE, "worker"], f"http://{address}/health/ready", log, settings):
         yield address, music
 
 
