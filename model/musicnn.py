@@ -85,18 +85,19 @@ def tags_head(network: Network = "MSD_musicnn") -> Head:
     )
 
 
-def import_musicnn(out: Path, *, network: Network = "MSD_musicnn") -> Bundle:
-    """Fetch the published wheel and write its `network`, folded, as a bundle into `out`.
+def import_musicnn(out: Path) -> Bundle:
+    """Fetch the published wheel and write its network for the Million Song Dataset, folded, as a
+    bundle into `out`.
 
     Needs pip and a package index; raises BundleInvalid when the wheel can't be had.
     """
     make_bundle_folder(out)
     with TemporaryDirectory() as folder:
         wheel = fetch_wheel(Path(folder))
-        bundle = folded(read_checkpoint(wheel, network), network)
+        bundle = folded(read_checkpoint(wheel, "MSD_musicnn"))
         text = licence(wheel)
     (out / "LICENSE.musicnn.md").write_text(text, encoding="utf-8")
-    return bundle.save(out, card=_CARD.format(network=network, wheel=REQUIREMENT, licence=text))
+    return bundle.save(out, card=_CARD.format(wheel=REQUIREMENT, licence=text))
 
 
 def fetch_wheel(folder: Path) -> Path:
@@ -313,9 +314,9 @@ def _norm(checkpoint: Checkpoint, index: int) -> tuple[np.ndarray, np.ndarray]:
     return scale, beta - mean * scale
 
 
-_CARD = """# {network}
+_CARD = """# MSD_musicnn
 
-The network `{network}` of the `{wheel}` wheel, ported to PyTorch and freed of its dead filters.
+The network `MSD_musicnn` of the `{wheel}` wheel, ported to PyTorch and freed of its dead filters.
 Its fifty tags are a multi-label head. Trained by its authors (Pons and Serra, 2019); this bundle
 changes no output by more than 1e-5. Made by `timbre model import musicnn`.
 
