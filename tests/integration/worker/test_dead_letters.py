@@ -26,9 +26,8 @@ from worker.errors import (
 from worker.kafka import connection
 from worker.publish import Failure, Publisher
 from worker.record import Record
-from worker.settings import KafkaSettings, Settings
+from worker.settings import MIB, KafkaSettings, Settings
 
-MIB = 1024 * 1024
 MODEL = ModelRef(name="model", version="1")
 HUGE = b"x" * 11_000_000
 

@@ -34,12 +34,11 @@ from worker.errors import (
     DecoderCrashed,
     DecodeTimeout,
 )
-from worker.settings import DecodeSettings, WindowSettings
+from worker.settings import MIB, DecodeSettings, WindowSettings
 from worker.windows import Windows
 
 RATE_HZ = 16_000
 WINDOW = 3 * RATE_HZ
-MIB = 1024 * 1024
 
 
 @dataclass(frozen=True)

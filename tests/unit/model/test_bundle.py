@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.bundle import MAX_MANIFEST_BYTES, Bundle, shipped
+from model.bundle import MAX_MANIFEST_BYTES, Bundle
 from model.calibration import Calibration
 from model.frontend import LogMelConfig
 from model.heads import Head
@@ -73,12 +73,6 @@ def test_a_bundle_comes_back_as_it_was_saved(default: Bundle, folder: Path) -> N
         torch.testing.assert_close(
             loaded.network(windows).embedding, default.network(windows).embedding
         )
-
-
-def test_shipped_bundles_load_by_name() -> None:
-    assert "default" in shipped()
-    for name in shipped():
-        assert Bundle.load(name).version
 
 
 def test_the_version_follows_what_decides_an_answer(default: Bundle, tmp_path: Path) -> None:
