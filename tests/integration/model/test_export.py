@@ -10,27 +10,34 @@ import pytest
 import torch
 
 from model.bundle import Bundle
+from model.datasets import load
+from model.logmel_cnn import LogMelCnnConfig, MemberConfig
+from model.train import Recipe, train
 from tests import collections_of_music as music
-from tests.integration.model.command import done, refused
+from tests.integration.model.conftest import Command
 from worker.decode.decoder import decode_samples
 
-MEMBERS = [{"balance": 0.75}, {"kind": "filters", "balance": 0.5}]
-RECIPE = {"batch": 8, "network": {"channels": [8, 16], "members": MEMBERS}}
+RECIPE = Recipe(
+    passes=2,
+    batch=8,
+    network=LogMelCnnConfig(
+        channels=(8, 16),
+        members=(MemberConfig(balance=0.75), MemberConfig(kind="filters", balance=0.5)),
+    ),
+)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small bundle from scratch, its front end that of the log-mel archive."""
     folder = tmp_path_factory.mktemp("trained")
-    (folder / "recipe.json").write_text(json.dumps(RECIPE))
-    archive, bundle = music.archive(folder / "a.npz"), folder / "bundle"
-    done("train", "-d", archive, "-o", bundle, "--recipe", folder / "recipe.json", "--passes", 20)
-    return str(bundle)
+    train(load(music.archive(folder / "a.npz")), folder / "bundle", recipe=RECIPE)
+    return str(folder / "bundle")
 
 
 @pytest.fixture(scope="module", params=["default", "trained"])
 def exported(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, done: Command
 ) -> tuple[Bundle, Path]:
     name = "default" if request.param == "default" else request.getfixturevalue("trained")
     file = tmp_path_factory.mktemp("onnx") / "model.onnx"
@@ -69,7 +76,7 @@ def test_the_file_says_which_model_it_is(exported: tuple[Bundle, Path]) -> None:
     assert json.loads(facts["labels.genre"]) == list(bundle.head("genre").labels)
 
 
-def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_bundle_is_refused(tmp_path: Path, refused: Command) -> None:
     told = refused("export", tmp_path / "none", "--onnx", tmp_path / "model.onnx")
 
     assert "neither a folder nor a shipped bundle" in told

@@ -2,8 +2,6 @@
 
 import json
 import re
-import sys
-from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 
@@ -14,11 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from model.cli import _bar, app
-from model.compare import compare
+from model.compare import Items, _measure, compare
 from model.datasets import load
 from model.explore import MOST_LINES
 from tests import collections_of_music as music
-from worker.cli import main
+from tests.integration.model.conftest import Command
 from worker.errors import DatasetInvalid
 from worker.settings import WindowSettings
 
@@ -28,23 +26,6 @@ def timbre_model(*arguments: object) -> str:
     if result.exception is not None:
         raise result.exception
     return result.stdout
-
-
-Refused = Callable[..., str]
-
-
-@pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """`refused(*arguments)`: the sentence that `timbre model` ends with instead of a traceback."""
-
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["timbre", "model", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert ended.value.code == 1
-        return "timbre: " + capsys.readouterr().err.rpartition("timbre: ")[2]
-
-    return run
 
 
 def pictures(folder: Path) -> set[str]:
@@ -107,14 +88,11 @@ def test_compare_takes_archives_and_asks_for_two_labels_that_clips_have(tmp_path
         timbre_model("compare", "-d", archive, "-o", tmp_path / "out", "--quick")
 
 
-def test_compare_measures_on_fewer_clips_than_there_are_labels(tmp_path: Path) -> None:
-    split = ["train"] * 23 + ["test"]
-    archive = music.archive(tmp_path / "a.npz", clips=24)
-    with np.load(archive) as stored:
-        np.savez(archive, **(dict(stored) | {"split": np.array(split)}))
-    timbre_model("compare", "-d", archive, "-o", tmp_path / "out", "--quick")
-    rows = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert {row["track"] for row in rows} <= {0.0, 1.0}
+def test_compare_measures_on_fewer_clips_than_there_are_labels() -> None:
+    clips = np.arange(24)
+    items = Items(clips % 2, clips, clips < 23)
+    row = _measure("all-knowing", "clips", items, lambda _, test: np.eye(2)[test % 2], 0)
+    assert (row.apart, row.mixed, row.track) == (1, 1, 1)
 
 
 def test_explore_draws_audio_and_archives(tmp_path: Path) -> None:
@@ -224,14 +202,14 @@ def test_the_default_bundle_is_evaluated_on_an_archive_made_audible(tmp_path: Pa
 
 
 def test_the_recipe_says_at_once_when_its_data_are_not_there(
-    tmp_path: Path, refused: Refused
+    tmp_path: Path, refused: Command
 ) -> None:
     told = refused("recipe", "-o", tmp_path / "b", "--data", tmp_path, "--work", tmp_path / "work")
     assert "no gtzan/logmel30s.npz and no gtzan/manifest.csv" in told
     assert not (tmp_path / "work").exists()
 
 
-def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path: Path, refused: Refused) -> None:
+def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path: Path, refused: Command) -> None:
     taken = tmp_path / "file"
     taken.write_bytes(b"")
     told = refused("export", "--onnx", taken / "model.onnx")
@@ -253,7 +231,7 @@ def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path: Path, refused: R
     assert told == f"timbre: {tmp_path}/table.xlsx: features are saved as .csv or .parquet\n"
 
 
-def test_a_bundle_overwrites_no_folder_of_something_else(tmp_path: Path, refused: Refused) -> None:
+def test_a_bundle_overwrites_no_folder_of_something_else(tmp_path: Path, refused: Command) -> None:
     notes = tmp_path / "README.md"
     notes.write_text("mine")
     archive = music.archive(tmp_path / "a.npz", clips=24)
@@ -265,6 +243,6 @@ def test_a_bundle_overwrites_no_folder_of_something_else(tmp_path: Path, refused
     assert notes.read_text() == "mine"
 
 
-def test_a_data_set_that_is_not_there_is_a_sentence(tmp_path: Path, refused: Refused) -> None:
+def test_a_data_set_that_is_not_there_is_a_sentence(tmp_path: Path, refused: Command) -> None:
     told = refused("compare", "-d", tmp_path / "none", "-o", tmp_path / "out")
     assert told == f"timbre: {tmp_path}/none does not exist\n"
