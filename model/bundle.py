@@ -98,10 +98,6 @@ class Bundle:
     def window_samples(self) -> int:
         return round(self.window_s * self.sample_rate_hz)
 
-    def head(self, name: str) -> Head:
-        """The head called `name`; KeyError where the model has none."""
-        return {head.name: head for head in self.heads}[name]
-
     @classmethod
     def load(cls, path: Path | str | None = None) -> "Bundle":
         """The bundle at `path`, or the shipped one of that name; the default where None.
@@ -180,14 +176,11 @@ def shipped() -> Sequence[str]:
 def _resolve(path: Path | str | None) -> Path:
     if path is None:
         return SHIPPED / "default"
-    folder = Path(path)
-    if not folder.is_dir() and str(path) in shipped():
-        return SHIPPED / str(path)
-    if not folder.is_dir():
-        raise BundleInvalid(
-            f"{path} is neither a folder nor a shipped bundle ({', '.join(shipped())})"
-        )
-    return folder
+    if (folder := Path(path)).is_dir():
+        return folder
+    if str(path) in shipped():
+        return SHIPPED / path
+    raise BundleInvalid(f"{path} is neither a folder nor a shipped bundle ({', '.join(shipped())})")
 
 
 def _read_bytes(path: Path, max_bytes: int) -> bytes:

@@ -207,6 +207,11 @@ def split_name(raw: str) -> str | None:
     return SPLIT_NAMES.get(name, name) or None
 
 
+def labels_of(clips: Iterable[Clip]) -> tuple[str, ...]:
+    """All labels that clips have, in order."""
+    return tuple(sorted({label for clip in clips for label in clip.labels}))
+
+
 def utf8(name: str) -> str:
     """A file's name as text that can be written and drawn: bytes that are no UTF-8 as `\\xNN`."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")

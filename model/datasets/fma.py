@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
-from model.datasets.dataset import Clip, Dataset, Skipped, split_name
+from model.datasets.dataset import Clip, Dataset, Skipped, labels_of, split_name
 from worker.errors import DatasetInvalid
 
 LICENCE = "FMA: metadata CC BY 4.0, audio under the licence its artist chose (column track.license)"
@@ -53,7 +53,7 @@ def load(path: Path, task: Task = "top") -> Dataset:
         name=f"{folder.name} ({'top genres' if task == 'top' else 'all genres'})",
         layout="fma",
         kind="single" if task == "top" else "multi",
-        labels=tuple(sorted({label for clip in clips for label in clip.labels})),
+        labels=labels_of(clips),
         clips=tuple(clips),
         grouped_by="artist",
         licence=LICENCE,

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from model.datasets.dataset import Clip, Dataset, Skipped, recordings, split_name, utf8
+from model.datasets.dataset import Clip, Dataset, Skipped, labels_of, recordings, split_name, utf8
 from worker.audio_files import is_audio
 from worker.errors import DatasetInvalid
 
@@ -56,7 +56,7 @@ def load(path: Path) -> Dataset:
         name=utf8(path.resolve().name),
         layout="folders",
         kind="single",
-        labels=tuple(sorted({label for clip in clips for label in clip.labels})),
+        labels=labels_of(clips),
         clips=clips,
         grouped_by="recording",
         licence="that of your own files",

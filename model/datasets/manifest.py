@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from model.datasets.dataset import Clip, Dataset, Skipped, recordings, split_name, utf8
+from model.datasets.dataset import Clip, Dataset, Skipped, labels_of, recordings, split_name, utf8
 from worker.errors import DatasetInvalid
 
 PATH = ("path", "file", "filename")
@@ -61,7 +61,7 @@ def load(path: Path) -> Dataset:
         name=utf8(path.stem),
         layout="manifest",
         kind="multi" if several else "single",
-        labels=tuple(sorted({label for clip in clips for label in clip.labels})),
+        labels=labels_of(clips),
         clips=tuple(clips),
         grouped_by="artist" if artist and any(row[artist] for row in rows) else "recording",
         licence="that of your own files",

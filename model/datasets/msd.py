@@ -8,7 +8,7 @@ and a minority genre, between tabs. `unique_tracks.txt` beside it names the arti
 import re
 from pathlib import Path
 
-from model.datasets.dataset import Clip, Dataset, Skipped, recordings, utf8
+from model.datasets.dataset import Clip, Dataset, Skipped, labels_of, recordings, utf8
 from worker.audio_files import is_audio
 from worker.errors import DatasetInvalid
 
@@ -49,7 +49,7 @@ def load(path: Path) -> Dataset:
         name=f"MSD ({utf8(files[0].stem)})",
         layout="msd",
         kind="multi" if multi else "single",
-        labels=tuple(sorted({label for clip in clips for label in clip.labels})),
+        labels=labels_of(clips),
         clips=tuple(clips),
         grouped_by="artist" if artists else "recording",
         licence=LICENCE,

@@ -73,7 +73,7 @@ def test_the_file_says_which_model_it_is(exported: tuple[Bundle, Path]) -> None:
     facts = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
 
     assert facts["version"] == bundle.version
-    assert json.loads(facts["labels.genre"]) == list(bundle.head("genre").labels)
+    assert json.loads(facts["labels.genre"]) == list(bundle.heads[0].labels)
 
 
 def test_what_is_no_bundle_is_refused(tmp_path: Path, refused: Command) -> None:

@@ -108,7 +108,8 @@ def test_importing_gives_a_bundle_with_its_licence(
     done("import", "musicnn", "--out", tmp_path / "msd")
 
     bundle = Bundle.load(tmp_path / "msd")
-    assert bundle.head("tags").labels == LABELS["MSD_musicnn"]
+    [tags] = bundle.heads
+    assert tags.labels == LABELS["MSD_musicnn"]
     assert (tmp_path / "msd" / "LICENSE.musicnn.md").read_text() == licence(wheel)
     assert "Universitat Pompeu Fabra" in (tmp_path / "msd" / "README.md").read_text()
 

@@ -45,9 +45,10 @@ def test_a_shipped_bundle_answers_as_it_did(name: str) -> None:
 def test_a_shipped_bundle_says_where_it_comes_from(name: str) -> None:
     bundle = Bundle.load(name)
 
-    assert bundle.head("genre").kind == "single"
-    assert len(bundle.head("tags").labels) == 50
-    assert set(bundle.head("tags").categories) == {"genre", "mood", "instrument", "era", "voice"}
+    genre, tags = bundle.heads
+    assert (genre.name, genre.kind, tags.name) == ("genre", "single", "tags")
+    assert len(tags.labels) == 50
+    assert set(tags.categories) == {"genre", "mood", "instrument", "era", "voice"}
     assert 0 < bundle.uncertain_threshold < 1
     assert "musicnn" in bundle.training["origin"]
 
