@@ -75,14 +75,12 @@ async def watched(
         yield Health(settings.worker, probe, consumer, batcher)
 
 
-@asynccontextmanager
-async def serving(settings: Settings, batcher: Batcher) -> AsyncIterator[HttpServer]:
+def server_of(batcher: Batcher, **http: object) -> HttpServer:
     """The port of a worker that consumes nothing."""
-    metrics = Metrics()
+    settings, metrics = settings_of(KafkaSettings()), Metrics()
     consumer = Consumer(settings, Seen(), metrics)
     state = Health(settings.worker, LagProbe(settings, consumer, metrics), consumer, batcher)
-    async with HttpServer(HttpSettings(port=0), metrics, state) as server:
-        yield server
+    return HttpServer(HttpSettings.model_validate({"port": 0, **http}), metrics, state)
 
 
 async def test_a_worker_is_live_while_it_progresses_and_not_when_it_hangs_with_lag(
@@ -384,13 +382,12 @@ async def test_the_lag_of_partitions_beside_one_without_a_leader_is_measured(
         assert state.why_not_live() is None
 
 
-async def test_a_worker_on_whose_device_batches_hang_is_not_live(topics: MakeTopics) -> None:
-    settings = settings_of(await topics())
+async def test_a_worker_on_whose_device_batches_hang_is_not_live() -> None:
     network = Hanging()
 
     async with batcher_of(network, timeout_s=0.3, max_stuck=1) as batcher:
         async with (
-            serving(settings, batcher) as server,
+            server_of(batcher) as server,
             aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as http,
         ):
             async with http.get("/health/live") as answer:
@@ -425,10 +422,8 @@ async def test_the_port_serves_metrics_and_health_and_nothing_else(topics: MakeT
             assert answer.status == 405
 
 
-async def test_connections_that_never_ask_leave_room_for_others(
-    topics: MakeTopics, batcher: Batcher
-) -> None:
-    async with serving(settings_of(await topics()), batcher) as server:
+async def test_connections_that_never_ask_leave_room_for_others(batcher: Batcher) -> None:
+    async with server_of(batcher) as server:
         before = psutil.Process().num_fds()
         slow = list[asyncio.StreamWriter]()
         for _ in range(5 * health.MAX_CONNECTIONS):
@@ -446,10 +441,8 @@ async def test_connections_that_never_ask_leave_room_for_others(
             writer.close()
 
 
-async def test_who_does_not_read_the_answer_holds_up_no_stop(
-    topics: MakeTopics, batcher: Batcher
-) -> None:
-    async with serving(settings_of(await topics()), batcher) as server:
+async def test_who_does_not_read_the_answer_holds_up_no_stop(batcher: Batcher) -> None:
+    async with server_of(batcher) as server:
         _, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1)
         writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 10_000)
         web_server = server._runner.server
@@ -466,13 +459,9 @@ async def test_who_does_not_read_the_answer_holds_up_no_stop(
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1"])
 async def test_a_port_that_cannot_be_had_is_a_fault_of_the_settings(
-    topics: MakeTopics, batcher: Batcher, host: str
+    batcher: Batcher, host: str
 ) -> None:
-    settings = settings_of(await topics())
-    metrics = Metrics()
-    consumer = Consumer(settings, Seen(), metrics)
-    state = Health(settings.worker, LagProbe(settings, consumer, metrics), consumer, batcher)
-    async with HttpServer(HttpSettings(port=0), metrics, state) as first:
-        second = HttpServer(HttpSettings(host=host, port=first.port), metrics, state)
+    async with server_of(batcher) as first:
+        second = server_of(batcher, host=host, port=first.port)
         with pytest.raises(SettingsInvalid, match=f"on {host}:{first.port} .*TIMBRE_HTTP__"):
             await second.__aenter__()
