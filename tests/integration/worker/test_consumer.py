@@ -434,18 +434,13 @@ async def test_what_finishes_before_a_rebalance_is_committed(
     assert sorted(seen.offsets) == list(range(10))
 
 
-async def test_a_stop_does_not_wait_for_a_new_consumer(
-    topics: MakeTopics, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_stop_does_not_wait_for_a_new_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(consumer_module, "RESTART_BACKOFF_S", (600.0, 600.0))
-    own = await topics(partitions=1)
     metrics = Metrics()
-
-    async def handle(record: Record, _: Place) -> None: ...
 
     async def die(_: object) -> None: ...
 
-    consumer = Consumer(settings_of(own), handle, metrics)
+    consumer = Consumer(settings_of(KafkaSettings()), Seen(), metrics)
     monkeypatch.setattr(consumer, "_run_app", die)
     running = asyncio.create_task(consumer.run())
     await until(lambda: metrics.registry.get_sample_value("timbre_consumer_restarts_total") == 1)
