@@ -136,9 +136,10 @@ def _mismatches(written: Schema, read: Schema, path: str) -> Iterator[str]:
     if read == NOTHING:
         yield f"{path} may be there, but is refused"
         return
-    if "type" in read and read["type"] != written.get("type"):
-        if (written.get("type"), read["type"]) != ("integer", "number"):
-            yield f"{path} is {written.get('type')}, read as {read['type']}"
+    kind = written.get("type")
+    wanted = read.get("type", kind)
+    if wanted != kind and (kind, wanted) != ("integer", "number"):
+        yield f"{path} is {kind}, read as {wanted}"
         return
     allowed, possible = _values(read), _values(written)
     if allowed is not None and (possible is None or not possible <= allowed):

@@ -278,7 +278,8 @@ class TestCompatibility:
         smaller = changed(self.TAGS, "properties/audio", maxProperties=20)
         closed = changed(self.TAGS, "", additionalProperties=False)
         reworded = changed(self.TAGS, "properties/vote", description="The vote", title="V")
-        for new in (more, narrower, smaller, closed, reworded):
+        whole = changed(self.TAGS, "$defs/Tag/properties/score", type="integer")
+        for new in (more, narrower, smaller, closed, reworded, whole):
             assert breaks(self.TAGS, new, "out") == []
 
     def test_what_may_change_in_what_comes_in(self) -> None:
@@ -303,6 +304,7 @@ class TestCompatibility:
             ("$defs/Tag", {"required": ["head"]}),
             ("$defs/Processing/properties/timings_s", {"additionalProperties": {"type": "string"}}),
             ("$defs/AudioFacts/properties/sample_rate_hz", {"type": "number"}),
+            ("$defs/Tag/properties/score", {"type": "integer", "maximum": 100}),
             ("$defs/AudioFacts/properties/sha256", {"pattern": ".*"}),
             ("$defs/Tag", {"unevaluatedProperties": {"type": "string"}}),
             ("properties/track_id", {"contentEncoding": "base64"}),
