@@ -244,12 +244,18 @@ class TestGeneratedFiles:
     def test_a_stale_or_breaking_file_fails_the_check(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
+        monkeypatch.setattr(generate, "HERE", tmp_path)
+        monkeypatch.setattr(generate, "RELEASED", tmp_path / "released")
+        assert generate.main(["--release"]) == 0
+        assert generate.main(["--check"]) == 0
         old = generate.json_schema("track-tags")
         old["properties"]["label"] = {"type": "string"}
-        (tmp_path / "track-tags.json").write_text(json.dumps(old))
-        monkeypatch.setattr(generate, "RELEASED", tmp_path)
+        (tmp_path / "released" / "track-tags.json").write_text(json.dumps(old))
+        (tmp_path / "asyncapi.json").write_text("{}")
         assert generate.main(["--check"]) == 1
-        assert capsys.readouterr().err == "track-tags.label is gone\n"
+        stale, gone = capsys.readouterr().err.splitlines()
+        assert "asyncapi.json is not up to date" in stale
+        assert gone == "track-tags.label is gone"
 
 
 def changed(schema: dict[str, Any], path: str, **fields: Any) -> dict[str, Any]:
