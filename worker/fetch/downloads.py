@@ -59,7 +59,6 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # yarl would drop some and escape
 UNFIT = re.compile(r"%(?![0-9A-Fa-f]{2})|[^A-Za-z0-9._~:/?@!$&'()*+,;=%-]+")
 UNPACK_BYTES = 16 * 1024  # at once: zlib copies what is left of them at the end of each member
 HEADERS = {
-    "Accept": "*/*",
     "Accept-Encoding": "identity",  # audio is compressed already
     "User-Agent": f"timbre/{version('timbre')}",
 }
@@ -154,7 +153,6 @@ class Downloads:
             cookie_jar=DummyCookieJar(),
             response_class=_Response,
             auto_decompress=False,  # bounded below, piece by piece
-            trust_env=False,
         )
         return self
 

@@ -207,8 +207,9 @@ class TestWhatArrives:
     async def test_a_file_with_its_length(self, server: Server, fetcher: Fetcher) -> None:
         assert await fetched(fetcher, server.answer("/a", whole())) == AUDIO
 
-    async def test_no_length(self, server: Server, fetcher: Fetcher) -> None:
-        assert await fetched(fetcher, server.answer("/a", raw(head(), AUDIO))) == AUDIO
+    @pytest.mark.parametrize("line", ["200 OK", "203 Transformed"])
+    async def test_no_length(self, server: Server, fetcher: Fetcher, line: str) -> None:
+        assert await fetched(fetcher, server.answer("/a", raw(head(line), AUDIO))) == AUDIO
 
     async def test_chunks(self, server: Server, fetcher: Fetcher) -> None:
         chunks = b"".join(b"400\r\n" + AUDIO[:1024] + b"\r\n" for _ in range(3)) + b"0\r\n\r\n"
@@ -222,9 +223,10 @@ class TestWhatArrives:
         ("encoding", "body"),
         [
             ("gzip", gzip.compress(AUDIO)),
-            ("x-gzip", gzip.compress(AUDIO)),
+            ("X-GZip", gzip.compress(AUDIO)),
             ("deflate", zlib.compress(AUDIO)),
             ("identity", AUDIO),
+            ("", AUDIO),
             ("gzip", gzip.compress(AUDIO[:1000]) + gzip.compress(AUDIO[1000:])),
             (
                 "gzip",
@@ -273,10 +275,10 @@ class TestWhatArrives:
         assert time.monotonic() - before_s < 2
 
     async def test_nothing_but_the_address_is_told(self, server: Server, fetcher: Fetcher) -> None:
-        first = server.answer("/a", status("302 Found", location="/b", set_cookie="id=1; Path=/"))
+        server.answer("/a", status("302 Found", location="/b", set_cookie="id=1; Path=/"))
         server.answer("/b", whole())
-        await fetched(fetcher, first)
-        await fetched(fetcher, first)
+        for _ in range(2):  # of a name, since cookies of bare addresses are kept by nobody
+            await fetched(fetcher, f"http://localhost:{server.port}/a")
         names = {line.partition(":")[0] for line in server.requests[-1].split("\r\n")[1:] if line}
         assert names == {"Host", "Accept", "Accept-Encoding", "User-Agent", "Connection"}
         assert "Accept-Encoding: identity" in server.requests[-1]
@@ -343,7 +345,7 @@ class TestWhatPasses:
         [
             status("429 Slow Down"),
             status("500 Oops"),
-            status("502 Bad Gateway"),
+            status("599 Down"),
             status("503 Busy", retry_after=0),
             status("408 Timeout"),
             status("425 Too Early"),
@@ -535,6 +537,7 @@ class TestWhatDoesNotPass:
             "http://[::1/",
             "http://h:99999/",
             "http://h:0/",
+            "http://[h:x]/",
             "http://" + "a" * 300 + ".example/",
             "http://exa mple/",
             "http://a..b/",
@@ -677,7 +680,7 @@ class TestSlowSenders:
         self, server: Server, configured: Callable[..., FetchSettings]
     ) -> None:
         url = server.answer("/a", dripping(20))
-        async with Fetcher(configured(min_bytes_per_s=500)) as fetcher:
+        async with Fetcher(configured(min_bytes_per_s=500, connect_timeout_s=0.5)) as fetcher:
             assert await fetched(fetcher, url) == AUDIO[:1000]
 
     async def test_meet_the_deadline_of_the_fetch_where_there_is_no_limit(
@@ -1037,7 +1040,7 @@ class TestAddresses:
         server.answer("/a", whole())
         waiting = [
             asyncio.create_task(failure(fetcher, f"http://{number}.silent/"))
-            for number in range(40)
+            for number in range(120)
         ]
         await asyncio.sleep(0.1)
         started = time.monotonic()

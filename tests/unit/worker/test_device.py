@@ -154,10 +154,21 @@ async def test_a_single_window_that_does_not_fit_is_device_out_of_memory() -> No
             pass
 
 
-async def test_a_cpu_allocation_that_fails_counts_as_out_of_memory() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        None,
+        MemoryError(),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+    ],
+)
+async def test_every_allocation_that_fails_counts_as_out_of_memory(error: Exception | None) -> None:
     class Greedy(SmallNet):
         def forward(self, samples: Tensor) -> Answer:
             if len(samples) > 2:
+                if error is not None:
+                    raise error
                 torch.empty(2**50)
             return super().forward(samples)
 
@@ -201,11 +212,12 @@ asyncio.run(main())
     assert ended.stdout == "hung 1\n"
 
 
-async def test_the_threads_end_with_the_engine() -> None:
+@pytest.mark.parametrize(("threads", "started"), [(0, 1), (3, 3)])
+async def test_the_threads_end_with_the_engine(threads: int, started: int) -> None:
     before = set(threading.enumerate())
-    async with engine_of(SmallNet(), threads=3) as engine:
+    async with engine_of(SmallNet(), threads=threads) as engine:
         await outputs_of(engine, noise(20))
-        assert len(set(threading.enumerate()) - before) == 4
+        await until(lambda: len(set(threading.enumerate()) - before) == 1 + started)
     await until(lambda: not set(threading.enumerate()) - before)
 
 
@@ -243,7 +255,9 @@ async def test_batches_in_flight_take_their_memory_before_the_network_does(
 
     async with engine_of(SmallNet(), in_flight=2) as engine:
         monkeypatch.setattr(device, "Buffer", run_out)
+        buffer, _ = await engine.stage([noise(1)])
         await engine.stage([noise(1)])
+        engine.release(buffer)
         await engine.stage([noise(1)])
 
 
