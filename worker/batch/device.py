@@ -311,7 +311,7 @@ class Engine:
         """After a while without running out, try twice as many again."""
         self._passes += 1
         if self._fits < self._chunk and self._passes >= PASSES_BEFORE_GROWING:
-            self._fits, self._passes = min(2 * self._fits, self._chunk), 0
+            self._fits, self._passes = 2 * self._fits, 0
 
 
 class Streams:

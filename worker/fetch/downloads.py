@@ -327,7 +327,7 @@ class _Unpacker:
 
     @property
     def eof(self) -> bool:
-        return self._member.eof and not self.packed
+        return self._member.eof
 
     def read(self) -> bytes:
         """At most `WRITE_BYTES` of what is unpacked; nothing where it takes more to go on."""
