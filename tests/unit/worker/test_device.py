@@ -312,6 +312,21 @@ def test_a_cpu_computes_in_float32_whatever_the_precision() -> None:
         assert choose_autocast(precision, torch.device("cpu")) is None
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ("auto", torch.float16),
+        ("float16", torch.float16),
+        ("bfloat16", torch.bfloat16),
+        ("float32", None),
+    ],
+)
+def test_cuda_computes_in_the_precision_asked_for(
+    precision: str, dtype: torch.dtype | None
+) -> None:
+    assert choose_autocast(precision, torch.device("cuda")) is dtype
+
+
 @needs_cuda
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 async def test_cuda_answers_as_a_cpu_does(precision: str) -> None:

@@ -27,6 +27,7 @@ def test_a_date_is_a_wait_until_then_and_of_nothing_once_it_has_passed() -> None
     )
 )
 @example(f"Fri, 01 Jan {'9' * 20} 00:00:00 GMT")
+@example("²")
 @example("Fri, 31 Dec 9999 23:59:59 -2359")
 def test_anything_else_is_a_wait_or_none(value: str) -> None:
     waits = retry_after_s(value)
