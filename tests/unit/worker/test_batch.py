@@ -55,11 +55,16 @@ class Stumbling(SmallNet):
 
 
 class Overflowing(SmallNet):
-    """Answers a marked window with numbers that are not finite."""
+    """Answers a marked window with numbers that are not finite, in one of its tables."""
+
+    def __init__(self, table: str) -> None:
+        super().__init__()
+        self.table = table
 
     def forward(self, samples: Tensor) -> Answer:
         answer = super().forward(samples)
-        answer.embedding[samples[:, 0] == MARK] = torch.nan
+        tables = answer.probabilities | {"embedding": answer.embedding}
+        tables[self.table][samples[:, 0] == MARK] = torch.nan
         return answer
 
 
@@ -504,9 +509,10 @@ async def test_samples_that_are_not_finite_fail_their_track_alone(value: float) 
     assert told.faults == ["not_finite"]
 
 
-async def test_outputs_that_are_not_finite_fail_their_track_alone() -> None:
+@pytest.mark.parametrize("table", ["genre", "embedding"])
+async def test_outputs_that_are_not_finite_fail_their_track_alone(table: str) -> None:
     told = Told()
-    async with batcher_of(Overflowing(), told) as batcher:
+    async with batcher_of(Overflowing(table), told) as batcher:
         tracks = Tracks(batcher)
         good, bad = tracks.send("good", noise(2)), tracks.send("bad", noise(2, first=MARK))
         assert same(await good, noise(2))
@@ -553,13 +559,14 @@ async def test_a_hung_batch_fails_retryably_and_the_next_goes_on() -> None:
 async def test_a_batch_that_hangs_as_it_is_copied_counts_as_hung(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with batcher_of(SmallNet(), timeout_s=0.2) as batcher:
+    async with batcher_of(SmallNet(), timeout_s=0.2, max_stuck=1) as batcher:
         go = threading.Event()
         with monkeypatch.context() as hanging:
             hanging.setattr(batcher._engine, "_fill", lambda *_: go.wait())
             with pytest.raises(DeviceHung):
                 await Tracks(batcher).send("hung", noise(1))
         assert not batcher.healthy
+        assert not batcher.live
         go.set()
         await Tracks(batcher).send("next", noise(1))
         assert batcher.healthy
