@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.cluster import ClusterMetadata
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import SecretStr
 
 from model.bundle import Bundle
@@ -392,10 +393,14 @@ async def test_a_worker_on_whose_device_batches_hang_is_not_live() -> None:
         ):
             async with http.get("/health/live") as answer:
                 assert answer.status == 200
+                assert await answer.json() == {"status": "ok", "reason": None}
             with pytest.raises(DeviceHung):
                 await Tracks(batcher).send("hung", noise(1, first=MARK))
             async with http.get("/health/live") as answer:
                 assert answer.status == 503
+                trouble = await answer.json()
+                assert trouble["status"] == "unavailable"
+                assert "device is lost" in trouble["reason"]
         network.release.set()
 
 
@@ -418,18 +423,25 @@ async def test_the_port_serves_metrics_and_health_and_nothing_else(topics: MakeT
         }.items():
             async with http.get(path) as answer:
                 assert answer.status == status, path
+        async with http.get("/metrics") as answer:
+            assert answer.headers["Content-Type"] == CONTENT_TYPE_LATEST  # or it is not scraped
         async with http.post("/health/live") as answer:
             assert answer.status == 405
+        state.batcher._last_batch_hung = True
+        for path, status in {"/health/live": 200, "/health/ready": 503}.items():
+            async with http.get(path) as answer:
+                assert answer.status == status, path
 
 
 async def test_connections_that_never_ask_leave_room_for_others(batcher: Batcher) -> None:
     async with server_of(batcher) as server:
         before = psutil.Process().num_fds()
-        slow = list[asyncio.StreamWriter]()
+        slow = list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]()
         for _ in range(5 * health.MAX_CONNECTIONS):
-            _, writer = await asyncio.open_connection("127.0.0.1", server.port)
-            writer.write(b"GET /health/live HTTP/1.1\r\nX-Slow: ")
-            slow.append(writer)
+            slow.append(await asyncio.open_connection("127.0.0.1", server.port))
+            slow[-1][1].write(b"GET /health/live HTTP/1.1\r\nX-Slow: ")
+        await until(slow[0][0].at_eof)
+        assert not slow[-1][0].at_eof()
         async with (
             aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as http,
             http.get("/health/live") as answer,
@@ -437,7 +449,7 @@ async def test_connections_that_never_ask_leave_room_for_others(batcher: Batcher
             assert answer.status == 200
         held = psutil.Process().num_fds() - before - len(slow)
         assert held <= health.MAX_CONNECTIONS + 8
-        for writer in slow:
+        for _, writer in slow:
             writer.close()
 
 

@@ -4,7 +4,7 @@ import asyncio
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
@@ -272,10 +272,23 @@ async def test_calls_of_a_crew_run_side_by_side_and_the_first_error_is_told() ->
             raise KeyError("here")
 
         with pytest.raises(KeyError, match="here"):
-            await crew.run([lambda: 1, fail, lambda: 2], 10)
+            await crew.run([lambda: 1, fail, lambda: int("x")], 10)
         assert await crew.run([lambda: 3], 10) == [3]
     finally:
         crew.close()
+
+
+async def test_calls_behind_one_that_hangs_are_not_made_when_it_comes_back() -> None:
+    crew = Crew("test", 1)
+    go, made = threading.Event(), threading.Event()
+    calls: list[Callable[[], object]] = [go.wait, made.set]
+    with pytest.raises(DeviceHung):
+        await crew.run(calls, 0.1)
+    await asyncio.sleep(0)
+    go.set()
+    await until(lambda: crew.stuck == 0)
+    assert not made.is_set()
+    crew.close()
 
 
 def test_buckets_are_powers_of_two_up_to_the_most() -> None:
