@@ -283,14 +283,15 @@ class TestCompatibility:
         narrower = changed(self.TAGS, "properties/vote", maxLength=10)
         smaller = changed(self.TAGS, "properties/audio", maxProperties=20)
         closed = changed(self.TAGS, "", additionalProperties=False)
-        reworded = changed(self.TAGS, "properties/vote", description="The vote", title="V")
+        reworded = changed(self.TAGS, "properties/audio", description="The sound", title="S")
+        surer = changed(self.TAGS, "$defs/Tag/properties/score", minimum=0.1)
         whole = changed(self.TAGS, "$defs/Tag/properties/score", type="integer")
-        for new in (more, narrower, smaller, closed, reworded, whole):
+        for new in (more, narrower, smaller, closed, reworded, surer, whole):
             assert breaks(self.TAGS, new, "out") == []
 
     def test_what_may_change_in_what_comes_in(self) -> None:
         more = changed(self.NEW, "properties", mood={"type": "string"})
-        wider = changed(self.NEW, "properties/track_id", maxLength=1000)
+        wider = changed(self.NEW, "properties/track_id", minLength=0, maxLength=1000)
         option = changed(
             self.NEW, "properties/priority/anyOf/0", enum=["upload", "backfill", "now"]
         )
@@ -403,6 +404,9 @@ class TestCompatibility:
         found = breaks(self.NEW, new, direction)
         assert ".priority is gone" in found
         assert ".audio.etag is gone" in found
+        tags = changed(self.TAGS, "")
+        del tags["$defs"]["Tag"]["properties"]["share"]
+        assert ".tags[].share is gone" in breaks(self.TAGS, tags, direction)
 
 
 def references(part: Any) -> Iterator[str]:
