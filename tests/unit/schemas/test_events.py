@@ -305,6 +305,7 @@ class TestCompatibility:
             ("properties", {"windows": {"type": "integer"}}),
             ("properties/uncertain", {"type": "string"}),
             ("properties/schema_version", {"const": 2}),
+            ("properties", {"schema_version": {"type": "integer"}}),
             ("properties/tags", {"items": {"type": "string"}}),
             ("properties/track_id", {"maxLength": 1000}),
             ("$defs/Tag/properties/score", {"maximum": 100}),

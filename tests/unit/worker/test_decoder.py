@@ -182,6 +182,7 @@ def test_the_shortest_files_give_their_samples(count: int, write: Write) -> None
 def test_numbers_that_are_none_and_nonsense_levels_are_made_harmless(write: Write) -> None:
     signal = tone(1.0, RATE_HZ)
     signal[[100, 200, 300, 400]] = np.array([[np.nan], [np.inf], [-np.inf], [1e30]])
+    signal[600] = -7.5  # loud, and no nonsense
 
     samples = decode_samples(write(wav(signal, RATE_HZ)), RATE_HZ)
 
@@ -251,12 +252,12 @@ def test_a_change_of_the_channels_places_alone_is_followed(
 
 
 def test_damage_in_the_middle_is_skipped_and_counted(tmp_path: Path) -> None:
-    decoder = Decoder(damaged(tmp_path / "a.m4a", share=0.2), RATE_HZ)
+    decoder = Decoder(damaged(tmp_path / "a.m4a", share=0.45), RATE_HZ)
 
     samples = np.concatenate(list(decoder))
 
-    assert decoder.facts.damaged_packets > 5
-    assert 6.0 < samples.size / RATE_HZ < 7.9
+    assert decoder.facts.damaged_packets > 100
+    assert 4.0 < samples.size / RATE_HZ < 5.0
 
 
 @pytest.mark.parametrize("suffix", PACKED)
@@ -292,7 +293,7 @@ def decoded_or_error(path: Path) -> tuple[bytes | str, object]:
 
 
 def test_a_file_damaged_for_the_most_part_is_unreadable(tmp_path: Path) -> None:
-    path = damaged(tmp_path / "a.m4a", share=0.9)
+    path = damaged(tmp_path / "a.m4a", share=0.6)
 
     with pytest.raises(AudioUnreadable, match="packets are damaged"):
         decode_samples(path, RATE_HZ)
