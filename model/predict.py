@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.bundle import Bundle
-from model.datasets.dataset import Clip, Dataset, Skipped
+from model.datasets.dataset import Clip, Dataset, Skipped, split_name
 from model.datasets.logmels import archive_source, makes
 from model.datasets.resynthesis import Resynthesis
 from model.frontend import LogMelConfig
@@ -70,7 +70,8 @@ def predict(
     chosen = dataset.indices(split)
     heard, windows_of = _reader(bundle, dataset, hop_s)
     kept: list[int] = []
-    skipped = [clip for clip in dataset.skipped if split is None or clip.split == split]
+    side = None if split is None else split_name(split)
+    skipped = [clip for clip in dataset.skipped if side is None or clip.split == side]
     before = len(skipped)
     probabilities, voting, embeddings = [], [], []
     for number, index in enumerate(chosen, 1):

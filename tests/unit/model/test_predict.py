@@ -1,11 +1,11 @@
-"""Prediction: which head of a bundle a data set is held against."""
+"""Prediction: which head of a bundle a data set is held against, and what is left out."""
 
 from pathlib import Path
 
 import pytest
 
 from model.bundle import Bundle
-from model.datasets import load
+from model.datasets import Skipped, load
 from model.predict import predict
 from tests import collections_of_music as music
 from worker.errors import DatasetInvalid
@@ -38,3 +38,12 @@ def test_labels_that_no_head_has_are_refused_in_any_case(tmp_path: Path) -> None
     dataset = load(annotated(tmp_path, jazz="Polka"))
     with pytest.raises(DatasetInvalid, match=r"knows all labels of MSD.*Polka, Rock"):
         predict(Bundle.load(), dataset)
+
+
+def test_clips_left_out_of_a_split_are_told_by_any_of_its_names(tmp_path: Path) -> None:
+    for seed, folder in enumerate(("train", "validation")):
+        music.song(tmp_path / folder / "blues" / "song.wav", "blues", seed)
+        (tmp_path / folder / "loose.mp3").touch()
+    why = "is in no genre's folder"
+    skipped = predict(Bundle.load(), load(tmp_path), "Validation").skipped
+    assert skipped == (Skipped("validation/loose.mp3", why, "valid"),)
