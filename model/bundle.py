@@ -59,7 +59,7 @@ class Manifest(BaseModel):
     embedding_dim: int = Field(ge=1, le=256)
     heads: list[Head] = Field(min_length=1, max_length=16)
     uncertain_threshold: float = Field(ge=0, le=1)
-    short_track: Literal["tile", "zero_pad"] = "tile"
+    short_track: Literal["tile"] = "tile"
     network: NetworkSection
     training: dict[str, JsonValue] = Field(default_factory=dict)
     figures: dict[str, JsonValue] = Field(default_factory=dict)
@@ -89,7 +89,6 @@ class Bundle:
     kind: str
     config: dict[str, Any]
     network: Tagger = field(repr=False)
-    short_track: Literal["tile", "zero_pad"] = "tile"
     training: dict[str, Any] = field(default_factory=dict, repr=False)
     figures: dict[str, Any] = field(default_factory=dict, repr=False)
     version: str = ""
@@ -123,7 +122,6 @@ class Bundle:
             kind=manifest.network.kind,
             config=dict(manifest.network.config),
             network=_network(folder, manifest, tensors),
-            short_track=manifest.short_track,
             training=dict(manifest.training),
             figures=dict(manifest.figures),
             version=manifest.version,
@@ -138,7 +136,6 @@ class Bundle:
             embedding_dim=self.embedding_dim,
             heads=list(self.heads),
             uncertain_threshold=self.uncertain_threshold,
-            short_track=self.short_track,
             network=NetworkSection(kind=self.kind, config=self.config),
             training=self.training,
             figures=self.figures,

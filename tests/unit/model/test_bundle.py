@@ -98,6 +98,7 @@ def test_changed_weights_are_noticed(folder: Path) -> None:
         (lambda told: told.pop("heads"), "heads: Field required"),
         (lambda told: told.update(surprise=1), "surprise: Extra inputs"),
         (lambda told: told.update(format=2), "format: Input should be 1"),
+        (lambda told: told.update(short_track="zero_pad"), "short_track: Input should be 'tile'"),
         (lambda told: told.update(window_s="NaN"), "window_s"),
         (lambda told: told["heads"][0].update(name="../../etc"), "name"),
         (lambda told: told["heads"][0]["labels"].append("blues"), "a label stands twice"),
