@@ -88,11 +88,6 @@ class Dataset:
         if len({clip.name for clip in self.clips}) != len(self.clips):
             twice = [name for name, n in Counter(c.name for c in self.clips).items() if n > 1]
             raise DatasetInvalid(f"{self.name}: named twice: {_listed(twice)}")
-        unlabelled = [clip.name for clip in self.clips if not clip.labels]
-        if unlabelled:
-            raise DatasetInvalid(f"{self.name}: without a label: {_listed(unlabelled)}")
-        if self.kind == "single" and any(len(clip.labels) > 1 for clip in self.clips):
-            raise DatasetInvalid(f"{self.name}: several labels on a clip of a single-label set")
 
     @property
     def splits(self) -> tuple[str, ...]:
