@@ -100,6 +100,7 @@ def test_changed_weights_are_noticed(folder: Path) -> None:
         (lambda told: told.update(format=2), "format: Input should be 1"),
         (lambda told: told.update(short_track="zero_pad"), "short_track: Input should be 'tile'"),
         (lambda told: told.update(window_s="NaN"), "window_s"),
+        (lambda told: told.update(window_s=1e9), "window_s: Input should be less"),
         (lambda told: told["heads"][0].update(name="../../etc"), "name"),
         (lambda told: told["heads"][0]["labels"].append("blues"), "a label stands twice"),
         (lambda told: told["heads"][0]["categories"].pop(), "every label needs its category"),

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from model.datasets import LAYOUTS, Clip, Dataset, Skipped, detect, load
+from model.datasets import LAYOUTS, Clip, Dataset, LogMels, Skipped, detect, load
 from model.datasets.dataset import left_out
 from model.datasets.gtzan import fault_filtered_split
-from model.datasets.logmels import LogMelSource, logmel_of, open_source, samples_of
+from model.datasets.logmels import LogMelSource, logmel_of, makes, open_source, samples_of
 from model.frontend import normalise
 from model.logmel_cnn import ARCHIVE_FRONT_END
 from tests import collections_of_music as music
@@ -38,6 +38,20 @@ def test_gtzan_has_the_fault_filtered_split_and_names_what_is_corrupt(tmp_path: 
     assert [skipped.name for skipped in dataset.skipped] == ["jazz.00054"]
 
 
+@pytest.mark.parametrize("folder", ["", "genres", "genres_original"])
+def test_excerpts_of_a_clip_of_gtzan_stay_on_its_side(tmp_path: Path, folder: str) -> None:
+    (tmp_path / folder / "blues").mkdir(parents=True)
+    for name in ("blues.00029", "blues.00029.second", "blues.00030"):
+        (tmp_path / folder / "blues" / f"{name}.wav").touch()
+    clips = load(tmp_path).clips
+    assert {clip.name: clip.group for clip in clips} == {
+        "blues.00029": "blues.00029",
+        "blues.00029.second": "blues.00029",
+        "blues.00030": "blues.00030",
+    }
+    assert {clip.split for clip in clips} == {"train"}
+
+
 def test_fault_filtered_split_has_the_published_sizes() -> None:
     assert Counter(fault_filtered_split().values()) == {"train": 443, "valid": 197, "test": 290}
 
@@ -51,16 +65,17 @@ def test_fault_filtered_split_is_that_of_the_lists(shared_data: Path) -> None:
     assert fault_filtered_split() == listed
 
 
-def test_fma_keeps_its_own_split_and_its_subset(tmp_path: Path) -> None:
-    dataset = load(music.fma(tmp_path))
+@pytest.mark.parametrize("subset", ["fma_small", "fma_medium", "fma_large"])
+def test_fma_keeps_its_own_split_and_its_subset(tmp_path: Path, subset: str) -> None:
+    dataset = load(music.fma(tmp_path).rename(tmp_path / subset))
     assert dataset.layout == "fma"
     assert dataset.labels == ("Hip-Hop", "Rock")
     assert dataset.splits == ("train", "valid", "test")
     assert dataset.grouped_by == "artist"
     assert len(dataset.clips) == 11
-    assert {s.name: s.reason for s in dataset.skipped} == {
-        "000013": "is in tracks.csv but not on disk"
-    }
+    of_large = ["090000"] if subset == "fma_large" else []
+    assert [skipped.name for skipped in dataset.skipped] == ["000013", *of_large]
+    assert {skipped.reason for skipped in dataset.skipped} == {"is in tracks.csv but not on disk"}
 
 
 def test_labels_are_found_in_any_case_but_where_only_case_tells_them_apart() -> None:
@@ -82,6 +97,14 @@ def test_fma_hierarchy_is_a_multi_label_task(tmp_path: Path) -> None:
     assert dataset.kind == "multi"
     assert dataset.labels == ("Hip-Hop", "Punk (100)", "Punk (25)", "Rock")
     assert dataset.clips[0].labels == ("Rock", "Punk (25)")
+
+
+@pytest.mark.parametrize("layout", ["fma", "fma-all"])
+def test_tracks_of_fma_without_a_genre_are_named(tmp_path: Path, layout: str) -> None:
+    folder = music.fma(tmp_path)
+    with (tmp_path / "fma_metadata" / "tracks.csv").open("a") as file:
+        file.write("15,small,test,9,,\n")
+    assert Skipped("000015", "has no genre", "test") in load(folder, layout).skipped
 
 
 def test_fma_without_metadata_says_what_is_missing(tmp_path: Path) -> None:
@@ -147,6 +170,20 @@ def test_space_around_artists_of_msd_makes_no_difference(tmp_path: Path) -> None
     spaced = [line.replace("<SEP>", "  <SEP> ") if n % 2 else line for n, line in enumerate(told)]
     (root / "unique_tracks.txt").write_text("\n".join(spaced) + "\n", encoding="utf-8")
     assert {clip.group for clip in load(root).clips} == {"Artist 0", "Artist 1", "Artist 2"}
+
+
+def test_one_of_several_annotations_of_msd_is_named(tmp_path: Path) -> None:
+    for track in music.TRACK_IDS[:2]:
+        (tmp_path / f"{track}.mp3").write_bytes(track.encode())
+    for name in ("first", "second"):
+        told = "".join(f"{track}\t{name}\n" for track in music.TRACK_IDS[:2])
+        (tmp_path / f"{name}.cls").write_text(told)
+    with pytest.raises(DatasetInvalid, match=r"holds several \.cls files; name the one to use"):
+        load(tmp_path)
+    (tmp_path / "unique_tracks.txt").write_text(f"{music.TRACK_IDS[0]}<SEP>SO<SEP>Nina<SEP>x\n")
+    dataset = load(tmp_path / "second.cls")
+    assert (dataset.labels, [clip.group for clip in dataset.clips]) == (("second",), ["Nina"])
+    assert dataset.skipped == (Skipped(music.TRACK_IDS[1], "has no artist in unique_tracks.txt"),)
 
 
 def test_msd_without_artists_keeps_recordings_together(tmp_path: Path) -> None:
@@ -266,11 +303,18 @@ def test_space_around_cells_of_a_manifest_makes_no_difference(tmp_path: Path, co
 
 def test_a_clip_without_an_artist_is_grouped_by_its_recording(tmp_path: Path) -> None:
     told = "path,label,artist,recording,split", "x0.wav,a,,live,train", "x1.wav,b,,Live,test"
-    with pytest.raises(SplitLeaks, match=r"live: train: x0\.wav \| test: x1\.wav"):
+    with pytest.raises(SplitLeaks, match=r"1 recording.*live: train: x0\.wav \| test: x1\.wav"):
         load(listing(tmp_path, *told))
     dataset = load(listing(tmp_path, told[0], "x0.wav,a,Nina,one", "x1.wav,b,,two", "x2.wav,b"))
     assert [clip.group for clip in dataset.clips[:2]] == ["Nina", "two"]
     assert len({clip.group for clip in dataset.clips}) == 3
+
+
+def test_columns_of_a_manifest_go_by_other_names_too(tmp_path: Path) -> None:
+    told = "File,Genres,Song,my_split", "x0.wav,a|b,one,val", "x1.wav,b;a;b,one,dev"
+    dataset = load(listing(tmp_path, *told))
+    assert [clip.labels for clip in dataset.clips] == [("a", "b"), ("b", "a")]
+    assert {(clip.group, clip.split) for clip in dataset.clips} == {("one", "valid")}
 
 
 def test_artists_differ_neither_by_case_nor_by_space(tmp_path: Path) -> None:
@@ -544,6 +588,14 @@ def test_a_made_split_keeps_groups_together_and_labels_on_every_side() -> None:
     assert all(4 <= by_side[side, label] <= 8 for side in ("valid", "test") for label in "abc")
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_one_artist_with_much_music_fills_no_small_side(seed: int) -> None:
+    clips = tuple(Clip(f"{n}", ("a",), "busy" if n < 12 else f"{n}") for n in range(40))
+    dataset = Dataset("x", "folders", "single", ("a",), clips, "artist", "none").with_split(seed)
+    sides = [len(dataset.indices(side)) for side in ("train", "valid", "test")]
+    assert sides == [28, 6, 6]
+
+
 def test_many_recordings_are_split_in_no_time() -> None:
     clips = tuple(Clip(f"{n}", ("ab"[n % 2],), f"{n}") for n in range(30_000))
     dataset = Dataset("many", "folders", "single", ("a", "b"), clips, "recording", "none")
@@ -565,6 +617,9 @@ def test_audio_becomes_log_mels_once_and_unreadable_clips_are_named(tmp_path: Pa
     stored = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
     open_source(dataset, ARCHIVE_FRONT_END, tmp_path / "cache")
     assert stored == {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
+    music.song(root / "blues" / "song 0.mp3", "metal", 0)
+    source, _ = open_source(dataset, ARCHIVE_FRONT_END, tmp_path / "cache")
+    assert set(source.clips) - stored.keys(), "a file that was exchanged is heard anew"
 
 
 @pytest.fixture
@@ -613,6 +668,24 @@ def test_log_mels_of_audio_get_their_floor_and_those_of_an_archive_have_it(tmp_p
     assert stored.range_db is None
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sample_rate_hz": 44_100},
+        {"n_fft": 1_024},
+        {"hop": 512},
+        {"n_mels": 96},
+        {"f_max_hz": 8_000.0},
+        {"compression": "musicnn"},
+        {"normalise": False},
+    ],
+)
+def test_an_archive_is_for_front_ends_that_make_what_it_holds(change: dict[str, Any]) -> None:
+    held = LogMels(np.zeros((1, 128, 72), np.uint8))
+    assert makes(ARCHIVE_FRONT_END.model_copy(update={"frames": 144}), held)
+    assert not makes(ARCHIVE_FRONT_END.model_copy(update=change), held)
+
+
 def test_excerpts_begin_anywhere_that_they_end_inside_the_clip() -> None:
     ramp = np.repeat(np.arange(100, dtype=np.float32)[:, None], 128, 1)
     source = LogMelSource([ramp], ARCHIVE_FRONT_END)
@@ -633,3 +706,7 @@ def test_clips_shorter_than_a_window_are_repeated() -> None:
     windows = LogMelSource([short], ARCHIVE_FRONT_END).windows(0)
     assert windows.shape == (1, 72, 128)
     np.testing.assert_allclose(windows[0, 30:60], windows[0, :30], atol=1e-6)
+    cut = LogMelSource([short], ARCHIVE_FRONT_END).excerpts(
+        torch.zeros(1).long(), 72, torch.rand(1)
+    )
+    np.testing.assert_array_equal(cut[0], np.tile(short, (3, 1))[:72])

@@ -1,13 +1,16 @@
 """Prediction: which head of a bundle a data set is held against, and what is left out."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from model.bundle import Bundle
-from model.datasets import Skipped, load
-from model.predict import predict
+from model.datasets import Clip, Dataset, Skipped, load
+from model.predict import _head, predict
 from tests import collections_of_music as music
+from tests.audio import encode, noise
 from worker.errors import DatasetInvalid
 
 
@@ -25,6 +28,24 @@ def test_labels_that_differ_in_case_alone_are_the_heads(tmp_path: Path) -> None:
     assert predictions.head.name == "genre"
     for clip, target in zip(predictions.clips, predictions.targets, strict=True):
         assert [labels[column] for column in target.nonzero()[0]] == [clip.labels[0].lower()]
+
+
+def test_several_labels_a_clip_are_held_against_a_head_of_such() -> None:
+    labels = ("jazz", "rock")
+    mine = Dataset("mine", "manifest", "multi", labels, (Clip("a", labels, "a"),), "artist", "none")
+    bundle = Bundle.load()
+    assert _head(bundle, mine).name == "tags"
+    assert _head(bundle, replace(mine, kind="single")).name == "genre"
+
+
+def test_silent_windows_have_no_part_in_what_a_track_is_like(tmp_path: Path) -> None:
+    sounds = noise(3.0, 16_000), np.zeros((48_000, 1), np.float32)
+    for name, sound in (("whole", sounds[0]), ("half", np.concatenate(sounds))):
+        (tmp_path / "metal").mkdir(exist_ok=True)
+        encode(tmp_path / "metal" / f"{name}.wav", sound, 16_000, muxer="wav", codec="pcm_s16le")
+    predictions = predict(Bundle.load(), load(tmp_path))
+    assert [windows.tolist() for windows in predictions.voting] == [[True, False], [True]]
+    np.testing.assert_allclose(*predictions.embeddings, atol=1e-4)
 
 
 def test_clips_none_of_which_can_be_read_are_said_why(tmp_path: Path) -> None:

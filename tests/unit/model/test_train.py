@@ -266,15 +266,20 @@ def test_a_wide_network_ends_as_a_bundle_and_can_be_tuned(dataset: Dataset, tmp_
     assert tuned.embedding_dim == 256
 
 
-def test_the_network_hears_no_difference_in_gain_and_little_in_equalisation() -> None:
-    members = (MemberConfig(balance=1.0), MemberConfig(kind="filters", balance=1.0))
-    config = LogMelCnnConfig(members=members).model_dump(mode="json")
-    network = build_logmel_cnn(config, []).eval()
+def test_balanced_members_hear_no_difference_in_gain_or_equalisation() -> None:
     samples = torch.randn(2, 66_150, generator=torch.Generator().manual_seed(0)) * 0.1
-    with torch.inference_mode():
-        loud = network.from_logmel(network.front_end(samples)).embedding
-        quiet = network.from_logmel(network.front_end(samples * 0.1)).embedding
-    np.testing.assert_allclose(loud, quiet, atol=1e-3)
+    for balance in (0.0, 1.0):
+        members = (MemberConfig(balance=balance), MemberConfig(kind="filters", balance=balance))
+        config = LogMelCnnConfig(members=members).model_dump(mode="json")
+        network = build_logmel_cnn(config, []).eval()
+        with torch.inference_mode():
+            loud, quiet = network.front_end(samples), network.front_end(samples * 0.1)
+            shaped = loud + torch.linspace(-1, 1, 128)
+            said, of_quiet, of_shaped = (
+                network.from_logmel(logmel).embedding for logmel in (loud, quiet, shaped)
+            )
+        torch.testing.assert_close(of_quiet, said, atol=1e-3, rtol=0)
+        assert torch.allclose(of_shaped, said, atol=1e-3) == (balance == 1.0)
 
 
 def test_filters_hear_the_same_timbre_at_another_pitch() -> None:
