@@ -127,6 +127,7 @@ def test_of_clips_left_out_a_few_are_named_and_the_rest_counted(tmp_path: Path) 
     assert absent.split == "valid"
     many = [Skipped(f"{n}", "is not on disk") for n in range(30_000)]
     assert left_out(many) == [("0, 1, 2, and 29997 more", "is not on disk")]
+    assert left_out(many[:3]) == [("0, 1, 2", "is not on disk")]
     told = left_out([Skipped(f"{n}", f"broken at {n}") for n in range(30)])
     assert told[-2:] == [("9", "broken at 9"), ("20 more", "have other reasons, each its own")]
 
@@ -311,7 +312,7 @@ def test_a_clip_without_an_artist_is_grouped_by_its_recording(tmp_path: Path) ->
 
 
 def test_columns_of_a_manifest_go_by_other_names_too(tmp_path: Path) -> None:
-    told = "File,Genres,Song,my_split", "x0.wav,a|b,one,val", "x1.wav,b;a;b,one,dev"
+    told = "File,Genres,Song,my_split", "x0.wav,a|b,one,val", "x1.wav,b; a;;b,one,dev"
     dataset = load(listing(tmp_path, *told))
     assert [clip.labels for clip in dataset.clips] == [("a", "b"), ("b", "a")]
     assert {(clip.group, clip.split) for clip in dataset.clips} == {("one", "valid")}
@@ -458,6 +459,7 @@ def edited(path: Path, **changes: Any) -> Path:
         ({"names": np.array("blues.00000")}, "don't belong together"),
         ({"X": np.zeros((0, 128, 241), np.uint8)}, "don't belong together"),
         ({"genres": np.array("blues")}, "don't belong together"),
+        ({"names": np.array([*"abcdefghijkk"])}, "named twice: k"),
         ({"X": np.zeros((12, 128, 0), np.uint8)}, "X must be finite numbers"),
         ({"X": np.full((12, 128, 80), np.nan)}, "X must be finite numbers"),
         ({"X": np.full((12, 128, 80), "loud")}, "X must be finite numbers"),
