@@ -29,7 +29,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from model.bundle import Bundle
 from schemas.events import TrackTags
@@ -186,6 +186,7 @@ class Cache:
         self._redis = connect(settings)
         self._down = False
         self._down_until_s = 0.0
+        self._unreadable = False
         self._missed: OrderedDict[str, _Missed] = OrderedDict()
         self._missed_bytes = 0
         self._missed_of: Counter[str] = Counter()  # by track
@@ -252,9 +253,16 @@ class Cache:
             return None
         try:
             value = await self._in_time(self._redis.getrange(key, 0, max_bytes - 1))
+        except NoPermissionError as error:  # others may be allowed: it isn't down
+            self._metrics.cache.labels("error").inc()
+            if not self._unreadable:
+                log.warning("Redis can't be read (%s); going on without it", reason(error))
+            self._unreadable = True
+            return None
         except Exception as error:
             self._failed(error)
             return None
+        self._unreadable = False
         return value if isinstance(value, bytes) and value else None
 
     async def _try_to_store(self, event: TrackTags, analysis: Analysis) -> bool:

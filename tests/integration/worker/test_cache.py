@@ -213,6 +213,23 @@ async def test_what_redis_refuses_is_told_once_and_stored_once_it_may_be(
         await until(lambda: stored(redis, *keys), timeout_s=20)
 
 
+async def test_a_redis_that_may_not_be_read_is_told_once_and_stored_in(
+    own_redis: LocalRedis, redis_prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with (
+        cache_at(own_redis.address, redis_prefix) as cache,
+        Redis.from_url(own_redis.address) as redis,
+    ):
+        await redis.acl_setuser("default", enabled=True, commands=["-getrange"])
+        for track_id in ("one", "two"):
+            assert await cache.by_audio(SHA256) is None
+            await store(cache, track_id, analysis())
+            assert await stored(redis, f"{redis_prefix}track:{track_id}")
+        assert caplog.text.count("no permissions to run the 'getrange' command") == 1
+        await redis.acl_setuser("default", enabled=True, commands=["+getrange"])
+        assert await cache.by_audio(SHA256) == analysis()
+
+
 async def test_a_redis_that_repeats_the_password_has_it_told_to_nobody(
     tmp_path: Path, redis_prefix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
