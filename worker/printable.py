@@ -2,8 +2,9 @@
 
 import re
 
-# Control characters, line ends of Unicode's own, and what turns the direction of writing.
-STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+# Control characters, line ends of Unicode's own, what turns the direction of writing, and, which no
+# output takes, bytes of a file's name that are no UTF-8.
+STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 WITHIN_A_LINE = re.compile(rf"(?![\n\t]){STEERING.pattern}")
 
 

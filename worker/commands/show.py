@@ -50,7 +50,7 @@ async def stored(settings: RedisSettings, track_id: str) -> tuple[TrackTags, int
     ServicesUnavailable
         Redis can't be used.
     """
-    key = Keys(settings.prefix).track(track_id)
+    key = Keys(settings.prefix).track(track_id).encode(errors="surrogateescape")
     async with connect(settings) as redis:
         try:
             value = cast(bytes | None, await redis.hget(key, "result"))
