@@ -51,12 +51,16 @@ MAX_BYTES = 16 * MIB  # of an analysis; with the taggram of six hours it has 3 M
 SHA256_CHARS = 64
 REASON_CHARS = 200
 OUTLIVED_AT_ONCE = 100  # tracks taken out of a genre as one comes in
-# By Redis itself, since a member may be anybody's and of any length.
-FORGET_OUTLIVED = """
-for _, track in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], 0, ARGV[1], 'LIMIT', 0, ARGV[2])) do
+# By Redis itself: a member may be anybody's and of any length, and workers' clocks differ and jump.
+LIVE_FROM_NOW = """
+local seconds, microseconds = unpack(redis.call('TIME'))
+local now = seconds + microseconds / 1e6
+local oldest = now - ARGV[2]
+for _, track in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], 0, oldest, 'LIMIT', 0, ARGV[3])) do
     redis.call('ZREM', KEYS[1], track)
     redis.call('ZREM', KEYS[2], track)
 end
+redis.call('ZADD', KEYS[1], now, ARGV[1])
 """
 
 
@@ -291,10 +295,9 @@ class Cache:
                 commands.zrem(keys.genre(label), event.track_id)
                 commands.zrem(keys.genre_since(label), event.track_id)
             if settings.genre_ttl_s:
-                oldest_s = time.time() - settings.genre_ttl_s
-                commands.eval(
-                    FORGET_OUTLIVED, 2, since_key, genre_key, str(oldest_s), str(OUTLIVED_AT_ONCE)
-                )
+                life = (event.track_id, str(settings.genre_ttl_s), str(OUTLIVED_AT_ONCE))
+                commands.eval(LIVE_FROM_NOW, 2, since_key, genre_key, *life)
+                commands.expire(since_key, settings.genre_ttl_s)
             commands.hset(
                 track_key,
                 mapping={
@@ -310,9 +313,6 @@ class Cache:
             self._add_analysis(commands, event.event_id, analysis)
             _live_for(commands, track_key, settings.track_ttl_s)
             _live_for(commands, genre_key, settings.genre_ttl_s)
-            if settings.genre_ttl_s:
-                commands.zadd(since_key, {event.track_id: time.time()})
-                commands.expire(since_key, settings.genre_ttl_s)
             await self._in_time(commands.execute())
 
     async def _in_time(self, answer: Awaitable[object]) -> object:

@@ -644,6 +644,21 @@ async def test_a_track_leaves_its_genre_when_its_life_there_is_over(
         assert 0 < await redis.ttl(genre) <= 3600
 
 
+async def test_a_workers_clock_that_jumps_takes_no_track_out_of_its_genre(
+    redis: Redis, redis_url: str, redis_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time
+    async with cache_at(redis_url, redis_prefix, genre_ttl_s=3600) as cache:
+        for hours_off in (0, 2, -2, 0):
+            monkeypatch.setattr(time, "time", lambda off_s=3600 * hours_off: now() + off_s)
+            await store(cache, f"{hours_off} hours off", analysis())
+    for hours_off in (0, 2, -2):
+        member = f"{hours_off} hours off"
+        since_s = await redis.zscore(f"{redis_prefix}genre-since:jazz", member)
+        assert since_s is not None
+        assert abs(since_s - now()) < 60
+
+
 @pytest.mark.parametrize("given_s", [3600, 0])
 async def test_a_tracks_hash_and_a_cached_analysis_live_as_long_as_is_given(
     redis: Redis, redis_url: str, redis_prefix: str, given_s: int
