@@ -15,7 +15,12 @@ from datetime import UTC, datetime
 from typing import Self
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
+from aiokafka.errors import (
+    InvalidTimestampError,
+    KafkaError,
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+)
 
 from schemas.events import ModelRef, NewTrack, Processing, TrackFeatures, TrackTags
 from worker.analysis import Analysis
@@ -183,6 +188,12 @@ class Publisher:
             raise ResultTooLarge(
                 f"Kafka takes no message of this size on {topic} ({len(value or b'')} bytes); "
                 "raise the topic's max.message.bytes, or switch the taggram off."
+            ) from error
+        except InvalidTimestampError as error:
+            raise PublishFailed(
+                f"Kafka refuses the time of a message on {topic}: this machine's clock and the "
+                "broker's are too far apart. Set them right, or the topic's "
+                "message.timestamp.type to LogAppendTime."
             ) from error
         except (KafkaError, TimeoutError, OSError) as error:
             compacted = ", and is not compacted: the message has no key" if key is None else ""

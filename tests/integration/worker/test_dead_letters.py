@@ -99,15 +99,24 @@ async def test_any_message_becomes_a_dead_letter_with_its_origin(
     assert (letter.original.value_b64 is None) is (value is None or HUGE in (key, value))
 
 
-async def test_a_letter_that_a_compacted_topic_refuses_is_told_of(topics: MakeTopics) -> None:
+@pytest.mark.parametrize(
+    ("configured", "told"),
+    [
+        ({"cleanup.policy": "compact"}, "is not compacted: the message has no key"),
+        ({"message.timestamp.before.max.ms": "0"}, "refuses the time .* this machine's clock"),
+    ],
+)
+async def test_why_a_topic_refuses_a_letter_is_told(
+    topics: MakeTopics, configured: dict[str, str], told: str
+) -> None:
     existing = await topics()
     own = existing.model_copy(update={"topic_dead_letter": existing.topic_dead_letter + "-kept"})
-    compacted = NewTopic(own.topic_dead_letter, 1, 1, topic_configs={"cleanup.policy": "compact"})
     async with administering(own) as admin:
-        await admin.create_topics([compacted])
+        topic = NewTopic(own.topic_dead_letter, 1, 1, topic_configs=configured)
+        await admin.create_topics([topic])
     async with Publisher(own) as publisher:
         failed = replace(record(own, 0, b"no JSON"), key=None)
-        with pytest.raises(PublishFailed, match="is not compacted: the message has no key"):
+        with pytest.raises(PublishFailed, match=told):
             await publisher.dead_letter(failed, [Failure(EventMalformed("Not JSON."))], MODEL)
 
 
