@@ -184,9 +184,10 @@ class Worker:
         if self._starting is not None:
             self._starting.cancel()
 
-    async def handle(self, record: Record, place: Place) -> None:
+    async def handle(self, record: Record, place: Place, *, again: bool = False) -> None:
         """Take one record to its end: tags of each of its tracks, and of those that failed, and
         what can't be read, one dead letter."""
+        began_s = time.monotonic()
         try:
             announced = intake.read(record, max_bytes=self._settings.kafka.max_event_bytes)
         except Exception as error:
@@ -202,7 +203,12 @@ class Worker:
             self.consumer.progressed()  # the next may take as long again
         if announced.fault is not None:
             failures.append(Failure(announced.fault))
-        if failures:
+        if failures and not again and self.consumer.was_frozen(began_s):
+            # Whoever took over may have tagged it. If nobody did, it begins anew.
+            self.metrics.retries.labels("handle", "worker_frozen").inc()
+            await place.wait(self._settings.kafka.session_timeout_s / 2)
+            await self.handle(record, place, again=True)
+        elif failures:
             await self._dead_letter(record, failures)
 
     async def _handle_track(

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import signal
+from functools import partial
 from typing import Any
 
 from tests.faults.scenarios import Outcome, conclude, now_s, require, scenario
@@ -11,6 +12,8 @@ from tests.faults.stand import Lane, Stand, Worker, until
 IN_FLIGHT = 16
 LATE_S = 6.0
 """Longer than the grace before a rebalance."""
+LATE = 8
+"""Tracks that are being fetched when a worker freezes."""
 
 
 @scenario
@@ -95,13 +98,18 @@ async def freeze(stand: Stand, quick: bool) -> Outcome:
     """A worker frozen (SIGSTOP) past its session timeout and woken."""
     freezes, tracks = (1, 100) if quick else (4, 400)
     async with stand.lane("freeze") as lane:
-        workers = await lane.ready(2)
+        workers = await lane.ready(
+            2, fetch__stall_timeout_s=8, fetch__timeout_s=8, worker__track_deadline_s=60
+        )
         sending = asyncio.create_task(
             lane.send(lane.tracks(range(tracks)), per_s=tracks / freezes / 14)
         )
         moments = []
         for number in range(freezes):
             await lane.watch(2)
+            late = range(LATE * number, LATE * (number + 1))
+            await lane.send(lane.event(stand.audio.url(n, "late", 5)) for n in late)
+            await until(partial(_asked, stand, late.stop), "late tracks' fetches", 20)
             frozen = workers[number % 2]
             frozen.signal(signal.SIGSTOP)
             await lane.watch(1)
@@ -110,8 +118,13 @@ async def freeze(stand: Stand, quick: bool) -> Outcome:
             moments.append(now_s())
             await _wake(frozen)
         await sending
-        await lane.until_answered(tracks, 90)
+        await lane.until_answered(tracks + LATE * freezes, 90)
         return await conclude(lane, moments, duplicates_at_most=2 * freezes * 2 * IN_FLIGHT)
+
+
+def _asked(stand: Stand, late: int) -> bool:
+    """Whether so many late tracks have been asked for."""
+    return sum(path.startswith("/late") for path in stand.audio.requests) >= late
 
 
 async def _until_taken_over(lane: Lane, timeout_s: float) -> None:

@@ -42,6 +42,7 @@ MAX_POLL_INTERVAL_S = 10 * 365 * 24 * 3600.0
 REBALANCE_TIMEOUT_S = 60.0  # beyond the grace: the group goes on without whoever takes longer
 RESTART_BACKOFF_S = (0.5, 30.0)
 HEARTBEATS_PER_SESSION = 6
+AWAKE_EVERY_S = 0.5
 CANCEL_TIMEOUT_S = 2.0
 MAX_RESTING = 512  # their messages are in memory
 
@@ -224,8 +225,31 @@ class Consumer:
         self._giving_back = asyncio.Lock()
         self._stop_grace_s = worker.stop_deadline_s * 0.6
         self._rebalance_grace_s = min(worker.rebalance_grace_s, self._stop_grace_s)
+        # Its last heartbeat lies before what froze it, so others may take over sooner.
+        self._frozen_after_s = kafka.session_timeout_s / 2
+        self._awake_s = self._woken_s = time.monotonic()
         self.last_progress_s = time.monotonic()
         self.assigned = False
+
+    def was_frozen(self, since_s: float) -> bool:
+        """Whether the process has stood still since then (`time.monotonic`) for so long that others
+        may have its partitions by now.
+
+        Its own deadlines passed meanwhile, and what ended by them tells nothing of a track.
+        """
+        self._note_awake()
+        return since_s < self._woken_s
+
+    def _note_awake(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._awake_s > self._frozen_after_s:
+            self._woken_s = now_s
+        self._awake_s = now_s
+
+    async def _stay_awake(self) -> None:
+        while True:
+            self._note_awake()
+            await asyncio.sleep(AWAKE_EVERY_S)
 
     def progressed(self) -> None:
         """Note that an event came to its end, or that work on one moved on.
@@ -308,11 +332,13 @@ class Consumer:
         self._ending = False
         stopping = asyncio.create_task(self._stop.wait())
         running = asyncio.create_task(self._run_app(app))
+        awake = asyncio.create_task(self._stay_awake())
         try:
             await asyncio.wait({stopping, running}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stopping.cancel()
             clean = await self._end(app)
+            awake.cancel()
             running.cancel()
             # Not for ever: what runs in there may not heed it.
             _, left = await asyncio.wait({running}, timeout=CANCEL_TIMEOUT_S)
