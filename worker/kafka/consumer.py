@@ -225,8 +225,8 @@ class Consumer:
         self._giving_back = asyncio.Lock()
         self._stop_grace_s = worker.stop_deadline_s * 0.6
         self._rebalance_grace_s = min(worker.rebalance_grace_s, self._stop_grace_s)
-        # Its last heartbeat lies before what froze it, so others may take over sooner.
-        self._frozen_after_s = kafka.session_timeout_s / 2
+        # The group counts from the last heartbeat, which lies before what froze it; one to spare.
+        self._frozen_after_s = kafka.session_timeout_s * (1 - 2 / HEARTBEATS_PER_SESSION)
         self._awake_s = self._woken_s = time.monotonic()
         self.last_progress_s = time.monotonic()
         self.assigned = False
