@@ -4,9 +4,11 @@ from pathlib import Path
 
 # fmt: off
 AUDIO_SUFFIXES = frozenset({
-    ".aac", ".aif", ".aiff", ".alac", ".amr", ".ape", ".au", ".caf", ".flac", ".m4a", ".m4b",
-    ".mka", ".mp2", ".mp3", ".mp4", ".mpc", ".oga", ".ogg", ".opus", ".ra", ".tta", ".wav",
-    ".weba", ".webm", ".wma", ".wv",
+    ".8svx", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".alac", ".amr", ".ape", ".au", ".awb",
+    ".caf", ".dsf", ".dts", ".dtshd", ".eac3", ".ec3", ".flac", ".m4a", ".m4b", ".mka", ".mlp",
+    ".mp1", ".mp2", ".mp3", ".mp4", ".mpc", ".oga", ".ogg", ".oma", ".opus", ".qoa", ".ra", ".shn",
+    ".sox", ".spx", ".tak", ".thd", ".tta", ".voc", ".w64", ".wav", ".wave", ".weba", ".webm",
+    ".wma", ".wsd", ".wv", ".xwma",
 })
 # fmt: on
 

@@ -21,6 +21,20 @@ def test_a_folder_is_walked_for_audio_in_order_of_names(folder: Path) -> None:
     ]
 
 
+def test_a_folder_is_walked_for_every_kind_of_music_file(tmp_path: Path) -> None:
+    files = [
+        tmp_path / f"a.{suffix}"
+        for suffix in (
+            "8svx", "aac", "ac3", "aifc", "amr", "ape", "au", "caf", "dsf", "dts", "eac3", "flac",
+            "m4a", "mka", "mlp", "mp1", "mpc", "ogg", "oma", "qoa", "ra", "shn", "sox", "spx",
+            "tak", "thd", "tta", "voc", "w64", "wav", "wma", "wsd", "wv", "xwma",
+        )
+    ]  # fmt: skip
+    for file in files:
+        file.write_bytes(b"")
+    assert [shown for shown, _ in audio(str(tmp_path))] == [str(file) for file in files]
+
+
 def test_a_folder_named_like_audio_is_walked_and_what_macos_adds_is_left_out(
     tmp_path: Path,
 ) -> None:
