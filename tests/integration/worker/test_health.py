@@ -76,6 +76,11 @@ async def watched(
         yield Health(settings.worker, probe, consumer, batcher)
 
 
+async def hang(_: Record, __: Place) -> None:
+    """What a handler does that never ends."""
+    await asyncio.Event().wait()
+
+
 def server_of(batcher: Batcher, **http: object) -> HttpServer:
     """The port of a worker that consumes nothing."""
     settings, metrics = settings_of(KafkaSettings()), Metrics()
@@ -282,11 +287,8 @@ async def test_a_worker_whose_consumer_dies_again_and_again_is_not_live(
     def restarts() -> float:
         return metrics.registry.get_sample_value("timbre_consumer_restarts_total") or 0
 
-    async def handle(record: Record, place: Place) -> None:
-        await asyncio.Event().wait()
-
     settings = impatient(own, rebalance_grace_s=0.1, stop_deadline_s=5.0)
-    consumer = Dying(settings, handle, metrics)
+    consumer = Dying(settings, hang, metrics)
     running = asyncio.create_task(consumer.run())
     async with LagProbe(settings, consumer, metrics) as probe:
         state = Health(settings.worker, probe, consumer, batcher)
@@ -310,14 +312,11 @@ async def test_a_worker_without_partitions_is_live_while_the_others_lag(
     own = await topics(partitions=1)
     settings = impatient(own, rebalance_grace_s=0.1)
 
-    async def handle(record: Record, place: Place) -> None:
-        await asyncio.Event().wait()
-
     await send(own, 5)
     async with (
-        consuming(settings, handle) as first,
-        consuming(settings, handle) as second,
-        consuming(settings, handle) as third,
+        consuming(settings, hang) as first,
+        consuming(settings, hang) as second,
+        consuming(settings, hang) as third,
         LagProbe(settings, first, Metrics()) as one,
         LagProbe(settings, second, Metrics()) as two,
         LagProbe(settings, third, Metrics()) as three,
@@ -346,9 +345,6 @@ async def test_lag_is_measured_on_after_any_fault(
         if faults:
             raise SettingsInvalid(faults.pop())
         return options(settings)
-
-    async def hang(record: Record, _: Place) -> None:
-        await asyncio.Event().wait()
 
     await send(own, 10)
     monkeypatch.setattr(connection, "client_options", without_certificate_at_first)
