@@ -33,7 +33,7 @@ class Topic:
         self, track_id: str, score: float = 0.5, *, features: bool = True, **more: Any
     ) -> None:
         tags = {
-            "audio": {"uri": URI},
+            "audio": {"uri": URI, "sha256": "a" * 64},
             "tags": [{"head": "genre", "label": "jazz", "score": score}],
         }
         await self._result(self.own.topic_tags, track_id, tags | more)
@@ -64,7 +64,8 @@ class Topic:
     async def verdict(self) -> Verdict:
         own = self.own
         topics = Topics((own.topic_new,), own.topic_tags, own.topic_features, own.topic_dead_letter)
-        async with Checker(connection.client_options(own), topics) as checker:
+        served = {URI: "a" * 64}
+        async with Checker(connection.client_options(own), topics, served) as checker:
             await checker.read_to_end()
             return checker.verdict()
 
@@ -137,6 +138,13 @@ async def test_a_second_answer_that_says_something_else_differs(
     await topic.tags("twice", **second)
 
     assert (await topic.verdict()).differing > 0
+
+
+async def test_tags_of_other_audio_than_was_served_differ(topic: Topic) -> None:
+    await topic.event("mistaken")
+    await topic.tags("mistaken", audio={"uri": URI, "sha256": "b" * 64})
+
+    assert (await topic.verdict()).differing == 1
 
 
 async def test_an_event_with_tags_and_a_dead_letter_differs(topic: Topic) -> None:

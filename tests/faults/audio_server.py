@@ -7,6 +7,7 @@ the other faults are told in `FAULTS`. Raw sockets, since a library would not li
 import asyncio
 import contextlib
 import gzip
+import hashlib
 import io
 import struct
 import wave
@@ -77,6 +78,8 @@ class Request:
         await self.send(f"{text}\r\n\r\n".encode())
 
     async def sound(self) -> None:
+        address = f"{self.server.origin}{self.path}"
+        self.server.served[address] = hashlib.sha256(self.body).hexdigest()
         await self.head(Content_Length=len(self.body), Content_Type="audio/wav")
         await self.send(self.body)
 
@@ -218,14 +221,15 @@ def _zeros(mebibytes: int) -> bytes:
 class AudioServer:
     """Listens on a free port of the loopback for as long as the context lasts.
 
-    `delay_s` holds back every answer; `requests` counts them by path; setting `released` ends what
-    stalls.
+    `delay_s` holds back every answer; `requests` counts them by path; `served` has the SHA-256 of
+    whole tracks by address; setting `released` ends what stalls.
     """
 
     def __init__(self) -> None:
         self.delay_s = 0.0
         self.port = 0
         self.requests: Counter[str] = Counter()
+        self.served: dict[str, str] = {}
         self.released = asyncio.Event()
         self._handlers: set[asyncio.Task[None]] = set()
 
@@ -240,10 +244,14 @@ class AudioServer:
             handler.cancel()
         await asyncio.gather(*self._handlers, return_exceptions=True)
 
+    @property
+    def origin(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
     def url(self, number: int, fault: str = "track", argument: object = None) -> str:
         """The address of a track, sound or with a fault."""
         middle = "" if argument is None else f"/{argument}"
-        return f"http://127.0.0.1:{self.port}/{fault}{middle}/{number}.wav"
+        return f"{self.origin}/{fault}{middle}/{number}.wav"
 
     async def _serve(self, reader: asyncio.StreamReader, out: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -44,7 +44,8 @@ class Verdict:
     """Counts of events and of what answered them.
 
     `tags` and `dead_letters` count events answered so, `duplicates` every further answer to one,
-    `differing` events whose answers contradict each other, as features beside a dead letter do.
+    `differing` events whose answers contradict each other, as features beside a dead letter do, or
+    are of other audio than theirs.
     """
 
     events: int
@@ -70,10 +71,13 @@ class Checker:
     ----------
     connection
         Keyword arguments by which aiokafka reaches the broker.
+    served
+        SHA-256 of what lies at an address, where that is known.
     """
 
     connection: Mapping[str, Any]
     topics: Topics
+    served: Mapping[str, str] = field(default_factory=dict)
     events: list[_Event] = field(default_factory=list)
     tags: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
     features: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
@@ -149,6 +153,8 @@ class Checker:
         tagged = Counter(_identity(group[0]) for group in self.tags.values())
         both = sum(max(0, n + lettered[name] - sent[name]) for name, n in tagged.items())
         without_tags = len(self.features.keys() - self.tags.keys())
+        told = [group[0]["audio"] for group in self.tags.values()]
+        mistaken = sum(self.served.get(a["uri"], a["sha256"]) != a["sha256"] for a in told)
         answers = [*self.tags.values(), *self.features.values(), *self.letters.values()]
         duplicates = [*self.tags.values(), *self.letters.values()]
         return Verdict(
@@ -157,7 +163,9 @@ class Checker:
             dead_letters=len(self.letters),
             lost=len(self.unanswered),
             duplicates=sum(len(group) - 1 for group in duplicates),
-            differing=both + without_tags + sum(any(_differing(group)) for group in answers),
+            differing=(
+                both + without_tags + mistaken + sum(any(_differing(group)) for group in answers)
+            ),
         )
 
     def reasons(self) -> Counter[str]:

@@ -486,7 +486,7 @@ class Stand:
         )
         made = [topic for topic in topics.all() if topic.partition(".")[2] not in missing]
         await create_topics(self.kafka_settings, dict.fromkeys(made, partitions))
-        async with Checker(self.connection, topics) as checker:
+        async with Checker(self.connection, topics, self.audio.served) as checker:
             lane = Lane(self, name, partitions, checker)
             try:
                 yield lane
