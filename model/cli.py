@@ -264,7 +264,10 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
 @import_app.command("musicnn")
 def import_musicnn_command(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the bundle to write.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Folder of the bundle to write."),
+    ] = Path("musicnn"),
 ) -> None:
     """Fetch the musicnn wheel (version and hash pinned) and make a bundle of its network."""
     from model.musicnn import import_musicnn

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from model.cli import app
 from model.musicnn import (
     LABELS,
     as_published,
@@ -155,3 +157,13 @@ def test_what_pip_says_at_last_is_told_in_whole_lines(
         fetch_wheel(tmp_path)
     told = refused.value.message.removeprefix("pip could not fetch musicnn==0.1.0: ")
     assert told.splitlines() == [*lines[-2:], "ERROR: no distribution"]
+
+
+def test_a_bundle_of_no_given_place_goes_to_musicnn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "musicnn").write_bytes(b"")
+    refused = CliRunner().invoke(app, ["import", "musicnn"]).exception
+    assert isinstance(refused, SettingsInvalid)
+    assert "musicnn can't be made a folder" in str(refused)
