@@ -494,6 +494,6 @@ def _taggram(windows: NDArray[np.float32], labels: tuple[str, ...]) -> Figure:
     image = axes.imshow(windows[:, shown].T, aspect="auto", cmap="magma", vmin=0, vmax=1)
     axes.set_yticks(range(len(shown)), [labels[column] for column in shown])
     axes.set_xlabel("window")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.colorbar(image, label="probability")
     return figure

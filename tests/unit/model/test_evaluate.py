@@ -157,6 +157,7 @@ def test_pictures_name_what_they_show_where_they_show_it() -> None:
     shown = [int(label.get_text()) for label in axes.get_yticklabels()]
     assert shown == [*range(60 - MAX_PICTURED_LABELS, 60)]
     np.testing.assert_array_equal(axes.images[0].get_array(), windows[:, shown].T)
+    assert all(tick % 1 == 0 for tick in _taggram(windows[:1, :2], ("a", "b")).axes[0].get_xticks())
 
 
 def test_multi_label_has_areas_under_curves(tmp_path: Path) -> None:
