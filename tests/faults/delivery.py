@@ -18,18 +18,23 @@ LATE = 8
 
 @scenario
 async def kill9(stand: Stand, quick: bool) -> Outcome:
-    """Workers killed (-9) at random moments while tracks pass."""
+    """Workers killed (-9) at random moments while uploads and backfill pass."""
     kills, tracks = (2, 120) if quick else (20, 1000)
+    places: dict[str, Any] = {
+        "worker__max_in_flight": IN_FLIGHT - 4,
+        "worker__max_backfill_in_flight": 4,
+    }
     async with stand.lane("kill9") as lane:
-        workers = await lane.ready(2, worker__max_in_flight=IN_FLIGHT)
-        await lane.send(lane.tracks(range(tracks)))
+        workers = await lane.ready(2, **places)
+        await lane.send(lane.tracks(range(tracks // 5)), topic=lane.backfill)
+        await lane.send(lane.tracks(range(tracks // 5, tracks)))
         moments = []
         for number in range(kills):
             await lane.until_more(tracks // kills // 2, 60)  # or the group would never come to work
             await lane.watch(random.uniform(0, 1))
             moments.append(now_s())
             workers[number % 2].kill()
-            workers[number % 2] = lane.worker(worker__max_in_flight=IN_FLIGHT)
+            workers[number % 2] = lane.worker(**places)
         await lane.until_answered(tracks, 120)
         outcome = await conclude(lane, moments, duplicates_at_most=2 * kills * IN_FLIGHT)
         require(outcome.verdict.tags == tracks, f"every track is tagged: {outcome.verdict}")

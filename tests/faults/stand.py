@@ -257,6 +257,10 @@ class Lane:
     def new(self) -> str:
         return self.checker.topics.new[0]
 
+    @property
+    def backfill(self) -> str:
+        return self.checker.topics.new[1]
+
     def event(self, uri: str, *, track_id: str | None = None, **more: object) -> bytes:
         """An event as a platform would send it."""
         track_id = track_id or uuid.uuid4().hex
