@@ -796,6 +796,7 @@ async def test_uploads_go_before_backfill_which_leaves_them_one_decoder(song: Pa
     async with pool_of(processes=2) as pool:
         async with pool.decode(song, priority="backfill") as first:
             await anext(first)
+            await hear(pool, song)  # on the second decoder, which is idle from then on
             second = asyncio.create_task(hear(pool, song, priority="backfill"))
             await asyncio.wait_for(hear(pool, song), 10)
             assert not second.done(), "it has no second decoder, though that is free"
