@@ -246,6 +246,8 @@ class TestGeneratedFiles:
     ) -> None:
         monkeypatch.setattr(generate, "HERE", tmp_path)
         monkeypatch.setattr(generate, "RELEASED", tmp_path / "released")
+        assert generate.main([]) == 0
+        assert not (tmp_path / "released").exists()
         assert generate.main(["--release"]) == 0
         assert generate.main(["--check"]) == 0
         old = generate.json_schema("track-tags")
