@@ -125,6 +125,7 @@ def test_resuming_needs_the_checkpoint_of_the_same_run(dataset: Dataset, tmp_pat
     torch.save({"run": "another", "parts": {}}, tmp_path / "b.work" / "checkpoint.pt")
     with pytest.raises(CheckpointInvalid, match="another data set, recipe or seed"):
         train(dataset, tmp_path / "b", recipe=SMALL, resume=True)
+    train(dataset, tmp_path / "b", recipe=BRIEF, fit="train")  # from the start, as the errors say
 
 
 def test_fine_tuning_starts_at_the_bundle_with_a_new_head(dataset: Dataset, tmp_path: Path) -> None:
