@@ -196,8 +196,12 @@ def test_msd_without_artists_keeps_recordings_together(tmp_path: Path) -> None:
     assert len({clip.group for clip in dataset.clips}) == len(dataset.clips) - 1
 
 
-def test_folder_per_genre_takes_its_labels_from_the_folders(tmp_path: Path) -> None:
+def test_folder_per_genre_takes_its_labels_from_the_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = load(music.folders(tmp_path / "own"))
+    monkeypatch.chdir(tmp_path / "own")
+    assert load(Path()).name == dataset.name == "own"
     assert dataset.layout == "folders"
     assert dataset.labels == music.GENRES
     assert dataset.splits == ()
