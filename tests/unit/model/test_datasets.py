@@ -41,8 +41,8 @@ def test_gtzan_has_the_fault_filtered_split_and_names_what_is_corrupt(tmp_path: 
 @pytest.mark.parametrize("folder", ["", "genres", "genres_original"])
 def test_excerpts_of_a_clip_of_gtzan_stay_on_its_side(tmp_path: Path, folder: str) -> None:
     (tmp_path / folder / "blues").mkdir(parents=True)
-    for name in ("blues.00029", "blues.00029.second", "blues.00030"):
-        (tmp_path / folder / "blues" / f"{name}.wav").touch()
+    for name in ("00029.wav", "00029.second.wav", "00030.wav", "00031.txt", "mix.wav"):
+        (tmp_path / folder / "blues" / f"blues.{name}").touch()
     clips = load(tmp_path).clips
     assert {clip.name: clip.group for clip in clips} == {
         "blues.00029": "blues.00029",
