@@ -39,6 +39,8 @@ def load(path: Path) -> Dataset:
             splits = _splits(archive, names, known=known)
     except (OSError, ValueError, TypeError, EOFError, BadZipFile, zlib.error) as error:
         raise DatasetInvalid(f"{path} is no .npz archive of plain arrays") from error
+    except MemoryError as error:
+        raise DatasetInvalid(f"the arrays of {path} don't fit into memory") from error
     dimensions = (values.ndim, names.ndim, splits.ndim, titles.ndim)
     if (
         dimensions != (3, 1, 1, 1)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -563,6 +564,12 @@ def test_damaged_archives_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "short.npz", X=np.zeros((2, 128, 72), np.uint8))
     with pytest.raises(DatasetInvalid, match="y, names, genres"):
         load(tmp_path / "short.npz")
+    np.savez(tmp_path / "vast.npz", y=0, names=0, genres=0)
+    with ZipFile(tmp_path / "vast.npz", "a") as archive, archive.open("X.npy", "w") as file:
+        vast = {"descr": "|u1", "fortran_order": False, "shape": (10**9, 128, 722)}
+        np.lib.format.write_array_header_1_0(file, vast)
+    with pytest.raises(DatasetInvalid, match="don't fit into memory"):
+        load(tmp_path / "vast.npz")
 
 
 def test_layouts_are_found_out_or_forced(tmp_path: Path) -> None:
