@@ -21,7 +21,7 @@ def annotations(path: Path) -> list[Path]:
     """The `.cls` files at `path` (a file or a folder)."""
     if path.suffix == ".cls":
         return [path] if path.is_file() else []
-    return sorted(path.glob("*.cls"))
+    return sorted(path.glob("[!.]*.cls"))
 
 
 def load(path: Path) -> Dataset:
