@@ -160,7 +160,7 @@ def _changed_at(uri: str) -> datetime | None:
 def _rows(table: Path, priority: Priority) -> Iterator[NewTrack]:
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="")
+            reader = csv.DictReader(file, restval="", skipinitialspace=True)
             column = next((c for c in URI_COLUMNS if c in (reader.fieldnames or ())), None)
             if column is None:
                 raise SourceInvalid(f"{table} has no column named {' or '.join(URI_COLUMNS)}.")

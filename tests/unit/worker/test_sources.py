@@ -150,7 +150,7 @@ def test_backfill_is_the_tracks_priority(folder: Path) -> None:
 def test_a_table_names_tracks_with_ids_and_metadata(folder: Path) -> None:
     table = folder / "tracks.csv"
     table.write_text(
-        "path,track_id,artist,year\na.flac,t-1,Ada,1999\nhttps://cdn.example/b.mp3,,Bo,\n",
+        "path, track_id,artist,year\na.flac, t-1,Ada,1999\nhttps://cdn.example/b.mp3,,Bo,\n",
         encoding="utf-8-sig",
     )
     first, second = tracks([str(table)])
