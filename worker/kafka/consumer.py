@@ -436,18 +436,18 @@ class Consumer:
         (assigned,) = args
         self._assignment = sorted(assigned)
         self.assigned = True
+        told = {tp.topic for tp in assigned}  # by who leads the group, and may know more
+        unknown = [topic for topic in self._places if topic not in told and not app.knows(topic)]
         if assigned:
             log.info("Assigned %d partitions", len(assigned))
-        else:
+        elif len(unknown) < len(self._places):
             log.warning("No partitions: other workers have all there are")
-        told = {tp.topic for tp in assigned}  # by who leads the group, and may know more
-        for topic in self._places:
-            if topic not in told and not app.knows(topic):
-                log.warning(
-                    "No events come from %s, which doesn't exist yet or may not be read; see its "
-                    "name in TIMBRE_KAFKA__TOPIC_*, and what Kafka allows this user",
-                    topic,
-                )
+        for topic in unknown:
+            log.warning(
+                "No events come from %s, which doesn't exist yet or may not be read; see its "
+                "name in TIMBRE_KAFKA__TOPIC_*, and what Kafka allows this user",
+                topic,
+            )
 
     async def _give_back(self, grace_s: float) -> None:
         async with self._giving_back:  # a rebalance during a stop waits for it to be done

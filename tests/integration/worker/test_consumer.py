@@ -517,6 +517,17 @@ async def test_a_topic_that_is_not_there_or_not_to_be_read_is_told_beside_one_th
         assert "No events come from" not in caplog.text
 
 
+async def test_other_workers_are_not_told_of_where_no_topic_is_there(
+    topics: MakeTopics, caplog: pytest.LogCaptureFixture
+) -> None:
+    existing = await topics(partitions=1)
+    absent = {name: f"{existing.group}-{name}" for name in ("topic_new", "topic_backfill")}
+    async with consuming(settings_of(existing.model_copy(update=absent)), Seen()) as consumer:
+        await until(lambda: consumer.assigned)
+    assert caplog.text.count("No events come from") == 2
+    assert "other workers" not in caplog.text
+
+
 async def test_a_topic_that_is_assigned_is_there_before_this_worker_has_heard_of_it(
     topics: MakeTopics, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
