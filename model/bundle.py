@@ -47,7 +47,7 @@ class NetworkSection(BaseModel):
 
 
 class Manifest(BaseModel):
-    """`model.json`. All but `version`, `training` and `figures` decides what the model answers."""
+    """`model.json`. All but name, version, training and figures decides what the model answers."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -340,7 +340,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 def _version(manifest: Manifest, tensors: dict[str, Tensor]) -> str:
     """Content hash over the weights and all of the manifest that decides an answer."""
-    told = manifest.model_dump(mode="json", exclude={"version", "training", "figures"})
+    told = manifest.model_dump(mode="json", exclude={"name", "version", "training", "figures"})
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, ensure_ascii=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()

@@ -79,10 +79,10 @@ def test_the_version_follows_what_decides_an_answer(default: Bundle, tmp_path: P
     genre, tags = default.heads
     calibrated = genre.model_copy(update={"calibration": Calibration(temperature={"mean": 3.0})})
     other_heads = replace(default, heads=(calibrated, tags)).save(tmp_path / "a", card="")
-    other_figures = replace(default, figures={"accuracy": 0.1}).save(tmp_path / "b", card="")
+    told = replace(default, name="mine", figures={"accuracy": 0.1}).save(tmp_path / "b", card="")
 
     assert other_heads.version != default.version
-    assert other_figures.version == default.version
+    assert told.version == default.version
 
 
 def test_changed_weights_are_noticed(folder: Path) -> None:
