@@ -535,7 +535,7 @@ async def test_what_redis_missed_is_stored_however_many_new_results_come(
         await until(lambda: backlog(metrics) < 500)
         async with asyncio.TaskGroup() as group:
             going_on = [group.create_task(go_on(cache)) for _ in range(20)]
-            await until(lambda: backlog(metrics) == 0, timeout_s=10)
+            await until(lambda: backlog(metrics) == 0, timeout_s=30)
             for task in going_on:
                 task.cancel()
     assert metrics.registry.get_sample_value("timbre_redis_dropped_total") == 0
