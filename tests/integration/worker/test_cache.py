@@ -618,7 +618,7 @@ async def test_a_stop_tells_how_much_of_what_redis_missed_is_lost(
 ) -> None:
     answers = iter([True, False])
 
-    async def store_one(_: object) -> bool:
+    async def store_one(*_: object) -> bool:
         return next(answers)
 
     async with cache_at("redis://127.0.0.1:9/0", redis_prefix) as cache:

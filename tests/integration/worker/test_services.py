@@ -271,7 +271,9 @@ def test_up_that_is_ended_while_it_starts_leaves_nothing_that_down_does_not_know
     named = {"TIMBRE_KAFKA__BOOTSTRAP_SERVERS", "TIMBRE_REDIS__URL"}
     environment = {name: value for name, value in os.environ.items() if name not in named} | own
     arguments = [str(TIMBRE), "services", "up"]
+    earlier = signal.signal(number, signal.SIG_DFL)  # else it would inherit what nohup ignores
     with subprocess.Popen(arguments, env=environment) as command:
+        signal.signal(number, earlier)
         while not any(folders.glob("timbre-kafka-*/kafka.log")):
             assert command.poll() is None
             time.sleep(0.01)
