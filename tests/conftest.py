@@ -4,6 +4,7 @@ Services are started once a session, when the first test asks for one, and end w
 `TIMBRE_KAFKA__BOOTSTRAP_SERVERS` or `TIMBRE_REDIS__URL` name running ones, those are used.
 """
 
+import signal
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,12 @@ UNIT = Path(__file__).parent / "unit"
 
 MakeTopic = Callable[..., Awaitable[str]]
 MakeTopics = Callable[..., Awaitable[KafkaSettings]]
+
+
+def pytest_configure() -> None:
+    """Processes inherit what is ignored here, as SIGINT is in the background of a script."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -36,7 +36,7 @@ async def kill9(stand: Stand, quick: bool) -> Outcome:
             workers[number % 2].kill()
             workers[number % 2] = lane.worker(**places)
         await lane.until_answered(tracks, 120)
-        outcome = await conclude(lane, moments, duplicates_at_most=2 * kills * IN_FLIGHT)
+        outcome = await conclude(lane, moments, duplicates_at_most=kills * IN_FLIGHT)
         require(outcome.verdict.tags == tracks, f"every track is tagged: {outcome.verdict}")
         return outcome
 

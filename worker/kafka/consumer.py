@@ -34,7 +34,7 @@ RESUME_BELOW = 8
 # After a partition is resumed faust asks for it once a second, so this is also how many events of
 # one partition a worker takes in a second. Their bytes are bounded by `record_batches.POLL_BYTES`.
 POLL_RECORDS = 512
-COMMIT_INTERVAL_S = 0.5
+COMMIT_INTERVAL_S = 0.2
 METADATA_AGE_S = 10.0  # so soon are topics seen that were made, or given partitions, meanwhile
 # Aiokafka leaves the group, for good, where a worker asks for nothing for so long: one that waits
 # without partitions, or for Kafka to take results.

@@ -133,12 +133,15 @@ def test_an_interrupt_while_the_network_runs_ends_it_without_a_word(
             stderr=stderr,
             start_new_session=True,
         ) as process:
-            shown = b""
-            while b"Tagging" not in shown:
-                shown += os.read(terminal, 65_536)
-            time.sleep(0.4)
-            os.killpg(process.pid, signal.SIGINT)
-            assert process.wait(60) == 130
+            try:
+                shown = b""
+                while b"Tagging" not in shown:
+                    shown += os.read(terminal, 65_536)
+                time.sleep(0.4)
+                os.killpg(process.pid, signal.SIGINT)
+                assert process.wait(60) == 130
+            finally:
+                process.kill()
         shown += os.read(terminal, 65_536)
     finally:
         os.close(terminal)
