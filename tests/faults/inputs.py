@@ -217,7 +217,7 @@ async def hostile_events(stand: Stand, quick: bool) -> Outcome:
     count = 500 if quick else 10_000
     malformed = hostile.messages(count) + hostile.enormous()
     random.shuffle(malformed)
-    async with stand.lane("hostile-events") as lane:
+    async with stand.lane("hostile-events", partitions=1) as lane:
         await lane.ready()
         sent_s: dict[str, float] = {}
         step = len(malformed) // 20 + 1
