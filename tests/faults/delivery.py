@@ -94,7 +94,7 @@ async def rebalance(stand: Stand, quick: bool) -> Outcome:
         await sending
         await lane.until_answered(tracks, 90)
         # Two rebalances a round, three workers. The quick form's are over sooner.
-        most = rounds * IN_FLIGHT * (1 if quick else 6)
+        most = rounds * IN_FLIGHT * (2 if quick else 6)
         return await conclude(lane, moments, duplicates_at_most=most)
 
 
