@@ -11,7 +11,14 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from typing import Self
 
 from aiohttp.abc import AbstractResolver
-from tenacity import AsyncRetrying, RetryCallState, wait_exponential, wait_random
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    stop_after_attempt,
+    stop_before_delay,
+    wait_exponential,
+    wait_random,
+)
 
 from worker.errors import (
     ChecksumMismatch,
@@ -182,12 +189,9 @@ class Fetcher:
     def _tried_enough(self, state: RetryCallState) -> bool:
         """Whether another attempt, or the wait before it, would be too much: others of the event's
         partition wait behind it."""
-        settings, wait_s = self._settings, state.upcoming_sleep
-        return (
-            state.attempt_number >= settings.attempts
-            or (state.seconds_since_start or 0.0) + wait_s >= settings.timeout_s
-            or state.idle_for + wait_s > settings.max_wait_s
-        )
+        settings = self._settings
+        spent = stop_after_attempt(settings.attempts) | stop_before_delay(settings.timeout_s)
+        return spent(state) or state.idle_for + state.upcoming_sleep > settings.max_wait_s
 
     def _tell_retry(self, state: RetryCallState) -> None:
         if isinstance(error := _failure(state), TimbreError):
