@@ -237,7 +237,7 @@ class Tagger:
                 voted.score >= options.min_score
                 and (options.max_tags is None or counts[voted.head] <= options.max_tags)
             ):
-                tags.append(Tag(**asdict(voted)))
+                tags.append(Tag.model_validate(voted, from_attributes=True))
         return Analysis(
             audio=AudioFacts(
                 uri=uri,
