@@ -299,6 +299,8 @@ class Batcher:
             await self._compute_each(buffer, wanted)
         except Exception as error:
             log.warning("A batch failed; its tracks are run one by one", exc_info=error)
+            if not isinstance(error, TimbreError):  # memory that runs out is counted by itself
+                self._observer.on_fault("failed")
             await self._compute_each(buffer, wanted)
         else:
             for p in wanted:
