@@ -23,12 +23,12 @@ class TrackFailed(TimbreError):
     stage: ClassVar[str] = "track"
 
 
-def dead_letter_codes() -> list[str]:
-    """Every reason that a dead letter may have."""
-    kinds: list[type[TimbreError]] = [TrackFailed]
+def track_failures() -> list[type[TrackFailed]]:
+    """Every kind of failure that a dead letter may have."""
+    kinds = [TrackFailed]
     for kind in kinds:  # grows while it is walked
         kinds += kind.__subclasses__()
-    return sorted({kind.code for kind in kinds[1:]})
+    return kinds[1:]
 
 
 class Unexpected(TrackFailed):

@@ -23,10 +23,11 @@ from prometheus_client import (
 from schemas.events import Priority
 from worker.analysis import Analysis
 from worker.batch.batcher import BatchObserver
-from worker.errors import dead_letter_codes
+from worker.errors import PublishFailed, track_failures
 
 OUTCOMES = ("tagged", "cached", "dead_letter")
 LOOKUPS = ("hit", "miss", "error")
+BATCH_FAULTS = ("hung", "lost", "failed", "not_finite", "out_of_memory")
 STAGE_BUCKETS_S = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
 )  # fmt: skip
@@ -127,8 +128,13 @@ class Metrics:
         """Make the series that are known: Prometheus can't see the first increment of others."""
         for outcome, priority in product(OUTCOMES, get_args(Priority)):
             self.tracks.labels(outcome, priority)
-        for code in dead_letter_codes():
-            self.dead_letters.labels(code)
+        for kind in track_failures():
+            self.dead_letters.labels(kind.code)
+            if kind.retryable:
+                self.retries.labels(kind.stage, kind.code)
+        self.retries.labels("publish", PublishFailed.code)
+        for fault in BATCH_FAULTS:
+            self.batch_faults.labels(fault)
         for result in LOOKUPS:
             self.cache.labels(result)
 

@@ -22,6 +22,9 @@ def test_what_is_known_beforehand_begins_at_zero() -> None:
     value = Metrics().registry.get_sample_value
     assert value("timbre_tracks_total", {"outcome": "cached", "priority": "backfill"}) == 0
     assert value("timbre_dead_letters_total", {"code": "audio_not_found"}) == 0
+    assert value("timbre_retries_total", {"stage": "fetch", "code": "fetch_timeout"}) == 0
+    assert value("timbre_retries_total", {"stage": "publish", "code": "publish_failed"}) == 0
+    assert value("timbre_batch_faults_total", {"kind": "hung"}) == 0
     assert value("timbre_cache_lookups_total", {"result": "error"}) == 0
 
 
