@@ -43,8 +43,9 @@ from worker.errors import (
     WorkerStopping,
 )
 from worker.health import Health, HttpServer
-from worker.kafka.consumer import Consumer, Place
+from worker.kafka.consumer import Consumer
 from worker.kafka.lag import LagProbe
+from worker.kafka.place import Place
 from worker.kafka.record_batches import bounded_unpacking
 from worker.metrics import BatchMetrics, Metrics
 from worker.printable import printable

@@ -23,6 +23,8 @@ from worker.errors import ConsumerLost
 from worker.kafka.connection import faust_credentials
 from worker.kafka.faust_app import App
 from worker.kafka.ledger import Ledger
+from worker.kafka.place import Place, Places
+from worker.kafka.wakefulness import Wakefulness
 from worker.metrics import Metrics
 from worker.record import Record
 from worker.settings import Settings
@@ -42,79 +44,7 @@ MAX_POLL_INTERVAL_S = 10 * 365 * 24 * 3600.0
 REBALANCE_TIMEOUT_S = 60.0  # beyond the grace: the group goes on without whoever takes longer
 RESTART_BACKOFF_S = (0.5, 30.0)
 HEARTBEATS_PER_SESSION = 6
-AWAKE_EVERY_S = 0.5
 CANCEL_TIMEOUT_S = 2.0
-MAX_RESTING = 512  # their messages are in memory
-
-
-class _Places:
-    """The places in flight of one topic, and how many events rest without one."""
-
-    def __init__(self, count: int) -> None:
-        self.free = asyncio.Semaphore(count)
-        self.resting = asyncio.Semaphore(MAX_RESTING)
-
-
-class Place:
-    """An event's place in flight, as its handler knows it; already taken by whoever makes this.
-
-    `earlier` works on the event before it of the same key.
-    """
-
-    def __init__(
-        self, places: _Places, earlier: "asyncio.Task[None] | None", progressed: Callable[[], None]
-    ) -> None:
-        self._places = places
-        self._earlier = earlier
-        self._progressed = progressed
-        self._held = True
-        self.resting = False
-
-    async def turn(self) -> None:
-        """Wait until no earlier event of the same key is in flight: a track's results are published
-        in the order of its events, so that the last is the newest. Others have the place meanwhile.
-        """
-        if self._earlier is not None and not self._earlier.done():
-            await self._lend(self.earlier_ended())
-
-    async def earlier_ended(self) -> None:
-        """Wait until no earlier event of the same key is in flight."""
-        if self._earlier is not None:
-            await asyncio.wait({self._earlier})
-
-    async def rest(self, duration_s: float) -> None:
-        """Sleep between two attempts; that the one has ended is progress."""
-        self._progressed()
-        await self.wait(duration_s)
-
-    async def wait(self, duration_s: float) -> None:
-        """Sleep, and let others have the place for that long, unless too many rest already."""
-        if not self._places.resting.locked():
-            async with self._places.resting:
-                await self._lend(asyncio.sleep(duration_s))
-            return
-        self.resting = True
-        await asyncio.sleep(duration_s)
-        await self.take()
-
-    async def _lend(self, wait: Awaitable[object]) -> None:
-        self.resting = True
-        self.leave()
-        await wait
-        await self.take()
-
-    async def take(self) -> None:
-        """Take the place again, if it is not held: a deadline may have ended a rest without it."""
-        if not self._held:
-            await self._places.free.acquire()
-            self._held = True
-        self.resting = False
-
-    def leave(self) -> None:
-        """Give the place back, if it is held."""
-        if self._held:
-            self._held = False
-            self._places.free.release()
 
 
 Handle = Callable[[Record, Place], Awaitable[None]]
@@ -123,7 +53,7 @@ Handle = Callable[[Record, Place], Awaitable[None]]
 class _Partition:
     """One assigned partition: events waiting, events in flight, and the ledger over both."""
 
-    def __init__(self, tp: TP, consumer: "Consumer", places: _Places) -> None:
+    def __init__(self, tp: TP, consumer: "Consumer", places: Places) -> None:
         self.tp = tp
         self.ledger = Ledger(consumer.settings.worker.max_ahead)
         self.waiting: deque[EventT[Any]] = deque()
@@ -214,8 +144,8 @@ class Consumer:
         self._metrics = metrics
         kafka, worker = settings.kafka, settings.worker
         self._places = {
-            kafka.topic_new: _Places(worker.max_in_flight),
-            kafka.topic_backfill: _Places(worker.max_backfill_in_flight),
+            kafka.topic_new: Places(worker.max_in_flight),
+            kafka.topic_backfill: Places(worker.max_backfill_in_flight),
         }
         self._partitions: dict[TP, _Partition] = {}
         self._assignment: list[TP] = []
@@ -226,8 +156,8 @@ class Consumer:
         self._stop_grace_s = worker.stop_deadline_s * 0.6
         self._rebalance_grace_s = min(worker.rebalance_grace_s, self._stop_grace_s)
         # The group counts from the last heartbeat, which lies before what froze it; one to spare.
-        self._frozen_after_s = kafka.session_timeout_s * (1 - 2 / HEARTBEATS_PER_SESSION)
-        self._awake_s = self._woken_s = time.monotonic()
+        frozen_after_s = kafka.session_timeout_s * (1 - 2 / HEARTBEATS_PER_SESSION)
+        self._wakefulness = Wakefulness(frozen_after_s)
         self.last_progress_s = time.monotonic()
         self.assigned = False
 
@@ -237,19 +167,7 @@ class Consumer:
 
         Its own deadlines passed meanwhile, and what ended by them tells nothing of a track.
         """
-        self._note_awake()
-        return since_s < self._woken_s
-
-    def _note_awake(self) -> None:
-        now_s = time.monotonic()
-        if now_s - self._awake_s > self._frozen_after_s:
-            self._woken_s = now_s
-        self._awake_s = now_s
-
-    async def _stay_awake(self) -> None:
-        while True:
-            self._note_awake()
-            await asyncio.sleep(AWAKE_EVERY_S)
+        return self._wakefulness.lapsed(since_s)
 
     def progressed(self) -> None:
         """Note that an event came to its end, or that work on one moved on.
@@ -332,7 +250,7 @@ class Consumer:
         self._ending = False
         stopping = asyncio.create_task(self._stop.wait())
         running = asyncio.create_task(self._run_app(app))
-        awake = asyncio.create_task(self._stay_awake())
+        awake = asyncio.create_task(self._wakefulness.watch())
         try:
             await asyncio.wait({stopping, running}, return_when=asyncio.FIRST_COMPLETED)
         finally:

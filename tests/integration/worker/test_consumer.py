@@ -31,8 +31,9 @@ from tests.waiting import until
 from tests.worker_process import environment
 from worker.kafka import connection
 from worker.kafka import consumer as consumer_module
-from worker.kafka.consumer import MAX_RESTING, Consumer, Handle, Place
+from worker.kafka.consumer import Consumer, Handle
 from worker.kafka.faust_app import App
+from worker.kafka.place import MAX_RESTING, Place
 from worker.metrics import Metrics
 from worker.record import Record
 from worker.services.topics import create_topics

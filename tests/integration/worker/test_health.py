@@ -29,8 +29,9 @@ from worker.errors import DeviceHung, SettingsInvalid
 from worker.health import Health, HttpServer
 from worker.kafka import connection, lag
 from worker.kafka import consumer as consumer_module
-from worker.kafka.consumer import Consumer, Handle, Place
+from worker.kafka.consumer import Consumer, Handle
 from worker.kafka.lag import LagProbe
+from worker.kafka.place import Place
 from worker.metrics import Metrics
 from worker.record import Record
 from worker.settings import (
