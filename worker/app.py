@@ -1,7 +1,8 @@
 """The worker: wires the stages. The only place that knows Kafka, Redis and the stages at once.
 
-An event's way: intake, cache, fetch, decode, batch, vote (the last four in `tagger`), publish,
-store. It ends in exactly one of two places, tags or dead letter; only then is it acknowledged.
+An event's way: intake, cache, fetch, decode, windows, batch, vote (the last five in `tagger`),
+publish, store. It ends in exactly one of two places, tags or dead letter; only then is it
+acknowledged.
 """
 
 import asyncio

@@ -1,4 +1,7 @@
-"""One track's way from its address to its tags: fetch, decode, batch, vote. No Kafka, no Redis."""
+"""One track's way from its address to its tags: fetch, decode, batch, vote. No Kafka, no Redis.
+
+Windows are cut and told from silence where a track is decoded, in the decoder's own process.
+"""
 
 import asyncio
 import hashlib
