@@ -106,10 +106,12 @@ class FetchTimeout(FetchFailed):
 class FetchTooSlow(FetchFailed):
     """The server sends, but slower than it must.
 
-    Not tried again: each attempt would hold a place in flight for as long as it takes to tell.
+    Not tried again by itself: each attempt would hold a place in flight for as long as it takes to
+    tell. Like a timeout it may pass later.
     """
 
     code = "fetch_too_slow"
+    retryable = True
 
 
 class AudioNotFound(FetchFailed):

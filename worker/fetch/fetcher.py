@@ -24,6 +24,7 @@ from worker.errors import (
     ChecksumMismatch,
     FetchFailed,
     FetchTimeout,
+    FetchTooSlow,
     FetchUnavailable,
     SpoolFull,
     TimbreError,
@@ -125,7 +126,7 @@ class Fetcher:
         ------
         FetchFailed
             A subclass of it. Retryable ones were retried as long as attempts and time allowed, a
-            `FetchTimeout` at most once.
+            `FetchTimeout` at most once, a `FetchTooSlow` never.
         """
         copy = self._copy.get(uri.partition(":")[0].lower())
         if copy is None:
@@ -221,6 +222,8 @@ def _check_sha256(audio: SpooledAudio, expected: str | None, uri: str) -> None:
 
 def _tried_again(state: RetryCallState) -> bool:
     error = _failure(state)
+    if isinstance(error, FetchTooSlow):
+        return False
     if isinstance(error, FetchTimeout):
         return state.attempt_number < STALL_ATTEMPTS
     return isinstance(error, TimbreError) and error.retryable
