@@ -250,7 +250,7 @@ class Processing(Part):
     cached: bool
     """Whether the result came from the cache, without decoding"""
     attempt: Annotated[int, Field(ge=1)]
-    """Which attempt succeeded, counted from 1"""
+    """Which attempt at the track succeeded, counted from 1; fetches repeated in it don't count"""
 
 
 class TrackTags(Part):
