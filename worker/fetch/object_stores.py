@@ -5,13 +5,14 @@ import re
 from collections.abc import Callable
 from contextlib import aclosing
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
 import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import AzureStore, GCSStore, S3Store
+from pydantic import SecretStr
 
 from worker.errors import (
     AudioNotFound,
@@ -29,7 +30,14 @@ from worker.fetch.spool import SpoolFile
 from worker.settings import FetchSettings
 
 if TYPE_CHECKING:
-    from obstore.store import AzureConfig, ClientConfig, GCSConfig, RetryConfig, S3Config
+    from obstore.store import (
+        AzureConfig,
+        ClientConfig,
+        GCSConfig,
+        RetryConfig,
+        S3Config,
+        S3Credential,
+    )
 
 Store = S3Store | GCSStore | AzureStore
 
@@ -126,21 +134,34 @@ class ObjectStores:
     def _s3(self, bucket: str) -> S3Store:
         region = self._settings.s3_region or "us-east-1"
         endpoint = self._settings.s3_endpoint or f"https://s3.{region}.amazonaws.com"
-        config: S3Config = {"region": region, "endpoint": endpoint}
+        config: S3Config = {
+            "region": region,
+            "aws_endpoint_url_s3": endpoint,  # goes before `endpoint`
+            "virtual_hosted_style_request": False,
+            "s3_express": False,
+        }
         key, secret = self._settings.s3_access_key_id, self._settings.s3_secret_access_key
+        given = None
         if key is not None and secret is not None:
-            config["access_key_id"] = key.get_secret_value()
-            config["secret_access_key"] = secret.get_secret_value()
+            config["skip_signature"] = False
+            # Not in `config`, where a session token of the environment would go with them.
+            given = partial(_s3_credential, key, secret)
         elif not self._settings.ambient_credentials:
             config["skip_signature"] = True
-        client = self._client(endpoint)
-        return S3Store(bucket, config=config, client_options=client, retry_config=NO_RETRIES)
+        return S3Store(
+            bucket,
+            config=config,
+            client_options=self._client(endpoint),
+            retry_config=NO_RETRIES,
+            credential_provider=given,
+        )
 
     def _gs(self, bucket: str) -> GCSStore:
         endpoint = self._settings.gs_endpoint or "https://storage.googleapis.com"
         config: GCSConfig = {"base_url": endpoint}
         if (key := self._settings.gs_service_account_key) is not None:
             config["service_account_key"] = key.get_secret_value()
+            config["skip_signature"] = False
         elif not self._settings.ambient_credentials:
             config["skip_signature"] = True
         client = self._client(endpoint)
@@ -153,22 +174,36 @@ class ObjectStores:
                 "az addresses need an account; name it in TIMBRE_FETCH__AZ_ACCOUNT_NAME."
             )
         endpoint = self._settings.az_endpoint or f"https://{account}.blob.core.windows.net"
-        config: AzureConfig = {"account_name": account, "endpoint": endpoint}
+        config: AzureConfig = {
+            "account_name": account,
+            "endpoint": endpoint,
+            "use_emulator": False,
+        }
         if (key := self._settings.az_account_key) is not None:
             config["account_key"] = key.get_secret_value()
+            config["skip_signature"] = False
         elif not self._settings.ambient_credentials:
             config["skip_signature"] = True
         client = self._client(endpoint)
         return AzureStore(container, config=config, client_options=client, retry_config=NO_RETRIES)
 
     def _client(self, endpoint: str) -> "ClientConfig":
-        """How to speak to an endpoint; named explicitly, so that no environment variable wins."""
+        """How to speak to an endpoint; like the stores' own options named explicitly, so that no
+        environment variable wins."""
         return {
             "connect_timeout": timedelta(seconds=self._settings.connect_timeout_s),
             "read_timeout": timedelta(seconds=self._settings.stall_timeout_s),
             "timeout": timedelta(seconds=self._settings.timeout_s),
             "allow_http": endpoint.startswith("http://"),
         }
+
+
+def _s3_credential(key: SecretStr, secret: SecretStr) -> "S3Credential":
+    return {
+        "access_key_id": key.get_secret_value(),
+        "secret_access_key": secret.get_secret_value(),
+        "expires_at": None,
+    }
 
 
 def location(uri: str) -> Location:

@@ -152,17 +152,6 @@ class TestS3:
             assert isinstance(await failure(fetcher, "s3://music/a.mp3"), AudioTooLarge)
         assert sizes == []
 
-    async def test_the_environment_names_no_endpoint(
-        self, configured: Callable[..., FetchSettings], monkeypatch: pytest.MonkeyPatch, s3: str
-    ) -> None:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-        monkeypatch.setenv("AWS_ENDPOINT", "http://127.0.0.1:9")
-        async with (
-            Fetcher(configured(s3_endpoint=s3)) as fetcher,
-            fetcher.fetch("s3://music/a.mp3") as audio,
-        ):
-            assert audio.size_bytes == len(AUDIO)
-
 
 @asynccontextmanager
 async def serving(
@@ -376,6 +365,53 @@ def test_an_azure_key_that_is_not_base64_is_refused(
 
 def test_an_azure_key_needs_an_account(configured: Callable[..., FetchSettings]) -> None:
     assert_refused(configured(az_account_key="c2VjcmV0"), "AZ_ACCOUNT_NAME")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("AWS_ENDPOINT", "http://127.0.0.1:9"),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:9"),
+        ("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9"),
+        ("AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "true"),  # a path without the bucket
+        ("AWS_S3_EXPRESS", "true"),
+        ("AWS_SKIP_SIGNATURE", "true"),
+        ("AWS_SESSION_TOKEN", "token"),  # of other keys
+        ("GOOGLE_BASE_URL", "http://127.0.0.1:9"),
+        ("AZURE_STORAGE_ENDPOINT", "http://127.0.0.1:9"),
+        ("AZURE_STORAGE_USE_EMULATOR", "true"),
+        ("AZURE_SKIP_SIGNATURE", "true"),
+    ],
+)
+async def test_the_environment_changes_no_request(
+    configured: Callable[..., FetchSettings],
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    value: str,
+) -> None:
+    asked: list[tuple[str, bool, bool]] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        headers = request.headers
+        asked.append((request.path, "Authorization" in headers, "X-Amz-Security-Token" in headers))
+        stated = {"ETag": '"x"', "Last-Modified": "Sat, 31 Jan 2026 12:00:00 GMT"}
+        return web.Response(body=AUDIO, headers=stated)
+
+    monkeypatch.setenv(variable, value)
+    keys = {
+        "s3_access_key_id": "key",
+        "s3_secret_access_key": "secret",
+        "az_account_key": "c2VjcmV0",
+    }
+    async with (
+        serving(answer) as address,
+        Fetcher(configured(**stores_at(address), **keys)) as fetcher,
+    ):
+        for scheme in ("s3", "gs", "az"):
+            async with fetcher.fetch(f"{scheme}://music/a.mp3") as audio:
+                assert audio.size_bytes == len(AUDIO)
+    path = "/music/a.mp3"
+    assert asked == [(path, True, False), (path, False, False), (path, True, False)]
 
 
 async def test_keys_of_the_form_that_their_stores_have_are_taken(
