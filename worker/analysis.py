@@ -11,6 +11,7 @@ from worker.settings import VoteMethod
 
 UNIT = 1e-3  # how far from 1 the length of an embedding may be, rounded as it is
 MAX_HEADS = 16
+MAX_FACTS_CHARS = 512  # of the audio's facts but its address; as FFmpeg tells them they have 250
 
 
 class _FirstFault(FailFast):
@@ -61,6 +62,7 @@ class Analysis(Part):
         tables = self.taggram or {}
         return (
             self.model == ModelRef(name=bundle.name, version=bundle.version)
+            and len(self.audio.model_dump_json(exclude={"uri"})) <= MAX_FACTS_CHARS
             and {tag.head for tag in self.tags} == widths.keys()
             and labels.issuperset(tags)
             and len(set(tags)) == len(tags)

@@ -309,6 +309,8 @@ async def test_a_damaged_analysis_is_made_anew(
         ("vote", "none"),
         ("model", {"name": "model", "version": "2"}),
         ("audio", analysis(sha256="cd" * 32).model_dump()["audio"]),
+        ("audio", analysis().model_dump()["audio"] | {"codec": "x" * MIB}),  # no topic takes it
+        ("audio", analysis().model_dump()["audio"] | {"channels": 10**400}),
         ("taggram", {"genre": [[0.5]]}),
         ("taggram", {"genre": [[0.5, 0.5], [0.5, 0.5]]}),
         ("taggram", {"mood": [[0.5, 0.5]]}),
