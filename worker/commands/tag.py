@@ -37,7 +37,7 @@ CSV_COLUMNS = (
     "source", "head", "label", "category", "score", "share", "uncertain", "error", "message",
 )  # fmt: skip
 
-FORMULAS = ("=", "+", "-", "@")
+FORMULAS = tuple("=+-@\uff1d\uff0b\uff0d\uff20")  # full-width ones count where people write so
 
 Source = tuple[str, str | SourceInvalid]
 """How a file is shown, and its address or why there is none."""

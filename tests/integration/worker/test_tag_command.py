@@ -187,22 +187,24 @@ def test_csv_has_a_row_for_each_tag_and_each_error(
 
 
 @pytest.mark.parametrize("form", ["table", "csv", "json"])
+@pytest.mark.parametrize("equals", ["=", "\uff1d"])
 def test_a_name_steers_neither_a_terminal_nor_a_spreadsheet(
     settings: Settings,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     form: str,
+    equals: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    name = "=HYPERLINK(A1)\x1b[2J\n\u202e.mp3"
+    name = f"{equals}HYPERLINK(A1)\x1b[2J\n\u202e.mp3"
     Path(name).write_text("This is no music.")
     assert tag_tracks(settings, [name], form=form) == 1
     shown = capsys.readouterr().out
     assert all(line.isprintable() for line in shown.split("\n"))
     assert r"HYPERLINK(A1)\u001b[2J" in shown
     if form == "csv":
-        assert next(csv.DictReader(shown.splitlines()))["source"].startswith("'=")
+        assert next(csv.DictReader(shown.splitlines()))["source"].startswith(f"'{equals}")
 
 
 def test_what_goes_into_a_file_stays_out_of_the_terminal_with_the_bar(files: list[str]) -> None:
