@@ -319,6 +319,7 @@ class Consumer:
             web_enabled=False,
             store="memory://",
             loghandlers=[],
+            env={},  # whose BROKER_URL, TIMEZONE or APP_WEB_ENABLED would win over all of these
         )
         app.before_rebalance = partial(self._give_back, self._rebalance_grace_s)
         app.on_partitions_assigned.connect(self._on_assigned, weak=False)

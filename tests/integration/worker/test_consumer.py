@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
@@ -104,6 +105,12 @@ async def administering(own: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient
         await admin.close()
 
 
+def ports_of_our_own() -> set[int]:
+    """What this process listens at."""
+    connections = psutil.Process().net_connections("tcp")
+    return {each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN}
+
+
 async def test_every_event_is_handled_once_and_committed_at_a_graceful_stop(
     topics: MakeTopics,
 ) -> None:
@@ -134,6 +141,29 @@ async def test_nothing_is_written_to_disk(
     async with consuming(settings_of(own), Seen()) as consumer:
         await until(lambda: consumer.assigned)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("BROKER_URL", "kafka://127.0.0.1:9"),
+        ("CONSUMER_AUTO_OFFSET_RESET", "latest"),
+        ("TIMEZONE", "Nowhere"),
+        ("APP_WEB_ENABLED", "true"),
+    ],
+)
+async def test_what_the_environment_tells_others_is_not_for_faust(
+    topics: MakeTopics, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    own = await topics(partitions=1)
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("WEB_PORT", "0")
+    seen, listening = Seen(), ports_of_our_own()
+
+    await send(own, 10)
+    async with consuming(settings_of(own), seen):
+        await until(lambda: len(seen) == 10)
+        assert ports_of_our_own() == listening
 
 
 async def test_topics_made_after_the_start_are_seen_soon(
