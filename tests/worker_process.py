@@ -15,6 +15,7 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.structs import ConsumerRecord
+from prometheus_client.parser import text_string_to_metric_families
 
 from worker.kafka import connection
 from worker.settings import KafkaSettings
@@ -37,7 +38,7 @@ def environment(own: KafkaSettings, redis_url: str, prefix: str, **more: str) ->
         "TIMBRE_KAFKA__SESSION_TIMEOUT_S": "6",
         "TIMBRE_FETCH__ALLOWED_NETWORKS": '["127.0.0.0/8"]',
     }
-    for name in ("bootstrap_servers", "group", *KafkaSettings.model_fields):
+    for name in KafkaSettings.model_fields:
         if name.startswith("topic_") or name in {"bootstrap_servers", "group"}:
             given[f"TIMBRE_KAFKA__{name.upper()}"] = str(getattr(own, name))
     return os.environ | given | more
@@ -45,13 +46,12 @@ def environment(own: KafkaSettings, redis_url: str, prefix: str, **more: str) ->
 
 def metric(told: str, name: str, **labels: str) -> float:
     """The sum of the samples of that full name with these labels, of what `/metrics` told."""
-    wanted, total = {f'{label}="{value}"' for label, value in labels.items()}, 0.0
-    for line in told.splitlines():
-        sample, _, value = line.rpartition(" ")
-        found, _, rest = sample.partition("{")
-        if found == name and wanted <= set(re.findall(r'\w+="[^"]*"', rest)):
-            total += float(value)
-    return total
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(told)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
 
 
 class WorkerProcess:
@@ -103,14 +103,10 @@ async def send(
     """Publish events; a mapping becomes JSON under its track id."""
     async with AIOKafkaProducer(**connection.client_options(own)) as producer:
         for event in events:
-            if isinstance(event, bytes):
-                await producer.send_and_wait(topic or own.topic_new, event)
-            else:
-                await producer.send_and_wait(
-                    topic or own.topic_new,
-                    json.dumps(event).encode(),
-                    key=event["track_id"].encode(),
-                )
+            value, key = event, None
+            if not isinstance(event, bytes):
+                value, key = json.dumps(event).encode(), event["track_id"].encode()
+            await producer.send_and_wait(topic or own.topic_new, value, key=key)
 
 
 async def receive(
