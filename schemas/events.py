@@ -93,11 +93,7 @@ def _six_decimals(value: object) -> object:
 TrackId = Annotated[
     str, Field(min_length=1, max_length=MAX_TRACK_ID_CHARS, pattern=_PRINTABLE, examples=["t-4711"])
 ]
-Sha256 = Annotated[
-    str,
-    Field(pattern=r"^[0-9a-fA-F]{64}$"),
-    AfterValidator(str.lower),
-]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$"), AfterValidator(str.lower)]
 Timestamp = Annotated[
     datetime,
     BeforeValidator(_timestamp),
@@ -120,6 +116,8 @@ Priority = Literal["upload", "backfill"]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_six_decimals)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
+Digits = Annotated[str, Field(pattern=r"^[0-9]+$")]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Part(BaseModel):
@@ -201,7 +199,7 @@ class AudioFacts(Part):
     """Sample rate before resampling"""
     channels: Annotated[int, Field(gt=0)]
     """Channels before mixing down"""
-    duration_s: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    duration_s: Seconds
     """Seconds of audio decoded, whatever the container claims"""
     damaged_packets: Count = 0
     """Packets that could not be decoded and were skipped"""
@@ -245,7 +243,7 @@ class Processing(Part):
 
     processed_at: AwareDatetime
     """When the result was made"""
-    timings_s: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    timings_s: dict[str, Seconds]
     """Seconds spent in each stage"""
     cached: bool
     """Whether the result came from the cache, without decoding"""
@@ -375,13 +373,13 @@ class DeadLetterHeaders(Part):
     """Whether the same event may pass later"""
     stage: str
     """What failed: intake, fetch, decode, batch, vote, publish, or the track where it is none"""
-    attempts: Annotated[str, Field(pattern=r"^[0-9]+$")]
+    attempts: Digits
     """Attempts made"""
     origin_topic: str
     """Topic of the original message"""
-    origin_partition: Annotated[str, Field(pattern=r"^[0-9]+$")]
+    origin_partition: Digits
     """Its partition"""
-    origin_offset: Annotated[str, Field(pattern=r"^[0-9]+$")]
+    origin_offset: Digits
     """Its offset"""
     origin_timestamp: AwareDatetime
     """Its time stamp"""
@@ -391,9 +389,7 @@ class DeadLetterHeaders(Part):
     """The model that was loaded, as `name@version`"""
     track_id: str | None = Field(None, exclude_if=_is_none)
     """The platform's name of the track, where the event could be read that far"""
-    value_omitted_bytes: Annotated[str, Field(pattern=r"^[0-9]+$")] | None = Field(
-        None, exclude_if=_is_none
-    )
+    value_omitted_bytes: Digits | None = Field(None, exclude_if=_is_none)
     """Bytes of the original value, where Kafka takes no message that holds it and the reason; of a
     message that could not be read its bytes in all, where they are known, or 0"""
     value_omitted_sha256: Sha256 | None = Field(None, exclude_if=_is_none)
