@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from worker.demo.music import Sample, sample_tracks
 from worker.services.jars import kafka_jars
 from worker.services.local import local_services
-from worker.services.topics import create_topics, topics_of
+from worker.services.topics import create_topics
 from worker.settings import KafkaSettings, RedisSettings, Settings, load
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -96,7 +96,7 @@ def topic(kafka_settings: KafkaSettings) -> MakeTopic:
 
     async def make(name: str = "topic", *, partitions: int = 1) -> str:
         unique = f"{name}-{uuid.uuid4().hex[:12]}"
-        await create_topics(kafka_settings, {unique: partitions})
+        await create_topics(kafka_settings, [unique], partitions)
         return unique
 
     return make
@@ -116,7 +116,7 @@ def topics(kafka_settings: KafkaSettings) -> MakeTopics:
             )
         }
         own = kafka_settings.model_copy(update=names)
-        await create_topics(own, topics_of(own, partitions))
+        await create_topics(own, own.topics, partitions)
         return own
 
     return make

@@ -307,7 +307,7 @@ async def test_what_kafka_takes_to_accept_a_result_is_no_time_of_the_tracks_behi
         await send(own, bucket_notification("music", "track.ogg", "track.opus"))
         await until(lambda: worker.metric("timbre_retries_total", code="publish_failed"))
         await asyncio.sleep(5)
-        await create_topics(own, {own.topic_tags: 1})
+        await create_topics(own, [own.topic_tags], 1)
         results = await receive_json(own, own.topic_tags, 2)
         assert worker.metric("timbre_tracks_total", outcome="dead_letter") == 0
     assert results.keys() == {"music/track.ogg", "music/track.opus"}
@@ -322,7 +322,7 @@ async def test_while_kafka_refuses_the_embedding_the_tags_are_not_sent_again(
     async with file_worker(own, redis_url, redis_prefix, tracks, tmp_path, **quick) as worker:
         await send(own, event("a-file", tracks["opus"].as_uri()))
         await until(lambda: worker.metric("timbre_retries_total", code="publish_failed") >= 2)
-        await create_topics(own, {own.topic_features: 1})
+        await create_topics(own, [own.topic_features], 1)
         await receive(own, own.topic_features, 1)
         await send(own, event("another", tracks["opus"].as_uri()))
         first, second = await receive(own, own.topic_tags, 2)

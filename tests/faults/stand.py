@@ -337,8 +337,8 @@ class Lane:
 
     async def make_topics(self) -> None:
         """Make the topics that were missing."""
-        topics = dict.fromkeys(self.checker.topics.all(), self.partitions)
-        await create_topics(self.stand.kafka_settings, topics)
+        topics = self.checker.topics.all()
+        await create_topics(self.stand.kafka_settings, topics, self.partitions)
         await self.checker.follow()
 
     async def limit_messages(self, topic: str, max_bytes: int) -> None:
@@ -489,7 +489,7 @@ class Stand:
             dead_letter=f"{name}.dead-letter",
         )
         made = [topic for topic in topics.all() if topic.partition(".")[2] not in missing]
-        await create_topics(self.kafka_settings, dict.fromkeys(made, partitions))
+        await create_topics(self.kafka_settings, made, partitions)
         async with Checker(self.connection, topics, self.audio.served) as checker:
             lane = Lane(self, name, partitions, checker)
             try:

@@ -34,7 +34,7 @@ from tests.worker_process import TIMBRE
 from worker.demo.music import sample_tracks
 from worker.kafka import connection
 from worker.services.local import Addresses, local_services
-from worker.services.topics import create_topics, topics_of
+from worker.services.topics import create_topics
 from worker.settings import KafkaSettings, load
 
 ROOT = Path(__file__).parents[2]
@@ -123,7 +123,7 @@ async def time_worker(tracks: Sequence[Path], addresses: Addresses, bundle: str)
     """Seconds from the first event sent to the last result read."""
     assert addresses.kafka is not None
     settings = load(kafka={"bootstrap_servers": addresses.kafka}).kafka
-    await create_topics(settings, topics_of(settings, 4))
+    await create_topics(settings, settings.topics, 4)
     with _worker(addresses, bundle):
         warm_up, *rest = tracks
         await _tag_all(settings, [warm_up])

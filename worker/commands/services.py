@@ -11,7 +11,7 @@ from typing import NoReturn
 from worker.commands import console
 from worker.services import detached
 from worker.services.jars import Progress as Fetched
-from worker.services.topics import create_topics, topics_of
+from worker.services.topics import create_topics
 from worker.settings import Settings
 
 PARTITIONS = 4
@@ -27,7 +27,7 @@ def up(settings: Settings) -> None:
     with fetching() as fetched:
         addresses, new = detached.up(settings, fetched)
     kafka = settings.kafka.model_copy(update={"bootstrap_servers": addresses.kafka})
-    asyncio.run(create_topics(kafka, topics_of(kafka, PARTITIONS)))
+    asyncio.run(create_topics(kafka, kafka.topics, PARTITIONS))
     state = "are up" if new else "were up already"
     remarks.print(
         f"Kafka and Redis {state}; `timbre services down` ends what was started. For the shell:",

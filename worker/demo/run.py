@@ -31,7 +31,7 @@ from worker.services import detached
 from worker.services.jars import kafka_jars
 from worker.services.local import Addresses, given, local_services
 from worker.services.service import HOST, Service, new_folder
-from worker.services.topics import create_topics, topics_of
+from worker.services.topics import create_topics
 from worker.settings import KafkaSettings, Settings
 
 T = TypeVar("T")
@@ -134,7 +134,7 @@ def _run(
 ) -> int:
     addresses = _start_services(settings, out, unless_kept, keep=keep)
     kafka = settings.kafka.model_copy(update={"bootstrap_servers": addresses.kafka})
-    _await(create_topics(kafka, topics_of(kafka, PARTITIONS)))
+    _await(create_topics(kafka, kafka.topics, PARTITIONS))
     with _step(out, "Starting the music server and a worker") as done:
         music_server = MusicServer(new_folder("music"), music.folder, guarded=not keep)
         unless_kept.callback(music_server.remove)

@@ -1,6 +1,6 @@
 """The topics of a worker, made where they are not there yet."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, for_code
@@ -15,8 +15,8 @@ TOPIC_ALREADY_EXISTS = 36
 AS_THE_BROKER_HAS_IT = -1
 
 
-async def create_topics(kafka: KafkaSettings, partitions: Mapping[str, int]) -> None:
-    """Make topics, name to number of partitions; one that exists is left as it is.
+async def create_topics(kafka: KafkaSettings, topics: Iterable[str], partitions: int) -> None:
+    """Make topics of so many partitions each; one that exists is left as it is.
 
     Raises
     ------
@@ -27,7 +27,7 @@ async def create_topics(kafka: KafkaSettings, partitions: Mapping[str, int]) -> 
     try:
         await admin.start()
         response = await admin.create_topics(
-            [NewTopic(name, count, AS_THE_BROKER_HAS_IT, {}) for name, count in partitions.items()]
+            [NewTopic(name, partitions, AS_THE_BROKER_HAS_IT, {}) for name in topics]
         )
     except KafkaError as error:
         raise unreachable(kafka, error) from error
@@ -36,8 +36,3 @@ async def create_topics(kafka: KafkaSettings, partitions: Mapping[str, int]) -> 
     for name, code, *reason in response.topic_errors:
         if code not in {0, TOPIC_ALREADY_EXISTS}:
             raise ServicesUnavailable(f"Topic {name} can't be made: {for_code(code)} {reason}")
-
-
-def topics_of(kafka: KafkaSettings, partitions: int) -> dict[str, int]:
-    """Every topic of a worker with its number of partitions, for `create_topics`."""
-    return dict.fromkeys(kafka.topics, partitions)

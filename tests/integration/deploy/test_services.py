@@ -27,11 +27,10 @@ from redis.retry import Retry
 from tests.unit.deploy.compose import ROOT, services
 from worker.services.jars import kafka_jars
 from worker.services.service import free_ports
-from worker.services.topics import topics_of
 from worker.settings import KafkaSettings, Settings
 
 SERVICES = services()
-TOPICS = tuple(topics_of(KafkaSettings(), 1))
+TOPICS = KafkaSettings().topics
 SETTINGS_OF_THE_SCRIPTS = {"KAFKA_HEAP_OPTS"}
 TOOLS_VERSION = SERVICES["kafka"]["image"].partition(":")[2]
 TOOLS_SHA256 = "1c2836cee57a947d2db461410ac5008ca80facbd19b7ed9d284ca883782ea741"
@@ -158,7 +157,7 @@ async def test_all_topics_are_made_and_a_dead_letter_fits_and_is_kept_longest(
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka_of_compose.bootstrap_servers)
     await admin.start()
     try:
-        described = {topic["topic"]: topic for topic in await admin.describe_topics(list(TOPICS))}
+        described = {topic["topic"]: topic for topic in await admin.describe_topics(TOPICS)}
         answers = await admin.describe_configs(
             [ConfigResource(ConfigResourceType.TOPIC, topic) for topic in TOPICS]
         )

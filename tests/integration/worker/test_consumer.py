@@ -178,7 +178,7 @@ async def test_topics_made_after_the_start_are_seen_soon(
 
     async with consuming(settings_of(own), seen) as consumer:
         await until(lambda: consumer.assigned)
-        await create_topics(own, {own.topic_new: 2})
+        await create_topics(own, [own.topic_new], 2)
         await send(own, 10)
         await until(lambda: len(seen) == 10, timeout_s=30)
 
@@ -543,7 +543,7 @@ async def test_a_topic_that_is_not_there_or_not_to_be_read_is_told_beside_one_th
         told = [r.getMessage() for r in caplog.records if "No events come from" in r.msg]
         assert [own.topic_new in line for line in told] == [True]
         caplog.clear()
-        await create_topics(own, {own.topic_new: 1})
+        await create_topics(own, [own.topic_new], 1)
         await until(lambda: len(list(consumer.positions())) == 2)
         assert "No events come from" not in caplog.text
 
@@ -608,7 +608,7 @@ async def test_a_worker_that_asks_for_nothing_for_long_stays_in_its_group(
     async with consuming(settings_of(own), handle) as consumer:
         await until(lambda: consumer.assigned)
         await asyncio.sleep(2.5)  # without partitions
-        await create_topics(own, {own.topic_new: 1, own.topic_backfill: 1})
+        await create_topics(own, [own.topic_new, own.topic_backfill], 1)
         for name in names:
             await send(own, 100, getattr(own, name))
         await until(lambda: consumer.in_flight)
@@ -758,7 +758,7 @@ async def test_a_topic_made_anew_while_there_is_lag_is_read_from_its_beginning(
         await until(lambda: consumer.in_flight)
         async with administering(own) as admin:
             await admin.delete_topics([own.topic_new])
-            await create_topics(own, {own.topic_new: 1})
+            await create_topics(own, [own.topic_new], 1)
         async with AIOKafkaProducer(**connection.client_options(own)) as producer:
             for value in new:
                 # One by one, or batches that wait for a leader could change places.

@@ -60,7 +60,7 @@ async def test_making_a_topic_twice_leaves_it_as_it_is(
     kafka_settings: KafkaSettings, topic: MakeTopic
 ) -> None:
     name = await topic("notes", partitions=2)
-    await create_topics(kafka_settings, {name: 5})
+    await create_topics(kafka_settings, [name], 5)
     async with AIOKafkaConsumer(name, **client_options(kafka_settings)) as consumer:
         assert consumer.partitions_for_topic(name) == {0, 1}
 
@@ -74,7 +74,7 @@ async def test_a_worker_gets_topics_and_a_group_of_its_own(topics: MakeTopics) -
 async def test_topics_at_an_address_without_kafka_say_what_to_check() -> None:
     nowhere = KafkaSettings(bootstrap_servers="127.0.0.1:9")
     with pytest.raises(ServicesUnavailable, match="TIMBRE_KAFKA__"):
-        await create_topics(nowhere, {"notes": 1})
+        await create_topics(nowhere, ["notes"], 1)
 
 
 def test_services_named_by_the_environment_are_used_and_none_is_started(
@@ -128,7 +128,7 @@ async def test_topics_have_as_many_replicas_as_their_cluster_asks_for(
     broker = Kafka(tmp_path / "kafka", jars).start()
     try:
         with pytest.raises(ServicesUnavailable, match="InvalidReplicationFactor"):
-            await create_topics(KafkaSettings(bootstrap_servers=broker.address), {"notes": 1})
+            await create_topics(KafkaSettings(bootstrap_servers=broker.address), ["notes"], 1)
     finally:
         broker.remove()
 
@@ -136,7 +136,7 @@ async def test_topics_have_as_many_replicas_as_their_cluster_asks_for(
 async def test_a_secured_kafka_serves_by_tls_and_password(secured: GuardedKafka) -> None:
     scram = secured.client_settings()
     plain = scram.model_copy(update={"sasl_mechanism": "PLAIN"})
-    await create_topics(scram, {"notes": 1})
+    await create_topics(scram, ["notes"], 1)
     await send(scram, b"do", topic="notes")
     await send(plain, b"re", topic="notes")
     assert await read(scram, "notes", 2) == [b"do", b"re"]
@@ -166,7 +166,7 @@ async def test_a_secured_kafka_serves_no_other_way_and_why_is_told(
             pass
     assert "guess" not in str(caught.value)
     with pytest.raises(ServicesUnavailable, match=told):
-        await create_topics(stranger, {"notes": 1})
+        await create_topics(stranger, ["notes"], 1)
 
 
 def test_a_service_that_does_not_start_shows_the_end_of_its_log(tmp_path: Path) -> None:
