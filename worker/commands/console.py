@@ -2,8 +2,11 @@
 
 import sys
 from collections.abc import Iterable
+from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, TextIO
 
+from rich.bar import Bar
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
 from rich.segment import Segment
@@ -17,7 +20,6 @@ if TYPE_CHECKING:  # it loads the model's libraries, which few commands need
     from worker.analysis import Analysis
 
 BAR_CELLS = 12
-BLOCKS = " ▏▎▍▌▋▊▉"
 PIPE_WIDTH = 160
 HEAD_STYLES = {"genre": "bold cyan"}
 TABLE_TAGS = 10
@@ -44,14 +46,6 @@ def err() -> Console:
     return _console(sys.stderr)
 
 
-def bar(share: float, cells: int = BAR_CELLS) -> Text:
-    """A bar of `cells` cells filled to `share`, 0 to 1, in eighths of a cell."""
-    eighths = round(max(0.0, min(1.0, share)) * cells * 8)
-    full, part = divmod(eighths, 8)
-    drawn = "█" * full + (BLOCKS[part] if part else "")
-    return Text(drawn.ljust(cells), style="cyan")
-
-
 def label(tag: Tag) -> Text:
     """A tag in short: its label and score."""
     return Text.assemble(
@@ -60,11 +54,8 @@ def label(tag: Tag) -> Text:
 
 
 def by_head(tags: list[Tag]) -> dict[str, list[Tag]]:
-    """The tags of each head, heads and tags in their order."""
-    found: dict[str, list[Tag]] = {}
-    for tag in tags:
-        found.setdefault(tag.head, []).append(tag)
-    return found
+    """The tags of each head, in the order of results: head by head, best first."""
+    return {head: list(group) for head, group in groupby(tags, attrgetter("head"))}
 
 
 def best(tags: list[Tag], count: int) -> list[Tag]:
@@ -123,7 +114,7 @@ def tag_table(result: "TrackTags | Analysis") -> Table:
                 Text("" if place else f"  {head}", style="dim"),
                 Text(t.label, style=HEAD_STYLES.get(head, "")),
                 f"{t.score:.3f}",
-                bar(t.score),
+                Bar(1, 0, t.score, width=BAR_CELLS, color="cyan"),
                 f"{t.share:.0%}",
             )
     return table

@@ -1,6 +1,7 @@
 """`timbre submit`: new-track events onto the topic, as a platform would publish them."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -48,7 +49,7 @@ def submit_tracks(settings: Settings, sources: Sequence[str], *, backfill: bool)
 class Submission:
     """How a submission went: events confirmed by topic, and those Kafka did not take."""
 
-    delivered: dict[str, int] = field(default_factory=dict)
+    delivered: Counter[str] = field(default_factory=Counter)
     failed: list[tuple[str, str]] = field(default_factory=list)
     """Track id and reason"""
 
@@ -78,7 +79,7 @@ async def submit(
             topic = settings.topic_backfill if track.priority == "backfill" else settings.topic_new
             try:
                 await producer.send_and_wait(topic, track.to_bytes(), key=track.track_id.encode())
-                submission.delivered[topic] = submission.delivered.get(topic, 0) + 1
+                submission.delivered[topic] += 1
             except KafkaError as error:
                 submission.failed.append((track.track_id, f"{topic}: {error!r}"))
             finally:
