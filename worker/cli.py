@@ -77,7 +77,7 @@ def main() -> None:
     sys.exit(1)
 
 
-def _version(*, wanted: bool) -> None:
+def _version(wanted: bool) -> None:
     if wanted:
         import importlib.metadata
 
@@ -90,10 +90,7 @@ def options(
     version: Annotated[
         bool,
         typer.Option(
-            "--version",
-            callback=lambda wanted: _version(wanted=wanted),
-            is_eager=True,
-            help="Show the version and exit.",
+            "--version", callback=_version, is_eager=True, help="Show the version and exit."
         ),
     ] = False,
 ) -> None:

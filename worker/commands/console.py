@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # it loads the model's libraries, which few commands need
 
 BAR_CELLS = 12
 PIPE_WIDTH = 160
+ID_WIDTH = 28
 HEAD_STYLES = {"genre": "bold cyan"}
 TABLE_TAGS = 10
 SHOWN_SCORE = 0.05

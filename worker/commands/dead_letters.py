@@ -21,7 +21,6 @@ from worker.settings import Settings
 PLACE = re.compile(r"(\d+):(\d+)")
 PLACE_WIDTH = 8
 CODE_WIDTH = 22
-ID_WIDTH = 28
 MOMENT = "%Y-%m-%d %H:%M:%S %Z"
 
 
@@ -39,7 +38,7 @@ def list_all(settings: Settings, *, code: str | None, limit: int | None, as_json
                     continue
                 line = Text(f"{_shown(place):<{PLACE_WIDTH}} ", style="dim")
                 line.append(f"{letter.reason.code:<{CODE_WIDTH}} ", style="red")
-                line.append(f"{letter.track_id or '-':<{ID_WIDTH}} ", style="bold")
+                line.append(f"{letter.track_id or '-':<{console.ID_WIDTH}} ", style="bold")
                 line.append(letter.reason.message)
                 console.line(out, line)
         if not found and not as_json:

@@ -20,7 +20,6 @@ from worker.settings import KafkaSettings, Settings
 log = logging.getLogger(__name__)
 
 REQUEST_TIMEOUT_MS = 10_000  # somebody waits for it
-ID_WIDTH = 28
 GENRES_SHOWN = 2
 TAGS_SHOWN = 4
 
@@ -82,8 +81,9 @@ def print_line(out: Console, result: Result) -> None:
 
 def _cell(out: Console, name: str) -> Text:
     """A track's id as a column: cut in a terminal, whole where something else may read it."""
-    cut = name[: ID_WIDTH - 1] + "…" if out.is_terminal and len(name) > ID_WIDTH else name
-    return Text(f"{cut:<{ID_WIDTH}} ", style="bold")
+    width = console.ID_WIDTH
+    cut = name[: width - 1] + "…" if out.is_terminal and len(name) > width else name
+    return Text(f"{cut:<{width}} ", style="bold")
 
 
 @asynccontextmanager

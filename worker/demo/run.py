@@ -67,8 +67,7 @@ class MusicServer(Service):
         return server.url(self.port, "")
 
     def _prepare(self) -> list[str]:
-        module = "worker.demo.server"
-        return [sys.executable, "-m", module, str(self.port), str(self._music)]
+        return [sys.executable, "-m", server.__name__, str(self.port), str(self._music)]
 
 
 class Worker(Service):

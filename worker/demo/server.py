@@ -10,7 +10,8 @@ from urllib.parse import quote
 
 from aiohttp import web
 
-HOST = "127.0.0.1"
+from worker.services.service import HOST
+
 READY = "Serving music"
 
 
