@@ -7,9 +7,8 @@ from functools import partial
 from typing import Any
 
 from tests.faults.scenarios import Outcome, conclude, now_s, require, scenario
-from tests.faults.stand import Lane, Stand, Worker, until
+from tests.faults.stand import IN_FLIGHT, Lane, Stand, Worker, until
 
-IN_FLIGHT = 16
 LATE_S = 6.0
 """Longer than the grace before a rebalance."""
 LATE = 8

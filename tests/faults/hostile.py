@@ -21,7 +21,6 @@ documents = st.recursive(
     ),
     max_leaves=20,
 )
-audio = st.just({"uri": "https://music.example/track.mp3"})
 not_text = documents.filter(lambda value: not isinstance(value, str))
 not_object = documents.filter(lambda value: not isinstance(value, dict))
 

@@ -6,9 +6,8 @@ import secrets
 import psutil
 
 from tests.faults.scenarios import Outcome, conclude, now_s, require, scenario
-from tests.faults.stand import Stand, Worker
+from tests.faults.stand import IN_FLIGHT, Stand, Worker
 
-IN_FLIGHT = 16
 MAX_LOAD = 0.15
 """Of a core, while the broker is down."""
 
@@ -87,7 +86,7 @@ async def result_too_large(stand: Stand, quick: bool) -> Outcome:
     async with stand.lane("result-too-large", partitions=1) as lane:
         await lane.limit_messages(lane.checker.topics.tags, 20_000)
         await lane.ready()
-        url, noise = stand.audio.url, random_text(60_000)
+        url, noise = stand.audio.url, secrets.token_urlsafe(45_000)  # does not compress well
         for number in range(tracks):
             more = {"metadata": {"note": noise}} if number % 5 == 2 else {}
             await lane.send([lane.event(url(number), track_id=f"track-{number}", **more)])
@@ -156,8 +155,3 @@ async def _load(worker: Worker, over_s: float = 2.0) -> float:
     await asyncio.sleep(over_s)
     after = process.cpu_times()
     return (after.user + after.system - before.user - before.system) / over_s
-
-
-def random_text(characters: int) -> str:
-    """Text that does not compress well."""
-    return secrets.token_urlsafe(characters)[:characters]

@@ -40,6 +40,7 @@ from worker.services.topics import create_topics
 from worker.settings import KafkaSettings, RedisSettings, ServicesSettings
 
 ROOT = Path(__file__).parents[2]
+IN_FLIGHT = 16
 SETTINGS = {
     "TIMBRE_FETCH__ALLOWED_NETWORKS": '["127.0.0.0/8"]',
     "TIMBRE_FETCH__STALL_TIMEOUT_S": "2",
@@ -51,7 +52,7 @@ SETTINGS = {
     "TIMBRE_BATCH__MAX_DELAY_S": "0.02",
     "TIMBRE_KAFKA__SESSION_TIMEOUT_S": "6",
     "TIMBRE_KAFKA__REQUEST_TIMEOUT_S": "5",
-    "TIMBRE_WORKER__MAX_IN_FLIGHT": "16",
+    "TIMBRE_WORKER__MAX_IN_FLIGHT": str(IN_FLIGHT),
     "TIMBRE_WORKER__TRACK_DEADLINE_S": "10",
     "TIMBRE_WORKER__ATTEMPTS": "2",
     "TIMBRE_WORKER__BACKOFF_MAX_S": "1",
@@ -93,17 +94,10 @@ class Worker:
 
     def __init__(self, log: Path, environment: Mapping[str, str], command: list[str]) -> None:
         self.log = log
-        self.process: subprocess.Popen[bytes]
-        self._environment = dict(environment)
-        self._command = command
-
-    def start(self) -> Self:
-        """Start without waiting."""
-        with self.log.open("ab") as out:
+        with log.open("wb") as out:
             self.process = subprocess.Popen(
-                self._command, env=self._environment, stdout=out, stderr=out, cwd=self.log.parent
+                command, env=environment, stdout=out, stderr=out, cwd=log.parent
             )
-        return self
 
     async def ready(self, timeout_s: float = START_TIMEOUT_S) -> Self:
         """Wait until it has partitions."""
@@ -118,7 +112,7 @@ class Worker:
 
     def text(self) -> str:
         """What it has logged."""
-        return self.log.read_text(errors="replace") if self.log.exists() else ""
+        return self.log.read_text(errors="replace")
 
     def tail(self) -> str:
         return "\n".join(self.text().splitlines()[-15:])
@@ -243,7 +237,7 @@ class Lane:
         if launcher is not None:
             command = [sys.executable, "-m", "tests.faults.launcher", launcher]
         log = self.folder / f"worker-{len(self.workers)}.log"
-        worker = Worker(log, environment, [*wrapper, *command]).start()
+        worker = Worker(log, environment, [*wrapper, *command])
         self.workers.append(worker)
         return worker
 
@@ -412,7 +406,7 @@ class Stand:
         async with AsyncExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="timbre-faults-"))
             self.folder = Path(folder)
-            jars = kafka_jars(ServicesSettings().cache_dir / "kafka", lambda done, total: None)
+            jars = kafka_jars(ServicesSettings().cache_dir / "kafka")
             self.kafka = self._kafka(self.folder / "kafka", jars)
             self.redis = self._redis(self.folder / "redis")
             for service in (self.kafka, self.redis):
