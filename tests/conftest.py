@@ -13,6 +13,7 @@ import pytest
 from pydantic import SecretStr
 from redis.asyncio import Redis
 
+from tests.worker_process import OWN
 from worker.demo.music import Sample, sample_tracks
 from worker.services.jars import kafka_jars
 from worker.services.local import local_services
@@ -108,13 +109,7 @@ def topics(kafka_settings: KafkaSettings) -> MakeTopics:
 
     async def make(*, partitions: int = 1) -> KafkaSettings:
         ending = uuid.uuid4().hex[:12]
-        names = {
-            name: f"{getattr(kafka_settings, name)}-{ending}"
-            for name in (
-                "group",
-                *(n for n in KafkaSettings.model_fields if n.startswith("topic_")),
-            )
-        }
+        names = {name: f"{getattr(kafka_settings, name)}-{ending}" for name in OWN}
         own = kafka_settings.model_copy(update=names)
         await create_topics(own, own.topics, partitions)
         return own

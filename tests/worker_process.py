@@ -10,6 +10,7 @@ import sys
 import urllib.request
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from worker.settings import KafkaSettings
 TIMBRE = Path(sys.executable).with_name("timbre")
 START_TIMEOUT_S = 90
 PORT = re.compile(r"metrics and health on port (\d+)")
+OWN = ("group", *(name for name in KafkaSettings.model_fields if name.startswith("topic_")))
+"""Settings that keep workers on one Kafka apart."""
 
 
 def environment(own: KafkaSettings, redis_url: str, prefix: str, **more: str) -> dict[str, str]:
@@ -38,9 +41,8 @@ def environment(own: KafkaSettings, redis_url: str, prefix: str, **more: str) ->
         "TIMBRE_KAFKA__SESSION_TIMEOUT_S": "6",
         "TIMBRE_FETCH__ALLOWED_NETWORKS": '["127.0.0.0/8"]',
     }
-    for name in KafkaSettings.model_fields:
-        if name.startswith("topic_") or name in {"bootstrap_servers", "group"}:
-            given[f"TIMBRE_KAFKA__{name.upper()}"] = str(getattr(own, name))
+    for name in ("bootstrap_servers", *OWN):
+        given[f"TIMBRE_KAFKA__{name.upper()}"] = getattr(own, name)
     return os.environ | given | more
 
 
@@ -54,13 +56,13 @@ def metric(told: str, name: str, **labels: str) -> float:
     )
 
 
+@dataclass(frozen=True, slots=True)
 class WorkerProcess:
     """A running worker: its port is known, so it answers HTTP."""
 
-    def __init__(self, process: "subprocess.Popen[str]", log: Path, port: int) -> None:
-        self.process = process
-        self.log = log
-        self.port = port
+    process: "subprocess.Popen[str]"
+    log: Path
+    port: int
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
