@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import json
 import logging
-import re
 import statistics
 import sys
 from contextlib import suppress
@@ -120,27 +119,19 @@ async def soak(lane: Lane, tracks: int, progress: Progress | None = None) -> Soa
 
 
 def _sample(lane: Lane, worker: Worker, at_s: float) -> Sample:
-    memory_bytes = fds = processes = 0
+    fds = processes = 0
     for process in worker.tree():
-        with suppress(psutil.NoSuchProcess, FileNotFoundError):
-            memory_bytes += _own_bytes(process)
+        with suppress(psutil.NoSuchProcess):
             fds += process.num_fds()
             processes += 1
     return Sample(
         at_s=round(at_s, 1),
         tracks=len(lane.checker.tags) + len(lane.checker.letters),
-        memory_bytes=memory_bytes,
+        memory_bytes=worker.memory_bytes(),
         fds=fds,
         processes=processes,
         spool_files=len(spooled(lane)),
     )
-
-
-def _own_bytes(process: psutil.Process) -> int:
-    """Memory without mapped files, whose share depends on who else maps them."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    found = re.findall(r"^(?:RssAnon|RssShmem):\s+(\d+) kB$", status, re.MULTILINE)
-    return sum(map(int, found)) * 1024
 
 
 def draw(result: Soak, path: Path) -> None:
