@@ -48,7 +48,8 @@ async def _run(names: list[str], quick: bool) -> int:
     async with Stand() as stand:
         for name in names:
             started_s = time.monotonic()
-            console.print(f"[bold]{name}[/]: {SCENARIOS[name].summary}")
+            summary, *_ = (SCENARIOS[name].__doc__ or "").split("\n")
+            console.print(f"[bold]{name}[/]: {summary}")
             line = await _try(stand, name, quick)
             lines.append(line)
             _write(lines)
@@ -66,7 +67,7 @@ async def _try(stand: Stand, name: str, quick: bool) -> dict[str, object]:
     """A fault's line; of one that failed the reason, and the counts as far as they are known."""
     stand.counted = None
     try:
-        outcome = await SCENARIOS[name].run(stand, quick)
+        outcome = await SCENARIOS[name](stand, quick)
     except Exception as error:
         counts: dict[str, object] = asdict(stand.counted) if stand.counted is not None else {}
         what = str(error) if isinstance(error, Failed) else traceback.format_exc()

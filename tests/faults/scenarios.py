@@ -26,16 +26,8 @@ class Outcome:
 Run = Callable[[Stand, bool], Awaitable[Outcome]]
 
 
-@dataclass(frozen=True, slots=True)
-class Scenario:
-    """A fault by name; `run(stand, quick)` raises `Failed` where a promise is broken."""
-
-    name: str
-    summary: str
-    run: Run
-
-
-SCENARIOS: dict[str, Scenario] = {}
+SCENARIOS: dict[str, Run] = {}
+"""By name; `run(stand, quick)` raises `Failed` where a promise is broken."""
 
 
 def named(run: Run) -> str:
@@ -45,8 +37,7 @@ def named(run: Run) -> str:
 
 def scenario(run: Run) -> Run:
     """Enter a function in the list, under its own name."""
-    name = named(run)
-    SCENARIOS[name] = Scenario(name, (run.__doc__ or "").splitlines()[0], run)
+    SCENARIOS[named(run)] = run
     return run
 
 

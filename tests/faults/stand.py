@@ -29,7 +29,7 @@ from redis.asyncio import Redis as AsyncRedis
 from tests.faults.audio_server import AudioServer
 from tests.faults.checker import Checker, Topics, Verdict, track_id
 from tests.tls import GuardedKafka, GuardedRedis, Security, tls_proxy
-from tests.worker_process import TIMBRE, metric
+from tests.worker_process import PORT, START_TIMEOUT_S, TIMBRE, metric
 from worker.cache import connect
 from worker.kafka.connection import client_options
 from worker.services.jars import kafka_jars
@@ -63,7 +63,6 @@ SETTINGS = {
 }
 """A worker's settings here: as by default, with deadlines that a test can wait for."""
 MAX_REQUEST_BYTES = 256 << 20
-START_TIMEOUT_S = 90.0
 POLL_S = 0.1
 
 
@@ -123,7 +122,7 @@ class Worker:
 
     @property
     def port(self) -> int:
-        found = re.search(r"health on port (\d+)", self.text())
+        found = PORT.search(self.text())
         if found is None:
             raise Failed(f"the worker told no port:\n{self.tail()}")
         return int(found[1])

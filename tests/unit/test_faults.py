@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults import __main__ as faults
 from tests.faults.checker import Verdict
-from tests.faults.scenarios import Outcome, Run, Scenario
+from tests.faults.scenarios import Outcome
 from tests.faults.stand import Failed, Stand
 
 SOUND = Verdict(events=3, tags=3, dead_letters=0, lost=0, duplicates=0, differing=0)
@@ -38,8 +38,7 @@ async def stumbles(stand: Stand, quick: bool) -> Outcome:
 @pytest.fixture
 def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Where the runs of this module write; an old report lies there."""
-    runs: list[Run] = [passes, loses, stumbles]
-    listed = {run.__name__: Scenario(run.__name__, "", run) for run in runs}
+    listed = {run.__name__: run for run in (passes, loses, stumbles)}
     path = tmp_path / "build" / "faults.json"
     path.parent.mkdir()
     path.write_text('[{"fault": "old"}]')
