@@ -1,6 +1,7 @@
 """What outsiders send: faults of HTTP, addresses that lead inward, odd audio, malformed events."""
 
 import asyncio
+import json
 import random
 import struct
 from pathlib import Path
@@ -177,9 +178,8 @@ async def odd_audio(stand: Stand, quick: bool) -> Outcome:
             found = sorted(path for path in ODD.rglob("*") if path.is_file())
             files += found[:: 10 if quick else 1]
             roots.append(ODD)
-        named = '", "'.join(map(str, roots))
         (worker,) = await lane.ready(
-            fetch__file_roots=f'["{named}"]',
+            fetch__file_roots=json.dumps([str(root) for root in roots]),
             decode__timeout_s=10,
             decode__max_memory_bytes=MAX_DECODER_BYTES,
         )

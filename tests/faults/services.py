@@ -10,6 +10,8 @@ from tests.faults.stand import IN_FLIGHT, Stand, Worker
 
 MAX_LOAD = 0.15
 """Of a core, while the broker is down."""
+LOAD_S = 2.0
+"""Over which it is measured."""
 
 
 @scenario
@@ -148,10 +150,10 @@ async def redis_emptied(stand: Stand, quick: bool) -> Outcome:
         return outcome
 
 
-async def _load(worker: Worker, over_s: float = 2.0) -> float:
+async def _load(worker: Worker) -> float:
     """Share of a core that the worker takes, without its decoders."""
     process = psutil.Process(worker.process.pid)
     before = process.cpu_times()
-    await asyncio.sleep(over_s)
+    await asyncio.sleep(LOAD_S)
     after = process.cpu_times()
-    return (after.user + after.system - before.user - before.system) / over_s
+    return (after.user + after.system - before.user - before.system) / LOAD_S

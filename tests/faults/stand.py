@@ -98,7 +98,7 @@ class Worker:
                 command, env=environment, stdout=out, stderr=out, cwd=log.parent
             )
 
-    async def ready(self, timeout_s: float = START_TIMEOUT_S) -> Self:
+    async def ready(self) -> Self:
         """Wait until it has partitions."""
 
         def assigned() -> bool:
@@ -106,7 +106,7 @@ class Worker:
                 raise Failed(f"the worker ended with {self.process.returncode}:\n{self.tail()}")
             return "Assigned" in self.text()
 
-        await until(assigned, "a worker with partitions", timeout_s)
+        await until(assigned, "a worker with partitions", START_TIMEOUT_S)
         return self
 
     def text(self) -> str:
