@@ -186,9 +186,18 @@ def test_numbers_that_are_none_and_nonsense_levels_are_made_harmless(write: Writ
 
     samples = decode_samples(write(wav(signal, RATE_HZ)), RATE_HZ)
 
-    assert np.isfinite(samples).all()
-    assert np.abs(samples).max() <= 8.0
-    np.testing.assert_allclose(samples[500:], signal[500:, 0])
+    assert samples[[100, 200, 300, 400]].tolist() == [0.0, 0.0, 0.0, 8.0]
+    np.testing.assert_allclose(samples[401:], signal[401:, 0])
+
+
+def test_tags_that_are_no_utf8_do_no_harm(write: Write) -> None:
+    plain = wav(noise(1.0, RATE_HZ), RATE_HZ)
+    artist = b"INFOIART" + struct.pack("<I", 6) + "Björk".encode("latin-1") + b"\0"
+    tags = b"LIST" + struct.pack("<I", len(artist)) + artist
+
+    samples = decode_samples(write(plain[:36] + tags + plain[36:]), RATE_HZ)
+
+    assert np.array_equal(samples, decode_samples(write(plain), RATE_HZ))
 
 
 def test_of_a_video_the_audio_is_taken(tmp_path: Path) -> None:
@@ -313,6 +322,14 @@ def test_a_truncated_file_gives_what_it_has(tmp_path: Path) -> None:
 def test_what_is_no_audio_is_unreadable(data: bytes, write: Write) -> None:
     with pytest.raises(AudioUnreadable):
         decode_samples(write(data), RATE_HZ)
+
+
+def test_audio_of_an_unknown_codec_is_unreadable(write: Write) -> None:
+    data = bytearray(wav(noise(1.0, RATE_HZ), RATE_HZ))
+    data[20:22] = b"\x34\x12"  # in place of floating-point PCM
+
+    with pytest.raises(AudioUnreadable, match="codec is unknown"):
+        decode_samples(write(bytes(data)), RATE_HZ)
 
 
 def test_a_file_without_bytes_and_one_without_samples_are_empty(write: Write) -> None:
