@@ -315,6 +315,17 @@ def test_a_truncated_file_gives_what_it_has(tmp_path: Path) -> None:
     assert decode_samples(path, RATE_HZ).size / RATE_HZ == pytest.approx(2.0, abs=0.2)
 
 
+def test_a_container_that_breaks_off_is_damage_and_ends_the_track(tmp_path: Path) -> None:
+    path = encode_as(tmp_path / "tone.wv", 4.0)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+
+    decoder = Decoder(path, RATE_HZ)
+    samples = np.concatenate(list(decoder))
+
+    assert decoder.facts.damaged_packets == 1
+    assert samples.size == 3 * RATE_HZ, "the blocks of half a second that are whole"
+
+
 @pytest.mark.parametrize(
     "data",
     [b"\0" * 5000, b"MZ" + b"\x90" * 5000, b"<html><body>Not found</body></html>", b"{}", b"R"],
