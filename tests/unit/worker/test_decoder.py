@@ -227,6 +227,26 @@ def test_of_a_video_the_audio_is_taken(tmp_path: Path) -> None:
     assert amplitude_db(samples, 440.0) == pytest.approx(0.0, abs=0.6)
 
 
+def test_a_picture_is_not_decoded_to_learn_its_size(write: Write, tmp_path: Path) -> None:
+    drawing = av.CodecContext.create("png", "w")
+    assert isinstance(drawing, av.VideoCodecContext)
+    drawing.width, drawing.height, drawing.pix_fmt = 64, 48, "rgb24"
+    [png] = drawing.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8)))
+    picture = b"\0image/png\0\3\0" + bytes(png)
+    frame = b"APIC" + struct.pack(">IH", len(picture), 0) + picture
+    tag = b"ID3\3\0\0" + bytes(len(frame) >> shift & 0x7F for shift in (21, 14, 7, 0)) + frame
+    path = write(tag + encode_as(tmp_path / "tone.mp3", 1.0).read_bytes())
+
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.WARNING)
+    with av.logging.Capture() as logs:
+        decode_samples(path, RATE_HZ)
+    av.logging.set_level(level)
+
+    sizes = [text for _, _, text in logs if "unspecified size" in text]
+    assert len(sizes) == 2, "the file is opened twice"
+
+
 def test_a_change_of_format_half_way_is_followed(tmp_path: Path) -> None:
     first = encode(
         tmp_path / "a.mp3", tone(2.4, 44_100, channels=2), 44_100, muxer="mp3", codec="libmp3lame"
