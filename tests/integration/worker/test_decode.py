@@ -24,8 +24,9 @@ from tests.waiting import until
 from worker.decode import pool as pool_module
 from worker.decode import process as decoder_process
 from worker.decode.decoder import DecodedFacts, decode_windows
-from worker.decode.handle import Block
+from worker.decode.handle import Block, DecoderProcess
 from worker.decode.pool import DecoderPool, Decoding
+from worker.decode.process import Setup
 from worker.errors import (
     AudioEmpty,
     AudioTooLong,
@@ -838,6 +839,26 @@ async def test_a_short_track_waits_for_no_long_ones_that_hold_every_decoder(
                 block.release()
             await drain(long)
         assert (await hear(pool, song)).facts.duration_s == 60.0
+
+
+async def test_while_a_spare_decoder_starts_no_other_does(
+    song: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[DecoderProcess] = []
+
+    class Counted(DecoderProcess):
+        def __init__(self, setup: Setup) -> None:
+            super().__init__(setup)
+            started.append(self)
+
+    monkeypatch.setattr(pool_module, "DecoderProcess", Counted)
+    monkeypatch.setattr(pool_module, "LONG_WINDOWS", 6)
+    async with pool_of(slots=2, slot_windows=3) as pool, pool.decode(song) as long:
+        short = asyncio.create_task(hear(pool, song))
+        await asyncio.sleep(0)
+        await drain(long)
+        await asyncio.wait_for(short, 10)
+    assert len(started) == 2
 
 
 async def test_a_track_that_gives_up_its_place_in_the_line_takes_no_decoder_with_it(
