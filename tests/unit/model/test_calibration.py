@@ -10,6 +10,7 @@ from model.calibration import (
     fit_temperature,
     threshold_for_coverage,
 )
+from model.measure import nll
 
 
 def drawn(temperature: float) -> tuple[np.ndarray, np.ndarray]:
@@ -36,6 +37,22 @@ def test_the_temperature_of_several_labels_is_found(temperature: float) -> None:
     assert fit_temperature(spoiled, truth) == pytest.approx(temperature, rel=0.1)
 
 
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_the_temperature_found_suits_unanimous_votes_best(kind: Kind) -> None:
+    rng = np.random.default_rng(0)
+    truth = np.arange(2_000) % 4
+    voted = np.eye(4)[np.where(rng.random(2_000) < 0.99, truth, (truth + 1) % 4)]
+    wanted = truth if kind == "single" else np.eye(4)[truth]
+
+    def loss(temperature: float) -> float:
+        calibration = Calibration(temperature={"majority": temperature})
+        return nll(calibration.apply(voted, kind=kind, method="majority"), np.eye(4)[truth], kind)
+
+    found = fit_temperature(voted, wanted)
+    assert 0.2 < found < 5
+    assert loss(found) < min(loss(0.9 * found), loss(1.1 * found))
+
+
 def test_calibrating_brings_confidence_to_accuracy() -> None:
     scores, classes = drawn(2.5)
     right = scores.argmax(1) == classes
@@ -50,8 +67,8 @@ def test_calibrating_brings_confidence_to_accuracy() -> None:
 
 def test_the_error_of_calibration_by_hand() -> None:
     confidence = np.array([0.05, 0.15, 0.19, 0.21, 0.85, 0.95, 1.0])
-    right = np.array([0, 1, 0, 1, 1, 0, 1])
-    gaps = [0.05, 2 * 0.33, 0.79, 0.15, 2 * 0.475]  # of the tenths that have any
+    right = np.array([0, 1, 0, 0, 1, 1, 0])
+    gaps = [0.05, 2 * 0.33, 0.21, 0.15, 2 * 0.475]  # of the tenths that have any
 
     assert expected_calibration_error(confidence, right) == pytest.approx(sum(gaps) / 7)
 
