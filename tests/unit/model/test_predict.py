@@ -43,7 +43,11 @@ def test_silent_windows_have_no_part_in_what_a_track_is_like(tmp_path: Path) -> 
     for name, sound in (("whole", sounds[0]), ("half", np.concatenate(sounds))):
         (tmp_path / "metal").mkdir(exist_ok=True)
         encode(tmp_path / "metal" / f"{name}.wav", sound, 16_000, muxer="wav", codec="pcm_s16le")
+    (tmp_path / "blues").mkdir()
+    (tmp_path / "blues" / "broken.wav").write_bytes(b"not audio")
     predictions = predict(Bundle.load(), load(tmp_path))
+    assert [clip.name for clip in predictions.clips] == ["metal/half.wav", "metal/whole.wav"]
+    assert predictions.targets[:, predictions.head.labels.index("metal")].tolist() == [1, 1]
     assert [windows.tolist() for windows in predictions.voting] == [[True, False], [True]]
     half, whole = predictions.embeddings
     np.testing.assert_allclose(half, whole, atol=1e-4)

@@ -1,4 +1,5 @@
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -143,28 +144,67 @@ def test_standardising_the_embedding_leaves_the_answers(reference: Bundle) -> No
     torch.testing.assert_close(standard.mean(0), torch.zeros(200), atol=1e-3, rtol=0)
 
 
-def windows(count: int, split_every: int = 3) -> genre.Windows:
-    """Two genres that lie apart, two windows a song."""
+def windows(count: int, *, apart: float = 4.0, dims: int = 80) -> genre.Windows:
+    """Two genres that lie `apart`, two windows an excerpt, two excerpts a song."""
     rng = np.random.default_rng(0)
-    genres = np.arange(count) % 2
-    owner = np.repeat(np.arange(count), 2)
-    embeddings = rng.normal(size=(2 * count, 5)).astype(np.float32)
-    embeddings[:, 0] += 4 * genres[owner]
-    splits = np.where(np.arange(count) % split_every, "train", "valid")
-    return genre.Windows(embeddings, owner, np.arange(count).astype(str), genres, splits)
+    songs = np.arange(count) // 2
+    genres, owner = songs % 2, np.repeat(np.arange(count), 2)
+    heard = rng.normal(size=(count, dims))[songs[owner]] + rng.normal(0, 0.1, (2 * count, dims))
+    heard[:, 0] += apart * genres[owner]
+    embeddings = (heard * np.geomspace(0.1, 10, dims) + 5).astype(np.float32)
+    splits = np.where(songs % 3, "train", "valid")
+    return genre.Windows(embeddings, owner, songs.astype(str), genres, splits)
 
 
-def test_the_head_is_measured_on_songs_that_it_has_not_heard() -> None:
-    head = Head(name="genre", kind="single", labels=LABELS, categories=("genre", "genre"))
+HEAD = Head(name="genre", kind="single", labels=LABELS, categories=("genre", "genre"))
 
-    learnt = genre.learn(windows(60), windows(40), head)
 
-    assert learnt.weight.shape == (2, 5)
-    assert learnt.figures["validation"]["accuracy"]["mean"] > 0.9
-    assert learnt.figures["validation"]["nearest_neighbour_shares_genre"] > 0.8
+def test_the_head_is_measured_and_fitted_on_all() -> None:
+    audio, archive = windows(60), windows(40)
+
+    learnt = genre.learn(audio, archive, HEAD)
+
+    assert learnt.weight.shape == (2, 80)
+    assert learnt.figures["validation"]["accuracy"]["mean"] > 0.8
+    assert learnt.figures["validation"]["accuracy_at_70_percent_coverage"] > 0.9
     assert len(learnt.figures["tried"]) == 4
     assert set(learnt.calibration.temperature) == {"mean", "majority", "weighted"}
     assert 0.5 < learnt.uncertain_threshold <= 1
+    everything = genre.fit_head(audio, archive, np.ones(60, bool), np.ones(40, bool))
+    torch.testing.assert_close(learnt.weight, torch.from_numpy(everything.weight).float())
+
+
+def test_the_head_is_measured_on_songs_that_it_has_not_heard() -> None:
+    noise = windows(120, apart=0.0, dims=400)
+
+    figures = genre.learn(noise, noise, HEAD).figures
+
+    validation = figures["validation"]
+    assert max(validation["accuracy"].values()) < 0.7
+    assert validation["archive_accuracy"] < 0.7
+    assert validation["nearest_neighbour_shares_genre"] < 0.7
+    assert all(max(tried.values()) < 0.7 for tried in figures["tried"].values())
+
+
+def test_scores_of_a_song_are_calibrated_by_others() -> None:
+    scores = np.array([[0.6, 0.4]] * 4)
+    truth, songs = np.array([0, 0, 1, 1]), np.array(["a", "a", "b", "b"])
+
+    calibrated = genre._cross_calibrated(scores, truth, songs)
+
+    assert calibrated[0, 0] < 0.6 < calibrated[2, 0]
+
+
+@pytest.mark.parametrize("fit", [genre._logistic, genre._discriminant])
+def test_a_window_of_twice_the_weight_counts_as_two(fit: Callable[..., genre.Linear]) -> None:
+    given = windows(60, apart=1.0)
+    x, y, owner = given.of(np.ones(60, bool))
+    twice = owner < 20
+
+    weighed = fit(x, y, 1.0 + twice)
+    doubled = fit(np.concatenate([x, x[twice]]), np.concatenate([y, y[twice]]), np.ones(160))
+
+    np.testing.assert_allclose(weighed.probabilities(x), doubled.probabilities(x), atol=1e-2)
 
 
 def test_tags_like_the_references_correlate_with_it_and_others_do_not(reference: Bundle) -> None:
