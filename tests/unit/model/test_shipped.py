@@ -14,7 +14,7 @@ from model.heads import Head
 from model.musicnn import folded
 from model.shipped import coarse, genre, music
 from model.shipped.music import Recording
-from model.shipped.student import Lessons, Plan, halved, start, teach, varied
+from model.shipped.student import Lessons, Plan, clip_window, halved, start, teach, varied
 from tests.unit.model.music import RATE_HZ, chords
 from tests.unit.model.test_musicnn import checkpoint
 
@@ -86,6 +86,27 @@ def test_an_archives_clip_becomes_decibels_over_time() -> None:
 
     assert decibels.shape == (722, coarse.BANDS)
     assert decibels[0, 0] == pytest.approx(200 * 0.304 - 50)
+
+
+def test_a_window_of_an_archives_clip_is_what_sounds_there() -> None:
+    clip = np.random.default_rng(0).normal(-30, 5, (722, coarse.BANDS)).astype(np.float32)
+    translation = coarse.Translation(np.eye(coarse.BANDS + 1, 96, dtype=np.float32))
+    for start_s in (0.0, 7.3, 26.0):
+        seconds = start_s + np.arange(coarse.WINDOW_FRAMES) / coarse.FINE_FPS
+        whole = coarse.sampled(coarse.compress(clip), seconds * coarse.ARCHIVE_FPS)
+        made = clip_window(clip, start_s, translation)
+        np.testing.assert_allclose(made, whole[:, :96], atol=1e-4)
+
+
+def test_every_window_of_an_excerpt_is_known_for_its(reference: Bundle) -> None:
+    excerpts = [recording(seed, duration_s=duration_s) for seed, duration_s in ((1, 3), (2, 9))]
+    heard = genre.heard(reference.network, excerpts, LABELS)
+    assert heard.owner.tolist() == [0, 1, 1, 1]
+    assert heard.genres.tolist() == [1, 0]
+    last = torch.from_numpy(excerpts[1].fine[374:561].astype(np.float32))[None]
+    with torch.inference_mode():
+        said = reference.network.logits(last)[1]
+    torch.testing.assert_close(torch.from_numpy(heard.embeddings[3:]), said, atol=1e-4, rtol=1e-4)
 
 
 def test_the_student_learns_to_answer_as_the_reference_does(reference: Bundle) -> None:
