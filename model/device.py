@@ -36,7 +36,7 @@ class Precision:
         if self.device == "cpu":
             able = torch.cpu.get_capabilities()
             self.enabled = bool(able.get("amx_bf16") or able.get("avx512_bf16"))
-        elif not torch.cuda.is_bf16_supported():
+        elif not torch.cuda.is_bf16_supported(including_emulation=False):
             self.dtype = torch.float16
         self.scaler = torch.GradScaler(self.device, enabled=self.dtype is torch.float16)
 

@@ -10,6 +10,7 @@ import librosa
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from numpy.typing import NDArray
 
 from model.datasets.dataset import Dataset, left_out
@@ -178,6 +179,8 @@ def _waveforms(dataset: Dataset, rows: list[int]) -> Figure:
         librosa.display.waveshow(samples, sr=RATE_HZ, ax=axes, color="C0")
         axes.set(ylim=(-1, 1), yticks=[], xlabel="")
         axes.set_ylabel(clip.labels[0], rotation=0, ha="right", va="center")
+    # librosa's own tells 10.5 seconds as 10.
+    grid[-1].xaxis.set_major_formatter(ScalarFormatter())
     grid[-1].set_xlabel("seconds")
     return figure
 
