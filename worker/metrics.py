@@ -22,12 +22,11 @@ from prometheus_client import (
 
 from schemas.events import Priority
 from worker.analysis import Analysis
-from worker.batch.batcher import BatchObserver
+from worker.batch.batcher import BatchObserver, Fault
 from worker.errors import PublishFailed, track_failures
 
 OUTCOMES = ("tagged", "cached", "dead_letter")
 LOOKUPS = ("hit", "miss", "error")
-BATCH_FAULTS = ("hung", "lost", "failed", "not_finite", "out_of_memory")
 STAGE_BUCKETS_S = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
 )  # fmt: skip
@@ -133,7 +132,7 @@ class Metrics:
             if kind.retryable:
                 self.retries.labels(kind.stage, kind.code)
         self.retries.labels("publish", PublishFailed.code)
-        for fault in BATCH_FAULTS:
+        for fault in get_args(Fault):
             self.batch_faults.labels(fault)
         for result in LOOKUPS:
             self.cache.labels(result)
@@ -184,5 +183,5 @@ class BatchMetrics(BatchObserver):
     def on_queue(self, depth: int) -> None:
         self._metrics.queue_windows.set(depth)
 
-    def on_fault(self, kind: str) -> None:
+    def on_fault(self, kind: Fault) -> None:
         self._metrics.batch_faults.labels(kind).inc()

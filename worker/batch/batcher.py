@@ -9,7 +9,7 @@ import asyncio
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 from model.bundle import Bundle
 from schemas.events import Priority
@@ -27,11 +27,12 @@ from worker.errors import (
 from worker.settings import BatchSettings
 from worker.windows import Windows
 
-__all__ = ["BatchObserver", "Batcher", "Ticket", "WindowOutputs"]
+__all__ = ["BatchObserver", "Batcher", "Fault", "Ticket", "WindowOutputs"]
 
 log = logging.getLogger(__name__)
 
 END_GRACE_S = 1.0
+Fault = Literal["failed", "not_finite", "out_of_memory", "hung", "lost"]
 
 
 class BatchObserver:
@@ -43,8 +44,8 @@ class BatchObserver:
     def on_queue(self, depth: int) -> None:
         """So many windows wait."""
 
-    def on_fault(self, kind: str) -> None:
-        """A batch failed: failed, not_finite, out_of_memory, hung or lost."""
+    def on_fault(self, kind: Fault) -> None:
+        """A batch failed, or a track run alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,11 +368,11 @@ class Batcher:
         if sum(len(part.embedding) for part in parts.values()) == len(request.windows):
             request.answer.set_result(WindowOutputs.join([parts[key] for key in sorted(parts)]))
 
-    def _fail(self, piece: Piece, kind: str, message: str) -> None:
+    def _fail(self, piece: Piece, kind: Fault, message: str) -> None:
         self._observer.on_fault(kind)
         piece.request.fail(InferenceFailed(message))
 
-    def _fail_all(self, pieces: list[Piece], kind: str, error: TimbreError) -> None:
+    def _fail_all(self, pieces: list[Piece], kind: Fault, error: TimbreError) -> None:
         self._observer.on_fault(kind)
         log.error("A batch of %d pieces of tracks is lost: %s", len(pieces), error.message)
         for piece in pieces:
