@@ -63,6 +63,9 @@ class Health:
             return "no partitions assigned (yet, or during a rebalance)"
         if not self.batcher.healthy:
             return "the last batch hung on the device"
+        unmeasured_s = self.probe.unmeasured_s()
+        if unmeasured_s > self.settings.stalled_after_s:
+            return f"Kafka could not be asked for the lag for {unmeasured_s:.0f} s (see the log)"
         return self.why_not_live()
 
 

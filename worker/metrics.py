@@ -111,6 +111,10 @@ class Metrics:
             "Events of an assigned partition behind its end, unfinished ones included",
             ["topic", "partition"],
         )
+        self.consumer_lag_measured = gauge(
+            "timbre_consumer_lag_measured_timestamp_seconds",
+            "Unix time at which the lag was last measured",
+        )
         self.decoder_restarts = counter(
             "timbre_decoder_restarts", "Decoder processes ended and replaced"
         )

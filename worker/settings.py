@@ -408,7 +408,8 @@ class WorkerSettings(Section):
         120.0,
         gt=0,
         description="Seconds without progress, while there is lag, until `/health/live` fails; "
-        "with events in flight at least TRACK_DEADLINE_S and BACKOFF_MAX_S together",
+        "with events in flight at least TRACK_DEADLINE_S and BACKOFF_MAX_S together. Also seconds "
+        "without a word from Kafka of that lag, until `/health/ready` fails",
     )
     log_format: Literal["text", "json"] = Field("text", description="Form of the log's lines")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

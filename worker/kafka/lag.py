@@ -34,6 +34,7 @@ class LagProbe:
         self._shown: set[tuple[str, int]] = set()
         self.lag = 0
         self._lagging_since_s: float | None = None
+        self._measured_s = time.monotonic()
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run(), name="consumer lag")
@@ -49,6 +50,10 @@ class LagProbe:
         if self._lagging_since_s is None:
             return 0.0
         return time.monotonic() - max(self._lagging_since_s, self._consumer.last_progress_s)
+
+    def unmeasured_s(self) -> float:
+        """Seconds since the lag was last measured: beyond some, nothing is known of it."""
+        return time.monotonic() - self._measured_s
 
     async def _run(self) -> None:
         while True:
@@ -116,6 +121,8 @@ class LagProbe:
             self._metrics.consumer_lag.labels(topic, str(number)).set(lag)
         self._shown = set(lags)
         self.lag = sum(lags.values())
+        self._measured_s = time.monotonic()
+        self._metrics.consumer_lag_measured.set_to_current_time()
         if self.lag == 0:
             self._lagging_since_s = None
         elif self._lagging_since_s is None:

@@ -336,21 +336,36 @@ async def test_a_worker_without_partitions_is_live_while_the_others_lag(
         assert [state.why_not_live() is None for state in states].count(True) == 2
 
 
-async def test_lag_is_measured_on_after_any_fault(
+async def test_a_worker_is_not_ready_while_lag_cannot_be_measured_and_it_is_after_any_fault(
     topics: MakeTopics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A certificate that is being replaced is not there for a moment."""
-    own, options, faults = await topics(), connection.client_options, ["not there"]
+    """A certificate that is being replaced is not there for a while."""
+    own, options, metrics = await topics(), connection.client_options, Metrics()
+    there = False
 
-    def without_certificate_at_first(settings: KafkaSettings) -> dict[str, Any]:
-        if faults:
-            raise SettingsInvalid(faults.pop())
+    def certificate_first(settings: KafkaSettings) -> dict[str, Any]:
+        if not there:
+            raise SettingsInvalid("not there")
         return options(settings)
 
+    def measured_s() -> float:
+        name = "timbre_consumer_lag_measured_timestamp_seconds"
+        return metrics.registry.get_sample_value(name) or 0.0
+
     await send(own, 10)
-    monkeypatch.setattr(connection, "client_options", without_certificate_at_first)
-    async with watched(impatient(own), hang) as state:
-        await until(lambda: state.probe.lag == 10, timeout_s=20)
+    async with consuming(settings_of(own), hang) as consumer, batcher_of(SmallNet()) as batcher:
+        await until(lambda: consumer.assigned)
+        monkeypatch.setattr(connection, "client_options", certificate_first)
+        async with LagProbe(settings_of(own), consumer, metrics) as probe:
+            state = Health(impatient(own).worker, probe, consumer, batcher)
+            assert state.why_not_ready() is None, "it has just begun to ask"
+            await until(lambda: "could not be asked" in (state.why_not_ready() or ""))
+            assert state.why_not_live() is None, "a new start would not bring Kafka back"
+            assert measured_s() == 0
+            there = True
+            await until(lambda: probe.lag == 10, timeout_s=20)
+            assert "could not be asked" not in (state.why_not_ready() or "")
+            assert measured_s() == pytest.approx(time.time(), abs=10)
 
 
 async def test_the_lag_of_partitions_beside_one_without_a_leader_is_measured(
