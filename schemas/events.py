@@ -33,7 +33,8 @@ MAX_METADATA_BYTES = 128 * 1024
 MAX_METADATA_DEPTH = 16
 
 # Control characters and line breaks would tear log lines, terminals and keys apart.
-_PRINTABLE = r"^[^\u0000-\u001f\u007f-\u009f\u2028\u2029]+$"
+# The last two stand as they are, since Go's regular expressions don't know "\\u".
+_PRINTABLE = "^[^\\x00-\\x1f\\x7f-\\x9f\u2028\u2029]+$"
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 

@@ -93,7 +93,7 @@ def _write(texts: dict[Path, str]) -> None:
 
 
 def _text(document: dict[str, Any]) -> str:
-    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(document, indent=2) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import json
+import re
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -240,6 +241,11 @@ class TestGeneratedFiles:
     def test_are_json_schemas(self, name: str) -> None:
         Draft202012Validator.check_schema(generate.json_schema(name))
         assert (generate.RELEASED / f"{name}.json").exists()
+
+    def test_their_patterns_use_only_what_regular_expressions_of_all_languages_know(self) -> None:
+        text = "".join(generate.files().values())
+        patterns = [json.loads(pattern) for pattern in re.findall(r'"pattern": (".*")', text)]
+        assert {escape for pattern in patterns for escape in re.findall(r"\\.", pattern)} == {r"\x"}
 
     def test_a_stale_or_breaking_file_fails_the_check(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
