@@ -121,6 +121,13 @@ Digits = Annotated[str, Field(pattern=r"^[0-9]+$")]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+def _untitle(schema: JsonObject) -> None:
+    """Leave out the fields' titles: they repeat the names, and generators make a type of each."""
+    fields: Any = schema["properties"]
+    for field in fields.values():
+        field.pop("title", None)
+
+
 class Part(BaseModel):
     """Base of everything in an event: immutable, and unknown fields are ignored."""
 
@@ -129,6 +136,7 @@ class Part(BaseModel):
         extra="ignore",
         use_attribute_docstrings=True,
         json_schema_serialization_defaults_required=True,
+        json_schema_extra=_untitle,
     )
 
     def to_bytes(self) -> bytes:

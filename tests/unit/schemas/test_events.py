@@ -247,6 +247,13 @@ class TestGeneratedFiles:
         patterns = [json.loads(pattern) for pattern in re.findall(r'"pattern": (".*")', text)]
         assert {escape for pattern in patterns for escape in re.findall(r"\\.", pattern)} == {r"\x"}
 
+    @pytest.mark.parametrize("name", generate.EVENT_TYPES)
+    def test_only_types_have_titles_of_which_generators_make_types(self, name: str) -> None:
+        schema = generate.json_schema(name)
+        model, _ = generate.EVENT_TYPES[name]
+        titles = re.findall(r'"title": "(.*?)"', json.dumps(schema))
+        assert sorted(titles) == sorted({model.__name__, *schema.get("$defs", {})} - {"JsonValue"})
+
     def test_a_stale_or_breaking_file_fails_the_check(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
