@@ -215,7 +215,7 @@ class AudioFacts(Part):
 
 
 class Tag(Part):
-    """One label of one head that the track's windows voted for."""
+    """One label of one head; all are there, likely or not, unless settings leave some out."""
 
     head: str
     """The model's head that gave it, such as `genre`"""
@@ -282,7 +282,8 @@ class TrackTags(Part):
     model: ModelRef
     """The model that tagged"""
     taggram: dict[str, list[list[Finite]]] | None = Field(None, exclude_if=_is_none)
-    """By head, a table (windows, labels) of probabilities; present only where configured"""
+    """By head, a table (windows, labels) of probabilities, the labels in the model's own order;
+    present only where configured"""
     metadata: Metadata = Field(default_factory=dict)
     processing: Processing
     """What belongs to this delivery and not to the result"""
