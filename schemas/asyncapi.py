@@ -214,7 +214,12 @@ def _cloud_event() -> Json:
             "source": {"type": "string", "minLength": 1},
             "type": {"type": "string", "minLength": 1},
             "datacontenttype": {"type": "string"},
-            "data": {"$ref": "#/components/schemas/NewTrack"},
+            "data": {
+                "anyOf": [
+                    {"$ref": "#/components/schemas/NewTrack"},
+                    {"$ref": "#/components/schemas/BucketNotification"},
+                ]
+            },
             "data_base64": {"type": "string", "description": "The same, in base64"},
         },
     }
@@ -255,5 +260,6 @@ def _bucket_notification() -> Json:
     return {
         "title": "BucketNotification",
         "type": "object",
+        "required": ["Records"],
         "properties": {"Records": {"type": "array", "items": entry}},
     }

@@ -2,6 +2,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
 from schemas import generate
-from schemas.asyncapi import EXAMPLE_CLOUD_EVENT, EXAMPLE_NOTIFICATION, document
+from schemas.asyncapi import EXAMPLE_CLOUD_EVENT, EXAMPLE_NOTIFICATION, EXAMPLE_TRACK, document
 from schemas.compatibility import breaks
 from schemas.events import (
     AudioRef,
@@ -27,7 +28,7 @@ from schemas.events import (
     WindowCounts,
 )
 from tests.audio import audio_facts
-from worker.errors import AudioNotFound, ResultTooLarge
+from worker.errors import AudioNotFound, EventMalformed, ResultTooLarge
 from worker.intake import read
 from worker.publish import Failure, Headers, Publisher
 from worker.record import Record
@@ -466,6 +467,17 @@ class TestAsyncApi:
             value = json.dumps(example).encode()
             tracks, fault = read(Record("tracks.new", 0, 0, 0.0, None, value))
             assert (len(tracks), fault) == (1, None)
+
+    @pytest.mark.parametrize(
+        ("data", "valid"), [(EXAMPLE_TRACK, True), (EXAMPLE_NOTIFICATION, True), ({}, False)]
+    )
+    def test_a_cloud_event_carries_what_intake_reads(self, data: Any, valid: bool) -> None:
+        event = {**EXAMPLE_CLOUD_EVENT, "data": data}
+        schema = {**self.DOCUMENT, "$ref": "#/components/schemas/NewTrackCloudEvent"}
+        assert Draft202012Validator(schema).is_valid(event) == valid
+        record = Record("tracks.new", 0, 0, 0.0, None, json.dumps(event).encode())
+        with nullcontext() if valid else pytest.raises(EventMalformed):
+            assert len(read(record).tracks) == 1
 
     def test_the_payloads_are_schemas(self) -> None:
         for schema in self.DOCUMENT["components"]["schemas"].values():
