@@ -22,6 +22,7 @@ from pydantic import (
     JsonValue,
     WithJsonSchema,
 )
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticUseDefault, to_json
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -121,11 +122,14 @@ Digits = Annotated[str, Field(pattern=r"^[0-9]+$")]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-def _untitle(schema: JsonObject) -> None:
-    """Leave out the fields' titles: they repeat the names, and generators make a type of each."""
+def _only_what_is_needed(schema: JsonObject) -> None:
+    """Leave out the fields' titles, which repeat their names and of which generators make types,
+    and null as a default, since some of what may be left out is never null."""
     fields: Any = schema["properties"]
     for field in fields.values():
         field.pop("title", None)
+        if field.get("default", ...) is None:
+            del field["default"]
 
 
 class Part(BaseModel):
@@ -136,7 +140,7 @@ class Part(BaseModel):
         extra="ignore",
         use_attribute_docstrings=True,
         json_schema_serialization_defaults_required=True,
-        json_schema_extra=_untitle,
+        json_schema_extra=_only_what_is_needed,
     )
 
     def to_bytes(self) -> bytes:
@@ -281,7 +285,7 @@ class TrackTags(Part):
     """How windows became tags: mean, majority or weighted"""
     model: ModelRef
     """The model that tagged"""
-    taggram: dict[str, list[list[Finite]]] | None = Field(None, exclude_if=_is_none)
+    taggram: dict[str, list[list[Finite]]] | SkipJsonSchema[None] = Field(None, exclude_if=_is_none)
     """By head, a table (windows, labels) of probabilities, the labels in the model's own order;
     present only where configured"""
     metadata: Metadata = Field(default_factory=dict)
@@ -397,10 +401,10 @@ class DeadLetterHeaders(Part):
     """When it was given up"""
     model: str
     """The model that was loaded, as `name@version`"""
-    track_id: str | None = Field(None, exclude_if=_is_none)
+    track_id: str | SkipJsonSchema[None] = Field(None, exclude_if=_is_none)
     """The platform's name of the track, where the event could be read that far"""
-    value_omitted_bytes: Digits | None = Field(None, exclude_if=_is_none)
+    value_omitted_bytes: Digits | SkipJsonSchema[None] = Field(None, exclude_if=_is_none)
     """Bytes of the original value, where Kafka takes no message that holds it and the reason; of a
     message that could not be read its bytes in all, where they are known, or 0"""
-    value_omitted_sha256: Sha256 | None = Field(None, exclude_if=_is_none)
+    value_omitted_sha256: Sha256 | SkipJsonSchema[None] = Field(None, exclude_if=_is_none)
     """SHA-256 of the original value, where it is omitted"""

@@ -86,8 +86,10 @@ class TestModels:
         assert type(event).from_bytes(value) == event
         assert type(event).from_bytes(value).to_bytes() == value
 
-    def test_the_taggram_is_there_only_where_asked_for(self) -> None:
-        assert b"taggram" not in tags().to_bytes()
+    def test_the_taggram_is_there_only_where_asked_for_and_never_null(self) -> None:
+        value = tags().to_bytes()
+        assert b"taggram" not in value
+        assert not VALIDATORS["track-tags"].is_valid(json.loads(value) | {"taggram": None})
 
     def test_only_the_processing_may_differ_between_deliveries(self) -> None:
         again = PROCESSING.model_copy(update={"cached": True, "attempt": 2})
@@ -228,6 +230,7 @@ async def test_dead_letters_carry_the_headers_that_the_schema_names(
     ((_, headers),) = publisher.sent
     added = {name: (value or b"").decode() for name, value in headers if name.startswith("timbre-")}
     VALIDATORS["dead-letter-headers"].validate(added)
+    assert not VALIDATORS["dead-letter-headers"].is_valid({**added, "timbre-track-id": None})
     assert set(added) <= set(DeadLetterHeaders.model_json_schema()["properties"])
     parsed = DeadLetterHeaders.model_validate(added)
     assert (parsed.reason_code, parsed.origin_offset) == ("audio_not_found", "4")
