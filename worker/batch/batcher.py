@@ -19,6 +19,7 @@ from worker.errors import (
     DeadlineExceeded,
     DeviceHung,
     DeviceLost,
+    DeviceOutOfMemory,
     InferenceFailed,
     TimbreError,
     TrackCancelled,
@@ -261,6 +262,8 @@ class Batcher:
         except (DeviceHung, DeviceLost) as error:
             self._last_batch_hung = isinstance(error, DeviceHung)  # also as it was copied
             self._fail_all(pieces, "hung" if self._last_batch_hung else "lost", error)
+        except DeviceOutOfMemory as error:  # for the buffer; the network makes do with less
+            self._fail_all(pieces, "out_of_memory", error)
         except Exception as error:
             told = InferenceFailed(f"The batch could not be run: {type(error).__name__}: {error}")
             self._fail_all(pieces, "failed", told)

@@ -35,7 +35,14 @@ KEPT_BYTES = 256 << 20  # of memory that passes freed
 # What decoding 3 s of an MP3 takes of a core, to weigh the network against; docs/batching.md.
 DECODE_S_PER_WINDOW = 0.0025
 TIMED_PASSES = 3
-OUT_OF_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY_PHRASES = (
+    "out of memory",
+    "can't allocate memory",
+    "_ALLOC_FAILED",
+    # What cuFFT and cuDNN say where PyTorch keeps the memory that they need.
+    "CUFFT_INTERNAL_ERROR",
+    "unable to find an engine",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +137,7 @@ class Engine:
         self._buffers: list[Buffer] = []
         self._copiers = Crew("timbre-copy", 1)
         self._runners = Crew("timbre-network", self._threads or 1)
-        self._streams = None if on_cpu else Streams(self._device)
+        self._streams: Streams | None = None
 
     @property
     def stuck(self) -> int:
@@ -142,7 +149,7 @@ class Engine:
 
         Raises DeviceOutOfMemory, DeviceLost or DeviceHung where it can't run there.
         """
-        if self._streams is None:
+        if self._device.type == "cpu":
             # Chunks run side by side instead; docs/batching.md has the figures.
             torch.set_num_threads(1)
             keep_freed_memory(KEPT_BYTES)
@@ -212,9 +219,12 @@ class Engine:
     # From here on: in the engine's threads.
 
     def _warm_up(self) -> None:
-        self._network.eval().to(self._device)
-        # Before the network has had what it can get: it makes do with less, a buffer can't.
-        self._buffers = [self._new_buffer() for _ in range(self._in_flight)]
+        with self._faults_told():
+            if self._device.type == "cuda":
+                self._streams = Streams(self._device)
+            self._network.eval().to(self._device)
+            # Before the network has had what it can get: it makes do with less, a buffer can't.
+            self._buffers = [self._new_buffer() for _ in range(self._in_flight)]
         # The largest first: the memory it takes serves the smaller ones.
         for windows in reversed(self._buckets):
             self._run(self._buffers[0], 0, windows)
@@ -234,7 +244,7 @@ class Engine:
 
     def _fill(self, buffer: Buffer | None, parts: Sequence[Floats]) -> tuple[Buffer, list[bool]]:
         held = [bool(np.isfinite(part).all()) for part in parts]
-        with self._losses_told():
+        with self._faults_told():
             buffer = buffer or self._new_buffer()
             rows = 0
             for part in (part for part, whole in zip(parts, held, strict=True) if whole):
@@ -261,28 +271,35 @@ class Engine:
     def _pass(self, buffer: Buffer, start: int, stop: int) -> WindowOutputs | None:
         """One forward pass; None where memory does not hold it."""
         try:
-            with self._losses_told():
+            with self._faults_told():
                 if self._streams is None:
                     return self._forward(buffer.samples[start:stop])
                 with self._streams.computing(buffer):
                     padded = pad_to_bucket(buffer.samples, start, stop, self._buckets)
                     return self._forward(padded).rows(0, stop - start)
-        except Exception as error:
-            if not _is_out_of_memory(error):
-                raise
+        except DeviceOutOfMemory as error:
+            log.warning("%d windows at once are too many: %s", stop - start, error.message)
         # Outside `except`, for its traceback would keep the tensors of the pass alive.
         return None
 
     @contextmanager
-    def _losses_told(self) -> Iterator[None]:
-        """Raise `DeviceLost` where the device breaks inside: its first call to fail may be any."""
+    def _faults_told(self) -> Iterator[None]:
+        """Raise `DeviceOutOfMemory` or `DeviceLost` where that is what happens inside; of a device
+        that broke the first call to fail may be any."""
         try:
             yield
-        except torch.AcceleratorError as error:
+        except Exception as error:
             if _is_out_of_memory(error):
-                raise
-            self.lost = True
-            raise DeviceLost(f"{self._device} broke: {error}. Start the worker again.") from error
+                raise DeviceOutOfMemory(
+                    f"{self._device} has too little free memory ({error}); free some, or use a "
+                    "smaller model."
+                ) from error
+            if isinstance(error, torch.AcceleratorError):
+                self.lost = True
+                raise DeviceLost(
+                    f"{self._device} broke: {error}. Start the worker again."
+                ) from error
+            raise
 
     def _forward(self, samples: Tensor) -> WindowOutputs:
         with (
@@ -298,14 +315,14 @@ class Engine:
     def _shrink(self, windows: int) -> None:
         self.out_of_memory_total += 1
         if self._streams is not None:
-            torch.cuda.empty_cache()
+            with self._faults_told():
+                torch.cuda.empty_cache()
         if windows == 1:
             raise DeviceOutOfMemory(
                 f"A single window does not fit the free memory of {self._device}; free some, or "
                 "use a smaller model."
             )
         self._fits, self._passes = windows // 2, 0
-        log.warning("%s is out of memory at %d windows; halved", self._device, windows)
 
     def _grow(self) -> None:
         """After a while without running out, try twice as many again."""

@@ -540,6 +540,23 @@ async def test_out_of_memory_halves_the_batch_and_every_track_is_answered() -> N
     assert set(told.faults) == {"out_of_memory"}
 
 
+async def test_a_buffer_that_finds_no_memory_fails_its_tracks_retryably(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    told = Told()
+    async with batcher_of(SmallNet(), told) as batcher:
+        batcher._engine._buffers.clear()  # as batches that hung have left it
+        with monkeypatch.context() as full:
+            full.setattr(batcher._engine, "_new_buffer", run_out)
+            with pytest.raises(DeviceOutOfMemory):
+                await Tracks(batcher).send("a", noise(1))
+        assert same(await Tracks(batcher).send("b", noise(2)), noise(2))
+    assert told.faults == ["out_of_memory"]
+
+
 async def test_a_hung_batch_fails_retryably_and_the_next_goes_on() -> None:
     network, told = Hanging(), Told()
     async with batcher_of(network, told, timeout_s=0.5, max_stuck=2) as batcher:

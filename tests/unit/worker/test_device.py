@@ -1,9 +1,11 @@
 """The engine: chunks, buffers, memory that runs out, threads that hang, devices that break."""
 
 import asyncio
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -29,7 +31,7 @@ from worker.batch.device import (
     threads_beside_decoders,
 )
 from worker.batch.threads import Crew
-from worker.errors import DeviceHung, DeviceLost, DeviceOutOfMemory
+from worker.errors import DeviceHung, DeviceLost, DeviceOutOfMemory, TimbreError
 from worker.settings import BatchSettings
 
 SAMPLES = 64
@@ -162,6 +164,9 @@ async def test_a_single_window_that_does_not_fit_is_device_out_of_memory() -> No
         MemoryError(),
         torch.AcceleratorError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
+        RuntimeError("cuFFT error: CUFFT_INTERNAL_ERROR"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
     ],
 )
 async def test_every_allocation_that_fails_counts_as_out_of_memory(error: Exception | None) -> None:
@@ -177,6 +182,44 @@ async def test_every_allocation_that_fails_counts_as_out_of_memory(error: Except
         outputs = await outputs_of(engine, noise(5))
         assert engine.out_of_memory_total == 3
     np.testing.assert_allclose(outputs.probabilities["genre"], expected(noise(5)), atol=1e-5)
+
+
+async def test_what_a_pass_held_is_freed_before_a_smaller_one_is_tried() -> None:
+    class Hoarding(SmallNet):
+        def forward(self, samples: Tensor) -> Answer:
+            assert all(held() is None for held in given), "held on to by the error"
+            if len(samples) > 2:
+                features = samples * 2
+                given.append(weakref.ref(features))
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(samples)
+
+    given: list[weakref.ref[Tensor]] = []
+    gc.disable()  # which might free it in time
+    try:
+        async with engine_of(Hoarding()):
+            assert len(given) == 3
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), DeviceOutOfMemory),
+        (torch.AcceleratorError("CUDA error: the device is busy or unavailable"), DeviceLost),
+    ],
+)
+async def test_a_device_that_cannot_take_the_network_is_told_by_type(
+    fault: Exception, told: type[TimbreError]
+) -> None:
+    class Homeless(SmallNet):
+        def to(self, *_: object, **__: object) -> "Homeless":
+            raise fault
+
+    with pytest.raises(told, match=f"cpu .+{fault}"):
+        async with engine_of(Homeless()):
+            pass
 
 
 async def test_a_hung_thread_is_left_behind_and_others_go_on() -> None:
