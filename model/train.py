@@ -236,6 +236,7 @@ class Trainer:
         """Learn from `songs`: the moving average of a network's weights, with its config."""
         recipe = self.recipe
         torch.manual_seed(self.seed)
+        torch.backends.cudnn.deterministic = True  # or gradients are added up in any order
         network = self.plan.network().to(self.device).train()
         average = copy.deepcopy(network).requires_grad_(False)
         optimizer = _optimizer(network, recipe)

@@ -84,6 +84,7 @@ def test_one_seed_gives_one_result(dataset: Dataset, tmp_path: Path) -> None:
     first, again, other = (weights(bundle)["heads.genre.weight"] for bundle in versions)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+    assert torch.backends.cudnn.deterministic  # or a GPU gives several
 
 
 class Interrupted(Exception):
@@ -371,6 +372,10 @@ def test_a_bundle_may_be_made_where_one_stands(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_training_runs_on_cuda_in_mixed_precision(dataset: Dataset, tmp_path: Path) -> None:
+def test_training_on_cuda_learns_in_mixed_precision_and_to_one_result(
+    dataset: Dataset, tmp_path: Path
+) -> None:
     bundle = train(dataset, tmp_path / "b", recipe=SMALL, device="cuda")
+    again = train(dataset, tmp_path / "again", recipe=SMALL, device="cuda")
     assert bundle.figures["track_accuracy"]["mean"] == 1.0
+    assert again.version == bundle.version
