@@ -36,6 +36,7 @@ from worker.cache import Cache
 from worker.errors import (
     ConsumerLost,
     DeadlineExceeded,
+    DeviceLost,
     FetchFailed,
     PublishFailed,
     TimbreError,
@@ -147,6 +148,7 @@ class Worker:
         self.http = HttpServer(settings.http, self.metrics, self._health)
         self._stack = AsyncExitStack()
         self._starting: asyncio.Task[Any] | None = None
+        self._lost: DeviceLost | None = None
 
     async def __aenter__(self) -> "Worker":
         self._starting = asyncio.current_task()
@@ -162,7 +164,7 @@ class Worker:
         await self._stack.aclose()
 
     async def run(self) -> None:
-        """Work on events until `stop`."""
+        """Work on events until `stop`; raises DeviceLost once the device has broken."""
         kafka, model = self._settings.kafka, self.tagger.model
         log.info(
             "Tagging %s with %s@%s; metrics and health on port %d",
@@ -170,6 +172,8 @@ class Worker:
         )  # fmt: skip
         await self.consumer.run()
         log.info("Stopped")
+        if self._lost is not None:
+            raise self._lost
 
     def stop(self) -> None:
         """Take nothing new, finish or give back what is in flight, and end inside the deadline.
@@ -182,7 +186,8 @@ class Worker:
         self._health.stopping = True
         self.consumer.stop()
         # What is left by then hangs for good (a device, a socket) and is delivered again.
-        _end_process_after(self._settings.worker.stop_deadline_s, status=0)
+        status = 0 if self._lost is None else 1
+        _end_process_after(self._settings.worker.stop_deadline_s, status=status)
         if self._starting is not None:
             self._starting.cancel()
 
@@ -241,6 +246,11 @@ class Worker:
                 await self._until_delivered(partial(self._publisher.publish, features))
         except WorkerStopping:
             raise  # not the track's fault: it stays unacknowledged
+        except DeviceLost as error:  # nor is that, and no other track would fare better
+            self._lost = error
+            self.stop()
+            await place.wait(self._settings.worker.stop_deadline_s)  # until it is given back
+            raise
         except Exception as error:
             attempts = _attempts(retrying)
             if isinstance(error, FetchFailed):
@@ -369,8 +379,12 @@ class Worker:
 
 def _tried_again(error: BaseException) -> bool:
     """Whether to try a track again at once. A fetch makes its own attempts, and knows how long the
-    server asked it to stay away."""
-    return isinstance(error, TrackFailed) and error.retryable and not isinstance(error, FetchFailed)
+    server asked it to stay away; a lost device needs another process."""
+    return (
+        isinstance(error, TrackFailed)
+        and error.retryable
+        and not isinstance(error, FetchFailed | DeviceLost)
+    )
 
 
 def _attempts(retrying: AsyncRetrying) -> int:

@@ -26,6 +26,7 @@ FAULTS: list[Run] = [
     stages.hang_redis,
     stages.hang_produce,
     stages.device_failing,
+    stages.device_lost,
     stages.decoder_killed,
     stages.corrupt_bundle,
     growth.long_track,

@@ -3,7 +3,7 @@
 A device that hangs or fails can't be had from outside, so the bundle's network is wrapped; all else
 is the worker as it ships. Marked tracks are those of the audio server's `marked` fault: louder than
 any music. The tricks: `hang` for ever at every marked window, `hang-once` a process, `fail` at
-every one. What hangs says `HANGS` in the log.
+every one, `break` at the first and at all windows after it. What hangs says `HANGS` in the log.
 """
 
 import sys
@@ -29,13 +29,19 @@ class Faulty(nn.Module):
         self.network = network
         self.kind, _, once = trick.partition("-")
         self.left = 1 if once else sys.maxsize
+        self.broken = False
 
     def forward(self, samples: Tensor) -> object:
+        if self.broken:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
         if self.left and bool((samples.abs().mean(dim=1) > MARK).any()):
             self.left -= 1
             if self.kind == "hang":
                 print(HANGS, flush=True)
                 threading.Event().wait()
+            if self.kind == "break":
+                self.broken = True
+                return self.forward(samples)
             raise RuntimeError("the device failed on a marked window")
         return self.network(samples)
 

@@ -205,6 +205,24 @@ async def device_hanging_once(stand: Stand, quick: bool) -> Outcome:
 
 
 @scenario
+async def device_lost(stand: Stand, quick: bool) -> Outcome:
+    """A device that breaks for good: the worker ends, and another one does what it had."""
+    tracks = 40 if quick else 200
+    async with stand.lane("device-lost") as lane:
+        (broken,) = await lane.ready(launcher="break")
+        events = lane.tracks(range(tracks))
+        events.insert(tracks // 2, lane.event(stand.audio.url(0, "marked")))
+        await lane.send(events)
+        await until(lambda: not broken.running, "the end of a worker without its device", 60)
+        at_s = now_s()
+        require(broken.process.returncode == 1, f"it ends with {broken.process.returncode}")
+        await lane.ready()
+        await lane.until_answered(len(events), 60)
+        require(not lane.checker.letters, f"no track is given up: {lane.checker.reasons()}")
+        return await conclude(lane, [at_s], duplicates_at_most=tracks)
+
+
+@scenario
 async def decoder_killed(stand: Stand, quick: bool) -> Outcome:
     """Decoder processes killed (-9) at random moments."""
     kills, tracks = (5, 100) if quick else (20, 400)
