@@ -221,7 +221,7 @@ class InferenceFailed(TrackFailed):
 
 
 class DeviceOutOfMemory(InferenceFailed):
-    """A single window does not fit the device's free memory."""
+    """The network, a batch's buffer or a single window does not fit the device's free memory."""
 
     code = "device_out_of_memory"
     retryable = True

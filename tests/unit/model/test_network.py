@@ -2,10 +2,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.bundle import Bundle
+from model.heads import Head
+from model.logmel_cnn import LogMelCnnConfig
 from model.network import Branch, FrontFilters, build
 from tests.unit.model.music import WINDOW, chords
 
@@ -24,6 +28,23 @@ def test_the_output_has_what_the_bundle_promises(bundle: Bundle) -> None:
     assert output.probabilities["tags"].shape == (2, 50)
     assert output.embedding.shape == (2, bundle.embedding_dim)
     torch.testing.assert_close(output.probabilities["genre"].sum(1), torch.ones(2))
+
+
+@pytest.mark.parametrize("name", ["default", "fast", "from scratch"])
+def test_networks_compute_where_their_weights_are(name: str) -> None:
+    """Told by PyTorch's fake tensors, which need no GPU."""
+    if name == "from scratch":
+        head = Head(name="genre", kind="single", labels=("a", "b"), categories=("genre",) * 2)
+        network = build("logmel_cnn", LogMelCnnConfig().model_dump(), [head])
+    else:
+        network = Bundle.load(name).network
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    with FakeTensorMode():
+        there = {key: torch.empty(kept.shape, device="cuda") for key, kept in tensors.items()}
+        samples = torch.empty(2, WINDOW, device="cuda")
+        output = functional_call(network.eval(), there, (samples,))
+    assert {table.device.type for table in output.probabilities.values()} == {"cuda"}
+    assert output.embedding.device.type == "cuda"
 
 
 @pytest.mark.parametrize(
