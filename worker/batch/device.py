@@ -39,9 +39,7 @@ OUT_OF_MEMORY_PHRASES = (
     "out of memory",
     "can't allocate memory",
     "_ALLOC_FAILED",
-    # What cuFFT and cuDNN say where PyTorch keeps the memory that they need.
-    "CUFFT_INTERNAL_ERROR",
-    "unable to find an engine",
+    "CUFFT_INTERNAL_ERROR",  # where PyTorch keeps the memory that it needs
 )
 
 
