@@ -78,7 +78,7 @@ def ratio(part: str, whole: str, *, each: str = "") -> str:
     return f"{part} /{matched} ({whole} > 0)"
 
 
-def _of(metric: str, matching: str) -> str:
+def _of(metric: str, matching: str = "") -> str:
     selector = ", ".join(filter(None, ['instance=~"$instance"', matching]))
     return f"{metric}{{{selector}}}"
 
@@ -193,6 +193,19 @@ ROWS = (
                 "suffix: events",
                 [("{{topic}} {{partition}}", total("timbre_consumer_lag", "topic, partition"))],
                 thresholds=(1_000, 10_000),
+            ),
+            Panel(
+                "Age of the lag",
+                "Seconds since a worker last asked Kafka for its lag, which is as old. Beyond a "
+                "minute Kafka is away, or no longer lets that worker in.",
+                "s",
+                [
+                    (
+                        "{{instance}}",
+                        f"time() - {_of('timbre_consumer_lag_measured_timestamp_seconds')}",
+                    )
+                ],
+                thresholds=(60, 120),
             ),
             Panel(
                 "End to end",
