@@ -34,7 +34,7 @@ class LagProbe:
         self._shown: set[tuple[str, int]] = set()
         self.lag = 0
         self._lagging_since_s: float | None = None
-        self._measured_s = time.monotonic()
+        self._measured()  # nothing to measure yet
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run(), name="consumer lag")
@@ -121,9 +121,12 @@ class LagProbe:
             self._metrics.consumer_lag.labels(topic, str(number)).set(lag)
         self._shown = set(lags)
         self.lag = sum(lags.values())
-        self._measured_s = time.monotonic()
-        self._metrics.consumer_lag_measured.set_to_current_time()
+        self._measured()
         if self.lag == 0:
             self._lagging_since_s = None
         elif self._lagging_since_s is None:
             self._lagging_since_s = time.monotonic()
+
+    def _measured(self) -> None:
+        self._measured_s = time.monotonic()
+        self._metrics.consumer_lag_measured.set_to_current_time()
