@@ -9,8 +9,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import faust
+from aiokafka.errors import KafkaError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
+
+log = logging.getLogger(__name__)
 
 ERRORS_EVERY_S = 0.5
 
@@ -110,7 +113,17 @@ class _Consumer(driver.Consumer):
         while not self.should_stop:
             await self.sleep(ERRORS_EVERY_S)
             kafka = self._thread._ensure_consumer()
-            await self._thread.call_thread(kafka._coordinator.check_errors)
+            try:
+                await self._thread.call_thread(kafka._coordinator.check_errors)
+            except KafkaError as error:
+                log.warning(
+                    "The group refuses this worker (%s); check that no other consumers are in it "
+                    "(TIMBRE_KAFKA__GROUP), that this user may read it, and that "
+                    "TIMBRE_KAFKA__SESSION_TIMEOUT_S lies between the brokers' "
+                    "group.min.session.timeout.ms and group.max.session.timeout.ms",
+                    error,
+                )
+                raise
 
 
 class _Transport(driver.Transport):

@@ -568,7 +568,9 @@ async def test_a_topic_that_is_assigned_is_there_before_this_worker_has_heard_of
     assert "No events come from" not in caplog.text
 
 
-async def test_a_worker_that_its_group_refuses_joins_once_it_may(topics: MakeTopics) -> None:
+async def test_a_worker_that_its_group_refuses_joins_once_it_may(
+    topics: MakeTopics, caplog: pytest.LogCaptureFixture
+) -> None:
     own = await topics(partitions=1)
     seen = Seen()
 
@@ -585,8 +587,19 @@ async def test_a_worker_that_its_group_refuses_joins_once_it_may(topics: MakeTop
             await until(lambda: consumer._app)
             await until(lambda: consumer._app is None, timeout_s=20)
             assert not consumer.assigned
+            assert "check that no other consumers are in it (TIMBRE_KAFKA__GROUP)" in caplog.text
             await stranger.stop()
             await until(lambda: len(seen) == 10, timeout_s=20)
+
+
+async def test_a_session_timeout_that_the_brokers_do_not_allow_is_told(
+    topics: MakeTopics, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = await topics(partitions=1)
+    an_hour = own.model_copy(update={"session_timeout_s": 3600.0})
+
+    async with consuming(Settings(kafka=an_hour), Seen()):
+        await until(lambda: "that TIMBRE_KAFKA__SESSION_TIMEOUT_S lies" in caplog.text)
 
 
 async def test_a_worker_that_asks_for_nothing_for_long_stays_in_its_group(
