@@ -32,8 +32,6 @@ LAYOUTS: dict[str, Layout] = {
 
 def detect(path: Path) -> str:
     """Name of the first layout that fits `path`."""
-    if not path.exists():
-        raise DatasetInvalid(f"{path} does not exist")
     for name, layout in LAYOUTS.items():
         if layout.fits(path):
             return name
@@ -53,11 +51,11 @@ def load(path: Path, layout: str | None = None) -> Dataset:
     SplitLeaks
         The data set's own split puts an artist or a recording on two sides.
     """
+    if not path.exists():
+        raise DatasetInvalid(f"{path} does not exist")
     name = layout or detect(path)
     if name not in LAYOUTS:
         raise DatasetInvalid(f"unknown layout {name!r}, known: {', '.join(LAYOUTS)}")
-    if not path.exists():
-        raise DatasetInvalid(f"{path} does not exist")
     try:
         return LAYOUTS[name].load(path).check_split()
     except (OSError, ValueError, csv.Error) as error:

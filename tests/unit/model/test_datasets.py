@@ -36,7 +36,9 @@ def test_gtzan_has_the_fault_filtered_split_and_names_what_is_corrupt(tmp_path: 
         "blues.00031": "train",
         "blues.00032": "train",
     }
-    assert [skipped.name for skipped in dataset.skipped] == ["jazz.00054"]
+    (corrupt,) = dataset.skipped
+    assert (corrupt.name, corrupt.split) == ("jazz.00054", "train")
+    assert dataset.labels == ("blues", "metal")
 
 
 @pytest.mark.parametrize("folder", ["", "genres", "genres_original"])
@@ -44,13 +46,17 @@ def test_excerpts_of_a_clip_of_gtzan_stay_on_its_side(tmp_path: Path, folder: st
     (tmp_path / folder / "blues").mkdir(parents=True)
     for name in ("00029.wav", "00029.second.wav", "00030.wav", "00031.txt", "mix.wav"):
         (tmp_path / folder / "blues" / f"blues.{name}").touch()
-    clips = load(tmp_path).clips
+    (tmp_path / folder / "jazz").mkdir()
+    (tmp_path / folder / "jazz" / "jazz.00054.second.wav").touch()
+    dataset = load(tmp_path)
+    clips = dataset.clips
     assert {clip.name: clip.group for clip in clips} == {
         "blues.00029": "blues.00029",
         "blues.00029.second": "blues.00029",
         "blues.00030": "blues.00030",
     }
     assert {clip.split for clip in clips} == {"train"}
+    assert [skipped.name for skipped in dataset.skipped] == ["jazz.00054.second"]
 
 
 def test_fault_filtered_split_has_the_published_sizes() -> None:
@@ -66,17 +72,29 @@ def test_fault_filtered_split_is_that_of_the_lists(shared_data: Path) -> None:
     assert fault_filtered_split() == listed
 
 
-@pytest.mark.parametrize("subset", ["fma_small", "fma_medium", "fma_large"])
-def test_fma_keeps_its_own_split_and_its_subset(tmp_path: Path, subset: str) -> None:
+@pytest.mark.parametrize(
+    ("subset", "absent"),
+    [
+        ("fma_small", ["000013"]),
+        ("fma_medium", ["000013", "080000"]),
+        ("fma_large", ["000013", "080000", "090000"]),
+    ],
+)
+def test_fma_keeps_its_own_split_and_its_subset(
+    tmp_path: Path, subset: str, absent: list[str]
+) -> None:
     dataset = load(music.fma(tmp_path).rename(tmp_path / subset))
     assert dataset.layout == "fma"
     assert dataset.labels == ("Hip-Hop", "Rock")
     assert dataset.splits == ("train", "valid", "test")
     assert dataset.grouped_by == "artist"
     assert len(dataset.clips) == 11
-    of_large = ["090000"] if subset == "fma_large" else []
-    assert [skipped.name for skipped in dataset.skipped] == ["000013", *of_large]
+    assert [skipped.name for skipped in dataset.skipped] == absent
     assert {skipped.reason for skipped in dataset.skipped} == {"is in tracks.csv but not on disk"}
+    (tmp_path / "fma_small").mkdir(exist_ok=True)
+    (tmp_path / "fma_large").mkdir(exist_ok=True)
+    with pytest.raises(DatasetInvalid, match="holds several of fma_small"):
+        load(tmp_path)
 
 
 def test_labels_are_found_in_any_case_but_where_only_case_tells_them_apart() -> None:
@@ -104,8 +122,12 @@ def test_fma_hierarchy_is_a_multi_label_task(tmp_path: Path) -> None:
 def test_tracks_of_fma_without_a_genre_are_named(tmp_path: Path, layout: str) -> None:
     folder = music.fma(tmp_path)
     with (tmp_path / "fma_metadata" / "tracks.csv").open("a") as file:
-        file.write("15,small,test,9,,\n")
-    assert Skipped("000015", "has no genre", "test") in load(folder, layout).skipped
+        file.write('15,small,test,9,,\n16,small,test,9,,"[12, 25]"\n')  # 16 has no top genre
+    none, absent = "has no genre", "is in tracks.csv but not on disk"
+    assert load(folder, layout).skipped[-2:] == (
+        Skipped("000015", none, "test"),
+        Skipped("000016", none if layout == "fma" else absent, "test"),
+    )
 
 
 def test_fma_without_metadata_says_what_is_missing(tmp_path: Path) -> None:
@@ -139,8 +161,12 @@ def test_fma_is_found_out_whatever_its_folder_is_called_by(
     folder = music.fma(tmp_path / "fma")
     (tmp_path / "music").symlink_to(folder)
     monkeypatch.chdir(folder)
+    dataset = load(folder)
     for path in (tmp_path / "music", Path(), folder / "000" / ".."):
-        assert load(path) == load(folder)
+        assert load(path) == dataset
+    (folder.parent / "fma_metadata").rename(tmp_path / "fma_metadata")
+    (tmp_path / "fma_small").symlink_to(folder)
+    assert load(tmp_path / "fma_small").labels == dataset.labels  # beside the link
     monkeypatch.chdir(tmp_path)
     renamed = folder.rename(folder.with_name("renamed"))
     with pytest.raises(DatasetInvalid, match=r"Folders 000, 001 and on are FMA's audio"):
@@ -499,6 +525,7 @@ def test_positions_and_columns_of_an_archive_are_its_genres(tmp_path: Path, dtyp
         ("f.npz", b"\x80\x04no archive", "f.npz is no .npz archive of plain arrays"),
         ("g.txt", b"music", "a folder of folders of audio"),
         ("h.cls", b"x\tRock\n", "h.cls, line 1: not a track id, a tab and a genre"),
+        ("i.csv", b"path,label\n" + b"x" * 200_000, "i.csv can't be read in layout 'manifest'"),
     ],
 )
 def test_a_file_that_is_no_data_set_is_refused_with_what_is_wrong(
@@ -527,28 +554,43 @@ def test_a_folder_of_another_layout_is_refused(tmp_path: Path, layout: str, told
     assert told in refused.value.message
 
 
-def test_a_broken_line_of_fmas_tracks_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("15,small", r"line 18: 2 columns, the header has 6"),
+        ("15,small,test,9,Rock,[12", r"genres_all '\[12'"),
+        ("15,small,test,9,Rock,12", r"genres_all '12'"),
+        ("15,small,test,9,Rock,[13]", r"genres_all '\[13\]': KeyError\(13\)"),
+    ],
+)
+def test_a_broken_line_of_fmas_tracks_is_named(tmp_path: Path, line: str, told: str) -> None:
     folder = music.fma(tmp_path)
     with (tmp_path / "fma_metadata" / "tracks.csv").open("a") as file:
-        file.write("15,small\n")
-    with pytest.raises(DatasetInvalid, match=r"line 17: 2 columns, the header has 6"):
-        load(folder)
+        file.write(f"{line}\n")
+    with pytest.raises(DatasetInvalid, match=told):
+        load(folder, "fma-all")
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("table", "content", "told"),
     [
-        ("id,title\n12,Rock\n", r"genres\.csv has no column genre_id"),
-        ("genre_id,name\n12,Rock\n", r"genres\.csv has no column title"),
-        ("", r"genres\.csv has no column genre_id, title"),
-        ("title,genre_id\nRock\n", "can't be read in layout 'fma-all'"),
+        ("genres", "id,title\n12,Rock\n", r"genres\.csv has no column genre_id"),
+        ("genres", "genre_id,name\n12,Rock\n", r"genres\.csv has no column title"),
+        ("genres", "", r"genres\.csv has no column genre_id, title"),
+        ("genres", "title,genre_id\nRock\n", "can't be read in layout 'fma-all'"),
+        (
+            "tracks",
+            ",set,set,track\n,split,subset,genres_all\n",
+            r"tracks\.csv has no column artist\.id, track\.genre_top$",
+        ),
+        ("tracks", "", r"tracks\.csv has no column .*, set\.split, set\.subset, .*genres_all$"),
     ],
 )
-def test_fmas_genres_without_their_columns_are_refused(
-    tmp_path: Path, content: str, told: str
+def test_fmas_tables_without_their_columns_are_refused(
+    tmp_path: Path, table: str, content: str, told: str
 ) -> None:
     folder = music.fma(tmp_path)
-    (tmp_path / "fma_metadata" / "genres.csv").write_text(content)
+    (tmp_path / "fma_metadata" / f"{table}.csv").write_text(content)
     with pytest.raises(DatasetInvalid, match=told):
         load(folder, "fma-all")
 
@@ -576,6 +618,13 @@ def test_layouts_are_found_out_or_forced(tmp_path: Path) -> None:
     root = music.gtzan(tmp_path)
     assert detect(root) == "gtzan"
     assert load(root / "genres", "folders").layout == "folders"
+    for genres in (("808", "techno"), ("1980", "1990")):
+        for genre in genres:
+            (tmp_path / genres[0] / genre).mkdir(parents=True)
+            (tmp_path / genres[0] / genre / "song.mp3").touch()
+        assert detect(tmp_path / genres[0]) == "folders"
+    (tmp_path / "A.NPZ").touch()
+    assert detect(tmp_path / "A.NPZ") == "archive"
     with pytest.raises(DatasetInvalid, match="known"):
         load(root, "nonsense")
     with pytest.raises(DatasetInvalid, match="does not exist"):
