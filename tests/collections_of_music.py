@@ -92,11 +92,12 @@ def msd(root: Path, *, artists: bool = True) -> Path:
         if number:
             file = root / track[2] / track[3] / f"{track}.mp3"
             song(file, "metal" if genre == "Rock" else "pop", number)
+            file.with_suffix(".h5").touch()  # as the Million Song Dataset itself has
     (root / "msd_tagtraum.cls").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (root / "._msd_tagtraum.cls").write_bytes(b"\0\5\x16\7")  # as macOS adds them
     if artists:
         told = [f"{track}<SEP>SO{n}<SEP>Artist {n // 4}<SEP>x" for n, track in enumerate(TRACK_IDS)]
-        (root / "unique_tracks.txt").write_text("\n".join(told) + "\n", encoding="utf-8")
+        (root / "unique_tracks.txt").write_text("\n".join(told) + "\n\n", encoding="utf-8")
     return root
 
 

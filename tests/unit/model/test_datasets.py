@@ -26,7 +26,7 @@ from worker.errors import DatasetInvalid, SplitLeaks
 def test_gtzan_has_the_fault_filtered_split_and_names_what_is_corrupt(tmp_path: Path) -> None:
     dataset = load(music.gtzan(tmp_path, "au"))
     assert dataset.layout == "gtzan"
-    assert dataset.kind == "single"
+    assert (dataset.kind, dataset.grouped_by) == ("single", "recording")
     assert {clip.name: clip.split for clip in dataset.clips if clip.labels == ("blues",)} == {
         "blues.00000": "valid",
         "blues.00001": "valid",
@@ -175,11 +175,23 @@ def test_fma_is_found_out_whatever_its_folder_is_called_by(
 
 def test_msd_reads_annotations_by_track_id(tmp_path: Path) -> None:
     dataset = load(music.msd(tmp_path))
-    assert dataset.layout == "msd"
+    assert (dataset.layout, dataset.kind) == ("msd", "single")
     assert dataset.labels == ("Jazz", "Rock")
-    assert len(dataset.clips) == 11
+    assert [clip.path.suffix for clip in dataset.clips if clip.path] == [".mp3"] * 11
     assert dataset.clips[0].group == "Artist 0"
     assert [skipped.name for skipped in dataset.skipped] == [music.TRACK_IDS[0]]
+
+
+def test_minority_genres_of_msd_make_a_multi_label_task(tmp_path: Path) -> None:
+    root = music.msd(tmp_path)
+    told = ("New Age\tBlues", "Jazz\tJazz", "Jazz\t", "Blues")
+    lines = (
+        f"{track}\t{genres}\n" for track, genres in zip(music.TRACK_IDS[1:], told, strict=False)
+    )
+    (root / "msd_tagtraum.cls").write_text("".join(lines), encoding="utf-8-sig")
+    dataset = load(root)
+    labels = [("New Age", "Blues"), ("Jazz",), ("Jazz",), ("Blues",)]
+    assert (dataset.kind, [clip.labels for clip in dataset.clips]) == ("multi", labels)
 
 
 def test_previews_of_msd_may_be_where_a_link_leads(tmp_path: Path) -> None:
@@ -525,7 +537,12 @@ def test_positions_and_columns_of_an_archive_are_its_genres(tmp_path: Path, dtyp
         ("f.npz", b"\x80\x04no archive", "f.npz is no .npz archive of plain arrays"),
         ("g.txt", b"music", "a folder of folders of audio"),
         ("h.cls", b"x\tRock\n", "h.cls, line 1: not a track id, a tab and a genre"),
-        ("i.csv", b"path,label\n" + b"x" * 200_000, "i.csv can't be read in layout 'manifest'"),
+        (
+            "i.cls",
+            b"TRAAAAA128F9300000\tRock\nTRAAAAA128F9300001\t\n",
+            "i.cls, line 2: not a track id, a tab and a genre",
+        ),
+        ("j.csv", b"path,label\n" + b"x" * 200_000, "j.csv can't be read in layout 'manifest'"),
     ],
 )
 def test_a_file_that_is_no_data_set_is_refused_with_what_is_wrong(
