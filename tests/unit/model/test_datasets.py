@@ -265,8 +265,10 @@ def test_a_folder_with_a_files_name_is_no_clip_nor_is_a_link_to_nothing(tmp_path
         (tmp_path / "blues" / album).mkdir(parents=True)
         (tmp_path / "blues" / album / "song.mp3").write_bytes(album.encode())
     (tmp_path / "blues" / "gone.mp3").symlink_to("nothing")
-    names = [clip.name for clip in load(tmp_path).clips]
+    dataset = load(tmp_path)
+    names = [clip.name for clip in dataset.clips]
     assert names == [f"blues/{album}/song.mp3" for album in ("first.mp3", "second.mp3")]
+    assert dataset.labels == ("blues",)
 
 
 def test_folders_under_split_names_are_splits(tmp_path: Path) -> None:
@@ -289,14 +291,18 @@ def test_a_folder_beside_those_of_the_split_is_named(tmp_path: Path) -> None:
 
 
 def test_audio_outside_the_folders_of_genres_is_named(tmp_path: Path) -> None:
-    files = ("blues/1.mp3", "loose.mp3", "notes.txt"), ("train/blues/1.mp3", "valid/loose.mp3")
+    files = (
+        ("blues/1.mp3", "loose.mp3", "notes.txt"),
+        ("train/blues/1.mp3", "valid/loose.mp3", "loose.mp3"),
+    )
     for root, names in zip((tmp_path / "plain", tmp_path / "split"), files, strict=True):
         for name in names:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(name.encode())
     why = "is in no genre's folder"
-    assert load(tmp_path / "plain").skipped == (Skipped("loose.mp3", why),)
-    assert load(tmp_path / "split").skipped == (Skipped("valid/loose.mp3", why, "valid"),)
+    loose = Skipped("loose.mp3", why)
+    assert load(tmp_path / "plain").skipped == (loose,)
+    assert load(tmp_path / "split").skipped == (loose, Skipped("valid/loose.mp3", why, "valid"))
 
 
 def test_the_same_file_on_both_sides_is_refused(tmp_path: Path) -> None:
@@ -316,7 +322,8 @@ def test_manifest_has_artists_splits_and_names_missing_files(tmp_path: Path) -> 
     assert dataset.layout == "manifest"
     assert dataset.grouped_by == "artist"
     assert [len(dataset.indices(split)) for split in ("train", "valid", "test")] == [6, 2, 2]
-    assert [skipped.name for skipped in dataset.skipped] == ["gone.mp3"]
+    why = "is in the manifest but not on disk"
+    assert dataset.skipped == (Skipped("gone.mp3", why, "train"),)
 
 
 def test_manifest_with_several_labels_is_a_multi_label_task(tmp_path: Path) -> None:
@@ -352,13 +359,21 @@ def test_a_clip_without_an_artist_is_grouped_by_its_recording(tmp_path: Path) ->
     dataset = load(listing(tmp_path, told[0], "x0.wav,a,Nina,one", "x1.wav,b,,two", "x2.wav,b"))
     assert [clip.group for clip in dataset.clips[:2]] == ["Nina", "two"]
     assert len({clip.group for clip in dataset.clips}) == 3
+    (tmp_path / "copy.wav").write_bytes((tmp_path / "x2.wav").read_bytes())
+    dataset = load(listing(tmp_path, "path,label", "x2.wav,a", "copy.wav,a", "x1.wav,b"))
+    first, copy, other = (clip.group for clip in dataset.clips)
+    assert first == copy != other
 
 
-def test_columns_of_a_manifest_go_by_other_names_too(tmp_path: Path) -> None:
-    told = "File,Genres,Song,my_split", "x0.wav,a|b,one,val", "x1.wav,b; a;;b,one,dev"
-    dataset = load(listing(tmp_path, *told))
+@pytest.mark.parametrize(
+    "header", ["File,Genres,Song,my_split", "\ufefffilename,tags,artist_id,split"]
+)
+def test_columns_of_a_manifest_go_by_other_names_too(tmp_path: Path, header: str) -> None:
+    told = "x0.wav,a|b,one,val", "x1.wav,b; a;;b,one,dev"
+    dataset = load(listing(tmp_path, header, *told))
     assert [clip.labels for clip in dataset.clips] == [("a", "b"), ("b", "a")]
     assert {(clip.group, clip.split) for clip in dataset.clips} == {("one", "valid")}
+    assert load(listing(tmp_path, "path,genre", "x0.wav,a|b")).labels == ("a|b",)
 
 
 def test_artists_differ_neither_by_case_nor_by_space(tmp_path: Path) -> None:
@@ -394,9 +409,13 @@ def test_the_column_split_is_the_split_before_others_of_such_names(tmp_path: Pat
 
 
 def test_short_lines_of_a_manifest_lack_what_they_lack(tmp_path: Path) -> None:
-    dataset = load(listing(tmp_path, "path,label,artist,split", "x0.wav,a", "x1.wav"))
+    told = "path,label,artist,split", "x0.wav,a", "x1.wav", "x2.wav,,,val"
+    dataset = load(listing(tmp_path, *told))
     assert [(clip.name, clip.split) for clip in dataset.clips] == [("x0.wav", None)]
-    assert [skipped.reason for skipped in dataset.skipped] == ["has no label"]
+    assert dataset.skipped == (
+        Skipped("x1.wav", "has no label", None),
+        Skipped("x2.wav", "has no label", "valid"),
+    )
 
 
 @pytest.mark.parametrize("again", ["x0.wav", "./x0.wav", "sub/../x0.wav", "{folder}//x0.wav"])
@@ -637,8 +656,8 @@ def test_layouts_are_found_out_or_forced(tmp_path: Path) -> None:
     assert load(root / "genres", "folders").layout == "folders"
     for genres in (("808", "techno"), ("1980", "1990")):
         for genre in genres:
-            (tmp_path / genres[0] / genre).mkdir(parents=True)
-            (tmp_path / genres[0] / genre / "song.mp3").touch()
+            (tmp_path / genres[0] / genre / "album").mkdir(parents=True)
+            (tmp_path / genres[0] / genre / "album" / "song.mp3").touch()
         assert detect(tmp_path / genres[0]) == "folders"
     (tmp_path / "A.NPZ").touch()
     assert detect(tmp_path / "A.NPZ") == "archive"
