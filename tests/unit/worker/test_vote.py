@@ -10,12 +10,12 @@ import pytest
 
 from worker.errors import TrackSilent
 from worker.settings import VoteMethod
-from worker.vote import Floats, Verdict, VotedTag, confidence, vote
+from worker.vote import Floats, Verdict, VotedTag, confidence, mean_embedding, vote
 
 
 @dataclass(frozen=True)
 class PlainHead:
-    """A head whose calibration raises what was voted to a power, so that it can be told apart."""
+    """A head whose calibration raises the mean to a power, so that it can be told apart."""
 
     name: str = "genre"
     kind: Literal["single", "multi"] = "single"
@@ -27,7 +27,7 @@ class PlainHead:
         return ("genre" if self.kind == "single" else "mood",) * len(self.labels)
 
     def calibrate(self, voted: Floats, method: str) -> Floats:
-        return voted**self.power
+        return voted**self.power if method == "mean" else voted
 
 
 GENRE = PlainHead()
@@ -77,6 +77,10 @@ def test_weighted_listens_to_the_window_that_is_sure() -> None:
     probabilities = np.array([[0.98, 0.01, 0.01], [0.3, 0.4, 0.3], [0.3, 0.4, 0.3]])
     assert scores(genre_vote(probabilities, "weighted"))["blues"] > 0.95
     assert scores(genre_vote(probabilities))["blues"] == pytest.approx(1.58 / 3)
+    moods = np.array([[1.0, 0.0, 1.0], [0.5, 0.5, 0.5]])
+    assert scores(genre_vote(moods, "weighted", head=MOODS)) == pytest.approx(
+        {"calm": 1.0, "dark": 0.0, "happy": 1.0}
+    )
 
 
 def test_weighted_is_the_mean_where_no_window_is_sure_of_anything() -> None:
@@ -94,6 +98,7 @@ def test_confidence_is_none_for_a_uniform_window_and_full_for_a_certain_one() ->
     assert confidence(multi, "multi") == pytest.approx([0.0, 1.0, 0.5])
     assert confidence(np.full((1, 2), 0.5), "single") == pytest.approx([0.0])
     assert confidence(np.ones((2, 1)), "single") == pytest.approx([1.0, 1.0])
+    assert confidence(np.full((1, 5), 0.2), "single") >= 0, "however it is rounded"
 
 
 def test_a_multi_label_window_votes_for_every_label_over_a_half() -> None:
@@ -127,12 +132,15 @@ def test_scores_are_calibrated_after_the_vote() -> None:
     plain, squared = genre_vote(WINDOWS), genre_vote(WINDOWS, head=PlainHead(power=2.0))
     assert scores(squared) == pytest.approx({k: v**2 for k, v in scores(plain).items()})
     assert shares(squared) == shares(plain)
+    for method in ("majority", "weighted"):
+        assert genre_vote(WINDOWS, method, head=PlainHead(power=2.0)) == genre_vote(WINDOWS, method)
 
 
 def test_uncertain_compares_the_calibrated_best_score_with_the_threshold() -> None:
     best = 1.25 / 3
     assert genre_vote(WINDOWS, uncertain_below=best + 0.01).uncertain
     assert not genre_vote(WINDOWS, uncertain_below=best - 0.01).uncertain
+    assert not genre_vote(np.eye(3)[:1], uncertain_below=1.0).uncertain, "not below"
     assert genre_vote(WINDOWS, uncertain_below=best - 0.01, head=PlainHead(power=2.0)).uncertain
 
 
@@ -187,6 +195,13 @@ def test_the_order_of_windows_does_not_matter(method: VoteMethod) -> None:
     forward, backward = genre_vote(probabilities, method), genre_vote(probabilities[::-1], method)
     assert [tag.label for tag in forward.tags] == [tag.label for tag in backward.tags]
     assert scores(forward) == pytest.approx(scores(backward), abs=1e-12)
+
+
+def test_windows_count_alike_in_an_embedding_however_long_theirs_are() -> None:
+    embedding = mean_embedding(np.array([[8.0, 0.0], [0.0, 0.5]], np.float32))
+    assert embedding.tolist() == pytest.approx([0.5**0.5, 0.5**0.5])
+    assert embedding.dtype == np.float32
+    assert mean_embedding(np.zeros((2, 3))).tolist() == [0, 0, 0]
 
 
 def test_voting_needs_no_torch() -> None:
