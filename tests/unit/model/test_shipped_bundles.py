@@ -1,4 +1,5 @@
-"""What the shipped bundles answer to fixed inputs; a silent change in the numbers fails here.
+"""What the shipped bundles, and a network of `timbre model train`, answer to fixed inputs; a silent
+change in the numbers fails here.
 
 After a wanted change: `python -m tests.unit.model.test_shipped_bundles` stores the answers anew.
 """
@@ -12,17 +13,38 @@ import pytest
 import torch
 
 from model.bundle import Bundle, shipped
+from model.heads import Head
+from model.logmel_cnn import ARCHIVE_FRONT_END, LogMelCnnConfig, build_logmel_cnn
+from model.network import Tagger
 from model.shipped.card import card
-from tests.unit.model.music import chords
+from tests.unit.model.music import RATE_HZ, chords
 
 STORED = Path(__file__).with_name("shipped_answers.json")
+FROM_SCRATCH = "from scratch"
 BUNDLES = Path(__file__).parents[3] / "model" / "bundles"
+
+
+def from_scratch() -> Tagger:
+    """All kinds of members, with weights that any release of PyTorch gives."""
+    head = Head(name="genre", kind="single", labels=("a", "b"), categories=("genre", "genre"))
+    at_16_khz = {"sample_rate_hz": RATE_HZ, "hop": 663, "f_max_hz": RATE_HZ / 2}
+    config = LogMelCnnConfig(
+        front_end=ARCHIVE_FRONT_END.model_copy(update=at_16_khz), channels=(4, 8)
+    )
+    network = build_logmel_cnn(config.model_dump(mode="json"), [head]).eval()
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        for weight in network.parameters():
+            spread = weight[0].numel() ** -0.5
+            weight.copy_(torch.from_numpy(rng.normal(0, spread, weight.shape)))
+    return network
 
 
 def answers(name: str) -> dict[str, list[list[float]]]:
     """Probabilities and L2-normalised embeddings of three windows."""
+    network = from_scratch() if name == FROM_SCRATCH else Bundle.load(name).network
     with torch.inference_mode():
-        output = Bundle.load(name).network(chords(3, seed=7))
+        output = network(chords(3, seed=7))
     unit = torch.nn.functional.normalize(output.embedding, dim=1)
     numbers = {**output.probabilities, "embedding": unit}
     return {name: np.round(value.numpy(), 6).tolist() for name, value in numbers.items()}
@@ -33,8 +55,8 @@ def test_the_default_is_the_larger_of_two() -> None:
     assert Bundle.load().name == "timbre-default"
 
 
-@pytest.mark.parametrize("name", shipped())
-def test_a_shipped_bundle_answers_as_it_did(name: str) -> None:
+@pytest.mark.parametrize("name", [*shipped(), FROM_SCRATCH])
+def test_a_network_answers_as_it_did(name: str) -> None:
     stored = json.loads(STORED.read_text())[name]
 
     for output, numbers in answers(name).items():
@@ -72,4 +94,6 @@ def test_the_card_says_whether_the_recipe_began_from_nothing() -> None:
 
 
 if __name__ == "__main__":
-    STORED.write_text(json.dumps({name: answers(name) for name in shipped()}) + "\n")
+    STORED.write_text(
+        json.dumps({name: answers(name) for name in [*shipped(), FROM_SCRATCH]}) + "\n"
+    )

@@ -23,7 +23,7 @@ from model.logmel_cnn import (
     build_logmel_cnn,
     narrowed,
 )
-from model.train import FINE_TUNING, Progress, Recipe, Validation, load_recipe, train
+from model.train import FINE_TUNING, Progress, Recipe, Validation, _loss, load_recipe, train
 from tests import collections_of_music as music
 from worker.errors import CheckpointInvalid, DatasetInvalid, SettingsInvalid
 
@@ -215,18 +215,28 @@ def test_a_device_that_is_none_is_refused(dataset: Dataset, tmp_path: Path, devi
         train(dataset, tmp_path / "b", recipe=SMALL, device=device)
 
 
-def test_members_together_say_the_mean_of_what_each_says(dataset: Dataset, tmp_path: Path) -> None:
-    bundle = train(dataset, tmp_path / "b", recipe=SMALL.model_copy(update={"passes": 1}))
-    network = bundle.network
-    windows = torch.randn(4, 72, 128)
-    joint, embedding = network.logits(windows)
-    layer = network.heads["genre"]
-    assert isinstance(layer, torch.nn.Linear)
-    apart = [
-        2 * embedding[:, part] @ layer.weight[:, part].T + layer.bias
-        for part in (slice(0, 32), slice(32, 64))
-    ]
-    torch.testing.assert_close(joint["genre"], torch.stack(apart).mean(0))
+def test_members_together_say_the_mean_of_what_each_says_and_learn_each_on_its_own() -> None:
+    torch.manual_seed(0)
+    head = Head(name="genre", kind="single", labels=music.GENRES, categories=music.GENRES)
+    members = SMALL.network.members
+    both, *alone = (
+        build_logmel_cnn(
+            SMALL.network.model_copy(update={"members": some}).model_dump(mode="json"), [head]
+        ).eval()
+        for some in (members, members[:1], members[1:])
+    )
+    layers = [network.get_submodule("heads.genre").state_dict() for network in alone]
+    joint = {"weight": torch.cat([layer["weight"] for layer in layers], 1), "bias": torch.zeros(2)}
+    both.get_submodule("heads.genre").load_state_dict(joint)
+    for number, network in enumerate(alone):
+        network.get_parameter("heads.genre.bias").data.zero_()
+        one = network.get_submodule("trunk.members.0").state_dict()
+        both.get_submodule(f"trunk.members.{number}").load_state_dict(one)
+    windows, targets = torch.randn(4, 72, 128), torch.eye(2).repeat(2, 1)
+    said = torch.stack([network.logits(windows)[0]["genre"] for network in alone])
+    torch.testing.assert_close(both.logits(windows)[0]["genre"], said.mean(0))
+    losses = torch.stack([_loss(network, head, windows, targets, 0.1) for network in alone])
+    torch.testing.assert_close(_loss(both, head, windows, targets, 0.1), losses.mean())
 
 
 WIDE = LogMelCnnConfig(
