@@ -4,7 +4,7 @@ import pytest
 
 from worker.printable import printable
 
-STEERING = "\x1b]0;title\x07\x9b31m\x7f\r\u2028\u202e\u2066"
+STEERING = "\x1b]0;title\x07\x9b31m\x7f\r\u2028\u202e\u2066\u2069\udfff\ud800"
 
 
 def test_what_would_steer_a_terminal_is_escaped() -> None:
@@ -24,5 +24,5 @@ def test_json_stays_the_same_json() -> None:
 
 
 def test_lines_stay_where_they_are_wanted() -> None:
-    assert printable("a\n\tb\x1b", lines=True) == "a\n\tb\\u001b"
+    assert printable("a\n\t\rb\x1b", lines=True) == "a\n\t\\u000db\\u001b"
     assert printable("a\nb") == "a\\u000ab"

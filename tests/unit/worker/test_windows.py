@@ -95,6 +95,13 @@ def _reference(track: Samples, window: int, hop: int, min_tail: int) -> Windows:
     return np.array([track[start : start + window] for start in first]).reshape(-1, window)
 
 
+def test_of_a_long_track_no_more_than_a_window_is_kept() -> None:
+    cutter = WindowCutter(8, 4, 1)
+    for _ in range(100):
+        cutter.push(np.ones(3, np.float32))
+        assert cutter._kept.size + sum(piece.size for piece in cutter._pieces) <= 8 + 3
+
+
 def test_a_window_below_the_threshold_is_silent() -> None:
     loud = np.full(1000, 10 ** (-59 / 20), np.float32)
     quiet = np.full(1000, 10 ** (-61 / 20), np.float32)
