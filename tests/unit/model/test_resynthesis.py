@@ -77,8 +77,9 @@ def test_sound_is_as_loud_as_the_archives_decibels_say(tmp_path: Path) -> None:
 
 
 def test_decibels_have_the_scale_of_the_recipes(tmp_path: Path) -> None:
-    mine = decibels(archived(hiss()))[: coarse.BANDS].mean()
-    assert mine == pytest.approx(coarse.coarse(hiss()).astype(np.float32).mean(), abs=0.5)
+    mine, recipes = decibels(archived(hiss()))[: coarse.BANDS].T, coarse.coarse(hiss())
+    frames = min(len(mine), len(recipes))
+    assert np.abs(mine[:frames] - recipes[:frames]).mean() < 0.5
 
 
 def test_the_same_log_mels_give_the_same_sound(tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ def test_coarse_log_mels_translate_into_the_front_ends_bands() -> None:
 
     assert blurred.shape == (280, 96)
     sharp = recordings[0].fine[frames].astype(np.float32)
-    assert np.corrcoef(blurred.ravel(), sharp.ravel())[0, 1] > 0.8
+    assert np.abs(blurred - sharp).mean() < 0.2  # a delay of one frame makes it 0.3
+    assert blurred.min() >= 0
 
 
 def test_an_archives_clip_becomes_decibels_over_time() -> None:
@@ -88,6 +89,11 @@ def test_an_archives_clip_becomes_decibels_over_time() -> None:
 
     assert decibels.shape == (722, coarse.BANDS)
     assert decibels[0, 0] == pytest.approx(200 * 0.304 - 50)
+    clip[:, :20] = 0  # cut off
+    cut = coarse.archive_decibels(clip)
+    assert cut[[0, -1], 0] == pytest.approx([-51, 200 * 80 / 255 - 51])
+    compressed = coarse.compress(np.array([-40, 0, 10], np.float32))
+    assert 10**compressed == pytest.approx([2, 10_001, 100_001], rel=1e-4)
 
 
 def test_a_window_of_an_archives_clip_is_what_sounds_there() -> None:
