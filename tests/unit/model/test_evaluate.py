@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,8 @@ def test_windows_may_overlap_in_archives_and_audio(
 ) -> None:
     closer = evaluate(model, archive, hop_s=1.5).report  # 241 frames, of which 72 are a window
     assert (closer["window"]["count"], closer["hop_s"]) == (12 * 5, 1.5)
+    closest = evaluate(model, archive, hop_s=0.01).report  # less than a frame
+    assert closest["window"]["count"] == 12 * (241 - 72 + 1)
     audio = load(music.folders(tmp_path / "own", 1))  # 6.5 s
     assert evaluate(model, audio, hop_s=1.75).report["window"]["count"] == 2 * 3
 
@@ -254,8 +257,11 @@ def test_what_a_bundle_has_learnt_from_is_kept_in_short_and_handed_on() -> None:
     assert len(told["learnt"]) < 300_000
     assert len(learnt.marks(told)) == learnt.MOST
     assert learnt.marks(told) < {learnt.mark(name) for name in names}
-    tuned = learnt.marks({"learnt": learnt.record(["new"], {"learnt": learnt.record(["old"], {})})})
-    assert tuned == {learnt.mark("old"), learnt.mark("new")}
+    old = {"learnt": learnt.record(["blues.00029"], {})}
+    assert old == {"learnt": "833OsQ=="}, "as bundles have it"
+    new = os.fsdecode(b"\xe9")
+    tuned = learnt.marks({"learnt": learnt.record([new], old)})
+    assert tuned == {learnt.mark("blues.00029"), learnt.mark(new)}
     for damaged in (None, 7, "ä", "AAA=", "no base64"):
         assert not learnt.marks({"learnt": damaged})
 
@@ -267,10 +273,16 @@ def test_window_accuracy_and_likelihood_by_hand() -> None:
     voted = Voted.of(tracks, HEAD, "mean")
     np.testing.assert_allclose(voted.scores, [[0.65, 0.35], [0.2, 0.8]])
     assert voted.hits(targets).tolist() == [True, True]
+    split = [np.array([[0.6, 0.4], [0.6, 0.4], [0.0, 1.0]])]
+    shares = Voted.of(split, HEAD, "majority")
+    assert (shares.scores.tolist(), shares.best.tolist()) == ([[2 / 3, 1 / 3]], [0])
+    assert Voted.of(split, HEAD, "weighted").scores[0, 1] > 0.9
     assert nll(voted.scores, targets, "single") == pytest.approx(-np.log([0.65, 0.8]).mean())
     three, first = np.array([[0.5, 0.3, 0.2]]), np.array([[1.0, 0.0, 0.0]])
     assert nll(three, first, "single") == pytest.approx(np.log(2))
     assert nll(three, first, "multi") == pytest.approx(-np.log([0.5, 0.7, 0.8]).mean())
+    for kind in ("single", "multi"):
+        assert np.isfinite(nll(np.array([[0.0, 1.0]]), np.array([[1.0, 0.0]]), kind))
 
 
 def test_a_window_is_right_by_any_of_its_tracks_labels() -> None:

@@ -56,6 +56,7 @@ def test_silent_windows_have_no_part_in_what_a_track_is_like(tmp_path: Path) -> 
 def test_clips_none_of_which_can_be_read_are_said_why(tmp_path: Path) -> None:
     (tmp_path / "blues").mkdir()
     (tmp_path / "blues" / "a.mp3").write_bytes(b"not audio")
+    (tmp_path / "loose.mp3").touch()
     with pytest.raises(DatasetInvalid, match=r"none of its 1 clips .* blues/a\.mp3: No accepted"):
         predict(Bundle.load(), load(tmp_path))
 
