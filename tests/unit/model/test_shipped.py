@@ -16,7 +16,17 @@ from model.heads import Head
 from model.musicnn import folded
 from model.shipped import coarse, genre, music
 from model.shipped.music import Recording
-from model.shipped.student import Lessons, Plan, clip_window, halved, start, teach, varied
+from model.shipped.student import (
+    Lessons,
+    Plan,
+    clip_window,
+    equalised,
+    excerpt,
+    halved,
+    start,
+    teach,
+    varied,
+)
 from tests.unit.model.music import RATE_HZ, chords
 from tests.unit.model.test_musicnn import checkpoint
 
@@ -104,6 +114,30 @@ def test_a_window_of_an_archives_clip_is_what_sounds_there() -> None:
         whole = coarse.sampled(coarse.compress(clip), seconds * coarse.ARCHIVE_FPS)
         made = clip_window(clip, start_s, translation)
         np.testing.assert_allclose(made, whole[:, :96], atol=1e-4)
+
+
+def test_excerpts_begin_anywhere_also_where_a_recording_is_no_longer_than_they_are() -> None:
+    rng = np.random.default_rng(0)
+    for frames, starts in ((coarse.WINDOW_FRAMES + 5, 6), (coarse.WINDOW_FRAMES, 150)):
+        fine = np.repeat(np.arange(frames, dtype=np.float16)[:, None], 96, 1)
+        windows = [excerpt(Recording("a", fine, fine), rng) for _ in range(500)]
+        assert {window.shape for window in windows} == {(coarse.WINDOW_FRAMES, 96)}
+        assert len({float(window[0, 0]) for window in windows}) >= starts
+        for window in windows:
+            assert len(set(window[:, 0].tolist())) == coarse.WINDOW_FRAMES
+
+
+def test_an_equaliser_changes_power_by_decibels_alike_in_every_frame() -> None:
+    rng = np.random.default_rng(0)
+    logmel = rng.uniform(3, 6, (20, 96)).astype(np.float32)
+    power, changes = 10 ** logmel.astype(float) - 1, []
+    for _ in range(300):
+        made = np.maximum(10 ** equalised(logmel, rng).astype(float) - 1, 1e-4)
+        changes.append(10 * np.log10(made / power))
+    low, high = np.stack(changes)[..., 20], np.stack(changes)[..., 95]
+    assert np.abs(low - low.mean(1, keepdims=True)).max() < 0.2
+    assert 4 < low.std() < 6
+    assert (high < -30).mean() == pytest.approx(0.15, abs=0.05), "as a thrifty codec leaves it"
 
 
 def test_every_window_of_an_excerpt_is_known_for_its(reference: Bundle) -> None:
