@@ -25,6 +25,7 @@ from model.logmel_cnn import (
 )
 from model.train import FINE_TUNING, Progress, Recipe, Validation, _loss, load_recipe, train
 from tests import collections_of_music as music
+from tests.unit.model.test_bundle import Bomb
 from worker.errors import CheckpointInvalid, DatasetInvalid, SettingsInvalid
 
 SMALL = Recipe(
@@ -95,7 +96,10 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     dataset: Dataset, tmp_path: Path
 ) -> None:
     recipe = SMALL.model_copy(update={"passes": 6})
-    whole = train(dataset, tmp_path / "whole", recipe=recipe)
+    steps: list[tuple[str, int]] = []
+    progress = Progress(step=lambda part, done, *_: steps.append((part, done)))
+    whole = train(dataset, tmp_path / "whole", recipe=recipe, progress=progress)
+    assert steps[0] == ("rehearsal", 1)
 
     def stop(part: str, done: int, _total: int, _loss: float) -> None:
         if part == "final" and done == 5:
@@ -103,15 +107,10 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
 
     with pytest.raises(Interrupted):
         train(dataset, tmp_path / "cut", recipe=recipe, progress=Progress(step=stop))
-    steps: list[tuple[str, int]] = []
-    resumed = train(
-        dataset,
-        tmp_path / "cut",
-        recipe=recipe,
-        resume=True,
-        progress=Progress(step=lambda part, done, *_: steps.append((part, done))),
-    )
-    assert steps[0] == ("final", 5)
+    left = steps[steps.index(("final", 5)) :]
+    steps.clear()
+    resumed = train(dataset, tmp_path / "cut", recipe=recipe, resume=True, progress=progress)
+    assert steps == left
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(resumed)[name]), name
 
@@ -121,6 +120,9 @@ def test_resuming_needs_the_checkpoint_of_the_same_run(dataset: Dataset, tmp_pat
         train(dataset, tmp_path / "b", recipe=SMALL, resume=True)
 
     (tmp_path / "b.work" / "checkpoint.pt").write_bytes(b"damaged")
+    with pytest.raises(CheckpointInvalid, match="damaged"):
+        train(dataset, tmp_path / "b", recipe=SMALL, resume=True)
+    torch.save({"run": "another", "parts": Bomb()}, tmp_path / "b.work" / "checkpoint.pt")
     with pytest.raises(CheckpointInvalid, match="damaged"):
         train(dataset, tmp_path / "b", recipe=SMALL, resume=True)
     torch.save({"run": "another", "parts": {}}, tmp_path / "b.work" / "checkpoint.pt")
