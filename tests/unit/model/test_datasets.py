@@ -350,6 +350,8 @@ def test_space_around_cells_of_a_manifest_makes_no_difference(tmp_path: Path, co
     split = f"{told[0]},split", "x0.wav,a,same,train", "x1.wav,a,same , test ", "x2.wav,b,other,"
     with pytest.raises(SplitLeaks, match=r"same: train: x0\.wav \| test: x1\.wav"):
         load(listing(tmp_path, *split))
+    beside = load(listing(tmp_path, *split[:2], "x1.wav,a,same,"))
+    assert [clip.split for clip in beside.clips] == ["train", None], "in no split, on no side"
 
 
 def test_a_clip_without_an_artist_is_grouped_by_its_recording(tmp_path: Path) -> None:
@@ -458,6 +460,10 @@ def test_archive_without_splits_has_all_clips(tmp_path: Path) -> None:
     assert dataset.splits == ()
     assert dataset.logmels is not None
     assert dataset.logmels.values.shape == (12, 128, 241)
+    some = dataset.only([3, 1])
+    assert [clip.name for clip in some.clips] == ["3", "1"]
+    assert some.logmels is not None
+    np.testing.assert_array_equal(some.logmels.values, dataset.logmels.values[[3, 1]])
 
 
 def test_an_archive_of_gtzans_songs_without_splits_has_the_fault_filtered_one(
