@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from model import learnt
 from model.bundle import Bundle
@@ -23,7 +24,18 @@ from model.logmel_cnn import (
     build_logmel_cnn,
     narrowed,
 )
-from model.train import FINE_TUNING, Progress, Recipe, Validation, _loss, load_recipe, train
+from model.train import (
+    FINE_TUNING,
+    Progress,
+    Recipe,
+    Validation,
+    _batch_rows,
+    _loss,
+    _optimizer,
+    _schedule,
+    load_recipe,
+    train,
+)
 from tests import collections_of_music as music
 from tests.unit.model.test_bundle import Bomb
 from worker.errors import CheckpointInvalid, DatasetInvalid, SettingsInvalid
@@ -134,7 +146,8 @@ def test_resuming_needs_the_checkpoint_of_the_same_run(dataset: Dataset, tmp_pat
 def test_fine_tuning_starts_at_the_bundle_with_a_new_head_for_other_labels(
     dataset: Dataset, tmp_path: Path
 ) -> None:
-    start = train(dataset, tmp_path / "start", recipe=BRIEF, fit="train")
+    train(dataset, tmp_path / "start", recipe=BRIEF, fit="train")
+    start = Bundle.load(tmp_path / "start")
     other = dataclasses.replace(
         dataset,
         labels=("calm", "loud"),
@@ -151,6 +164,28 @@ def test_fine_tuning_starts_at_the_bundle_with_a_new_head_for_other_labels(
     stem, head = "trunk.members.0.stem.0.weight", "heads.genre.weight"
     for bundle, name in ((tuned, stem), (again, stem), (again, head)):
         torch.testing.assert_close(weights(bundle)[name], weights(start)[name], atol=1e-3, rtol=0)
+        assert not torch.equal(weights(bundle)[name], weights(start)[name]), "it goes on learning"
+
+
+def test_a_pass_draws_every_song_once_at_a_rate_that_warms_up_and_falls() -> None:
+    passes = torch.cat([_batch_rows(step, 4, 6, 0) for step in range(6)]).view(4, 6)
+    assert torch.equal(passes.sort(1).values, torch.arange(6).expand(4, 6))
+    assert len({tuple(one) for one in passes.tolist()}) > 1
+    rates = [_schedule(step, 105, 0.05) for step in range(105)]
+    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[-1] < 1e-3
+
+
+def test_biases_and_norms_do_not_decay() -> None:
+    network = build_logmel_cnn(SMALL.network.model_dump(mode="json"), [])
+    before = [parameter.clone() for parameter in network.parameters()]
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    _optimizer(network, SMALL).step()
+    for old, new in zip(before, network.parameters(), strict=True):
+        assert torch.equal(old, new) == (new.ndim <= 1)
 
 
 def test_several_labels_a_clip_are_learnt_from_audio(tmp_path: Path) -> None:
@@ -264,12 +299,12 @@ def test_an_embedding_narrowed_to_what_bundles_may_have_says_the_same(labels: in
     with torch.inference_mode():
         before, after = wide.from_logmel(windows), narrow.from_logmel(windows)
         targets = torch.eye(labels)[torch.arange(400) % labels]
-        loss = _loss(narrow, head, windows, targets, 0.0)
-    said = after.probabilities["genre"]
-    torch.testing.assert_close(loss, -(targets * said.log()).sum(1).mean())
+        loss = _loss(narrow, head, windows, targets, 0.1)
+        said = narrow.logits(windows)[0]["genre"]
+    torch.testing.assert_close(loss, cross_entropy(said, targets, label_smoothing=0.1))
     exact = labels <= narrow.embedding_dim
     torch.testing.assert_close(
-        said, before.probabilities["genre"],
+        after.probabilities["genre"], before.probabilities["genre"],
         atol=1e-5 if exact else 1e-3, rtol=0,
     )  # fmt: skip
     if exact:
