@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from model import learnt
@@ -98,6 +99,31 @@ def test_one_seed_gives_one_result(dataset: Dataset, tmp_path: Path) -> None:
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.backends.cudnn.deterministic  # or a GPU gives several
+
+
+def test_the_average_of_the_weights_is_kept(dataset: Dataset, tmp_path: Path) -> None:
+    recipes = [BRIEF.model_copy(update={"average": decay}) for decay in (0.0, 0.9)]
+    last, average = (
+        train(dataset, tmp_path / str(recipe.average), recipe=recipe, fit="train")
+        for recipe in recipes
+    )
+    name = "heads.genre.weight"
+    assert not torch.equal(weights(last)[name], weights(average)[name])
+
+
+def test_every_step_cuts_its_windows_elsewhere(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[float] = []
+    excerpts = LogMelSource.excerpts
+
+    def noted(self: LogMelSource, rows: Tensor, span: int, places: Tensor) -> Tensor:
+        drawn.extend(places.tolist())
+        return excerpts(self, rows, span, places)
+
+    monkeypatch.setattr(LogMelSource, "excerpts", noted)
+    train(dataset, tmp_path / "b", recipe=BRIEF, fit="train")
+    assert len(set(drawn)) == len(drawn) == 2 * 8, "two passes of eight songs"
 
 
 class Interrupted(Exception):
