@@ -104,8 +104,8 @@ class FetchSettings(Section):
     )
     spool_dir: Folder = Field(
         default_factory=lambda: Path(tempfile.gettempdir()) / f"timbre-spool-{os.geteuid()}",
-        description="Folder that holds audio between fetch and decode; this user's own, no link. "
-        "Default: timbre-spool-UID in the system's temporary folder",
+        description="Folder that holds audio between fetch and decode; this user's own or "
+        "root's, no link. Default: timbre-spool-UID in the system's temporary folder",
     )
     spool_max_bytes: int = Field(
         8192 * MIB,
@@ -128,7 +128,9 @@ class FetchSettings(Section):
         8, ge=1, description="Attempts at one fetch; two at most where the server stalls"
     )
     backoff_initial_s: float = Field(0.25, gt=0, description="First wait between attempts")
-    backoff_max_s: float = Field(20.0, gt=0, description="Longest wait between attempts")
+    backoff_max_s: float = Field(
+        20.0, gt=0, description="Longest wait between attempts, unless Retry-After asks for more"
+    )
     max_wait_s: float = Field(
         60.0,
         gt=0,
@@ -342,7 +344,7 @@ class RedisSettings(Section):
     )
     timeout_s: float = Field(2.0, gt=0, description="Seconds for one command")
     catch_up_max: int = Field(
-        10_000, ge=0, description="Results kept to be stored once Redis is back"
+        10_000, ge=0, description="Results kept to be stored once Redis is back, of 256 MiB at most"
     )
 
 
@@ -401,9 +403,11 @@ class WorkerSettings(Section):
     attempts: int = Field(
         3, ge=1, description="Attempts at a track before its dead letter; fetches have their own"
     )
-    backoff_initial_s: float = Field(0.5, gt=0, description="First wait between attempts")
+    backoff_initial_s: float = Field(
+        0.5, gt=0, description="Longest first wait between attempts; waits are random"
+    )
     backoff_max_s: float = Field(30.0, gt=0, description="Longest wait between attempts")
-    stop_deadline_s: float = Field(25.0, gt=0, description="Seconds from SIGTERM to the exit")
+    stop_deadline_s: float = Field(25.0, gt=0, description="Most seconds from SIGTERM to the exit")
     stalled_after_s: float = Field(
         120.0,
         gt=0,
