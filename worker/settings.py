@@ -141,7 +141,7 @@ class FetchSettings(Section):
         False, description="Without keys, use the machine's (an IAM role, a workload identity)"
     )
     s3_endpoint: str | None = Field(None, description="Endpoint of an S3-compatible store")
-    s3_region: str | None = Field(None, description="Region of the S3 store")
+    s3_region: str | None = Field(None, description="Region of the S3 store; unset: us-east-1")
     s3_access_key_id: SecretStr | None = Field(None, description="S3 access key")
     s3_secret_access_key: SecretStr | None = Field(None, description="S3 secret key")
     gs_endpoint: str | None = Field(None, description="Endpoint in place of Google's own")
