@@ -6,6 +6,10 @@ mean      the mean of the windows' probabilities, the sum rule of Kittler et al.
 majority  the share of windows that vote for a label
 weighted  the mean, each window weighted by how little entropy its probabilities have, after the
           entropy-based combination of Misra, Bourlard and Tyagi (2003)
+
+Kittler, Hatef, Duin and Matas: On Combining Classifiers. IEEE TPAMI 20 (3), 1998.
+Misra, Bourlard and Tyagi: New entropy based combination rules in HMM/ANN multi-stream ASR.
+ICASSP 2003.
 """
 
 from collections.abc import Mapping, Sequence
