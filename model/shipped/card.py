@@ -86,7 +86,7 @@ embedding of 200 numbers by which similar music lies close.
 ## Figures
 
 Measured by the recipe on validation songs whose artists the measured head had not heard; the
-network itself has seen no label at all. The head that ships is fitted on all songs afterwards.
+network itself has seen no GTZAN label. The head that ships is fitted on all songs afterwards.
 
 | what | figure |
 |---|---|
