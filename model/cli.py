@@ -66,7 +66,7 @@ def train(  # noqa: PLR0917
     ] = None,
     fit: Annotated[
         Literal["all", "train"],
-        typer.Option("--fit", help="all: train and validation in the end; train: never."),
+        typer.Option("--fit", help="all: learn from validation songs too at last; train: never."),
     ] = "all",
     seed: Seed = 0,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
@@ -131,7 +131,7 @@ def evaluate(  # noqa: PLR0917
             "--hop",
             min=0.1,
             max=3_600,
-            help="Seconds between the starts of two windows; the worker's if none.",
+            help="Seconds between the starts of two windows; 3 if none.",
         ),
     ] = None,
     seed: Seed = 0,

@@ -175,8 +175,8 @@ def tag(
         bool,
         typer.Option(
             "--plot",
-            help="Draw the taggram as a picture: FILE.taggram.png, or name a .png, .svg or .pdf "
-            "beside the files.",
+            help="Draw the taggram as a picture: NAME.taggram.png here, or name a .png, .svg or "
+            ".pdf beside the files.",
         ),
     ] = False,
     model: Annotated[
