@@ -79,7 +79,7 @@ def train(  # noqa: PLR0917
     """Train a bundle on a data set.
 
     First a rehearsal on the training songs, measured on the validation songs;
-    then the same on both. The validation songs are never learnt from before
+    then, with --fit all, the same on both. The validation songs are never learnt from before
     they have been measured on.
     """
     from model.bundle import Bundle
