@@ -228,7 +228,7 @@ class Tag(Part):
     category: str
     """Kind of label: genre, mood, instrument, era or voice"""
     score: Share
-    """Calibrated probability of the label for the track"""
+    """Probability of the label for the track, calibrated where the head is"""
     share: Share
     """Share of the voting windows that chose the label"""
 
