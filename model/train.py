@@ -365,11 +365,10 @@ class Validation:
         """By song, `(windows, labels)`; no more windows are held than a song and a batch have."""
         network.eval()
         lengths: list[int] = []
-        with Precision(self.device).cast():
-            said = [
-                network.from_logmel(batch.to(self.device)).probabilities[self.head.name].cpu()
-                for batch in self._batches(lengths)
-            ]
+        said = [
+            network.from_logmel(batch.to(self.device)).probabilities[self.head.name].cpu()
+            for batch in self._batches(lengths)
+        ]
         return np.split(torch.cat(said).double().numpy(), np.cumsum(lengths)[:-1])
 
     def _batches(self, lengths: list[int]) -> Iterator[Tensor]:
@@ -384,8 +383,10 @@ class Validation:
         yield waiting
 
     def told(self, network: Tagger) -> str:
-        """Figures in a line."""
-        songs, wanted = self.probabilities(network), self.targets[self.rows]
+        """Figures in a line, in the precision that it learns in."""
+        with Precision(self.device).cast():
+            songs = self.probabilities(network)
+        wanted = self.targets[self.rows]
         voted = Voted.of(songs, self.head, "mean")
         loss = f"NLL {nll(voted.scores, wanted, self.head.kind):.4f}"
         if self.head.kind == "multi":

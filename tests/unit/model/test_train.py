@@ -273,7 +273,7 @@ def test_songs_held_back_are_not_all_in_memory_at_once(dataset: Dataset) -> None
     assert told.count("batch") == -(-8 * 36 // 64)
     with torch.inference_mode():
         alone = network.from_logmel(source.windows(5)).probabilities["genre"].numpy()
-    np.testing.assert_allclose(songs[5 + 12], alone, atol=5e-3)  # in half precision, perhaps
+    np.testing.assert_allclose(songs[5 + 12], alone, atol=1e-6)
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:1"])
