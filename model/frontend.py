@@ -6,7 +6,6 @@ import torch
 import torchaudio
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torch.nn import functional
 
 GROUP_BANDS = 24
 
@@ -79,11 +78,14 @@ class LogMel(nn.Module):
         """`samples` with zeros on both sides where frames reach out, to the end of the last."""
         lead = self.config.n_fft // 2
         end = (self.config.frames - 1) * self.config.hop + lead
-        return functional.pad(samples[..., :end], (lead, max(0, end - samples.shape[-1])))
+        # Not `pad`, which fills all of the result before it copies.
+        before = samples.new_zeros(*samples.shape[:-1], lead)
+        after = samples.new_zeros(*samples.shape[:-1], max(0, end - samples.shape[-1]))
+        return torch.cat([before, samples[..., :end], after], -1)
 
     def _compress(self, mel: Tensor) -> Tensor:
         if self.config.compression == "musicnn":
-            logged = torch.log10(10_000.0 * mel + 1.0)
+            logged = (10_000.0 * mel).add_(1.0).log10_()
         else:
             logged = floored(10.0 * torch.log10(mel.clamp_min(1e-10)), self.config.range_db)
         return normalise(logged) if self.config.normalise else logged

@@ -236,6 +236,7 @@ def folded(checkpoint: Checkpoint, network: Network = "MSD_musicnn") -> Bundle:
     config = MusicnnConfig(
         front_end=LogMelConfig(),
         branches=tuple(branches),
+        first_filters=len(state["trunk.mid.0.scale"]),
         mid_filters=len(checkpoint["conv2d_5/bias"]),
     ).model_dump(mode="json")
     head = tags_head(network)
@@ -258,7 +259,8 @@ def folded(checkpoint: Checkpoint, network: Network = "MSD_musicnn") -> Bundle:
 def _fold(checkpoint: Checkpoint) -> tuple[list[Branch], dict[str, np.ndarray]]:
     """Shapes of the front filters that are alive, and the whole network's state with the rest
     folded: a dead filter's constant goes to the next layers' biases, by way of the ones channel
-    where zero-padding cuts it off near the edges."""
+    where zero-padding cuts it off near the edges. Of the 1-D layers only the first has many; its
+    living filters come first in the others too, as the layers are added up."""
     branches, alive, constants = [], [], []
     input_scale, input_shift = _norm(checkpoint, 0)
     state = {"trunk.input_scale": np.concatenate([input_scale, input_shift])}
@@ -266,7 +268,7 @@ def _fold(checkpoint: Checkpoint) -> tuple[list[Branch], dict[str, np.ndarray]]:
         kernel = checkpoint[_named("conv2d", index, "kernel")].transpose(3, 2, 0, 1)
         bias = checkpoint[_named("conv2d", index, "bias")]
         scale, shift = _norm(checkpoint, index + 1)
-        living = np.abs(kernel).max((1, 2, 3)) > DEAD_BELOW
+        living = _living(kernel)
         signed = scale[living]
         branches.append(Branch(filters=int(living.sum()), taps=int(kernel.shape[2]), height=height))
         prefix = f"trunk.front.{index}"
@@ -277,27 +279,49 @@ def _fold(checkpoint: Checkpoint) -> tuple[list[Branch], dict[str, np.ndarray]]:
         # What is added to a living filter, and all that a dead one gives.
         constants.append(np.where(living, shift, np.maximum(bias, 0) * scale + shift))
     living, constant = np.concatenate(alive), np.concatenate(constants)
-    for layer in range(3):
-        kernel = checkpoint[_named("conv2d", 5 + layer, "kernel")][:, :, 0].transpose(2, 1, 0)
+    first = _living(checkpoint["conv2d_5/kernel"].transpose(3, 2, 0, 1))
+    scale, shift = _norm(checkpoint, 6)
+    given = np.where(first, 0, np.maximum(checkpoint["conv2d_5/bias"], 0) * scale + shift)
+    order = np.argsort(~first, kind="stable")
+    for layer, kept in enumerate((np.flatnonzero(first), order, order)):
+        kernel = checkpoint[_named("conv2d", 5 + layer, "kernel")][:, :, 0].transpose(2, 1, 0)[kept]
+        bias = checkpoint[_named("conv2d", 5 + layer, "bias")][kept]
+        scale, shift = (part[kept] for part in _norm(checkpoint, 6 + layer))
         if layer == 0:
-            ones = np.einsum("oit,i->ot", kernel, constant)[:, None]
-            kernel = np.concatenate([kernel[:, living], ones], 1)
-        scale, shift = _norm(checkpoint, 6 + layer)
+            kernel = _with_ones(kernel, living, constant)
+        elif layer == 1:
+            kernel = _with_ones(kernel, first, given)
+            shift = shift + given[kept]
+        else:
+            kernel = kernel[:, order]
         state[f"trunk.mid.{layer}.conv.weight"] = kernel
-        state[f"trunk.mid.{layer}.conv.bias"] = checkpoint[_named("conv2d", 5 + layer, "bias")]
+        state[f"trunk.mid.{layer}.conv.bias"] = bias
         state[f"trunk.mid.{layer}.scale"] = scale[:, None]
         state[f"trunk.mid.{layer}.shift"] = shift[:, None]
     scale, shift = _norm(checkpoint, 9)
     dense = checkpoint["dense/kernel"]
     weight = (dense * scale[:, None]).reshape(-1, 2, dense.shape[1])  # (channel, max or mean, unit)
-    bias = checkpoint["dense/bias"] + shift @ dense + constant @ weight[: len(constant)].sum(1)
-    kept = weight[np.concatenate([living, np.ones(len(weight) - len(living), bool)])]
+    given = np.concatenate([constant, given])
+    bias = checkpoint["dense/bias"] + shift @ dense + given @ weight[: len(given)].sum(1)
+    before = np.flatnonzero(np.concatenate([living, first]))
+    kept = weight[np.concatenate([before, len(given) + order, len(given) + len(order) + order])]
     state["trunk.dense.weight"] = np.concatenate([kept[:, 0], kept[:, 1]]).T
     state["trunk.dense.bias"] = bias
     state["trunk.scale"], state["trunk.shift"] = _norm(checkpoint, 10)
     state["heads.tags.weight"] = checkpoint["dense_1/kernel"].T
     state["heads.tags.bias"] = checkpoint["dense_1/bias"]
     return branches, {name: np.ascontiguousarray(a, np.float32) for name, a in state.items()}
+
+
+def _living(kernel: np.ndarray) -> np.ndarray:
+    return np.asarray(np.abs(kernel).max((1, 2, 3)) > DEAD_BELOW)
+
+
+def _with_ones(kernel: np.ndarray, living: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """A kernel `(filters, channels, taps)` over the living channels and one of ones, which brings
+    what channels are given besides, `(channels,)`."""
+    ones = np.einsum("oit,i->ot", kernel, given)[:, None]
+    return np.concatenate([kernel[:, living], ones], 1)
 
 
 def _named(layer: str, index: int, part: str) -> str:

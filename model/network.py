@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -84,14 +84,23 @@ class MusicnnConfig(BaseModel):
 
     front_end: LogMelConfig = LogMelConfig()
     branches: tuple[Branch, ...] = Field(min_length=1, max_length=16)
+    first_filters: int = Field(ge=1, le=1_024)
     mid_filters: int = Field(64, ge=1, le=1_024)
     mid_taps: int = Field(7, ge=1, le=64)
     embedding_dim: int = Field(200, ge=1, le=256)
 
+    @model_validator(mode="after")
+    def _first_filters_are_among_the_others(self) -> "MusicnnConfig":
+        if self.first_filters > self.mid_filters:
+            raise ValueError("first_filters is more than mid_filters")
+        return self
+
 
 # Frames that filters along time compute at once; 48 take half as long again.
 RUN_FRAMES = 16
-LANES = 16
+# Filters that a processor computes at once, and by how many it is given them.
+LANES = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+FILTERS_STEP = 8
 
 
 class FrontFilters(nn.Module):
@@ -114,30 +123,33 @@ class FrontFilters(nn.Module):
         self.register_buffer("sign", torch.empty(branch.filters, 1))
 
     def forward(self, logmel: Tensor) -> Tensor:
-        taps, stride = self.branch.taps, self.branch.band_stride
-        padded = functional.pad(logmel, ((taps - 1) // 2, taps // 2))
-        if self.branch.height == 1:
-            highest = self._along_time(padded[:, ::stride]) + self.bias.unsqueeze(-1)
-        else:
-            highest = self._along_bands(padded)
-        return self.sign * functional.relu(self.sign * highest)
+        along = self._along_time if self.branch.height == 1 else self._along_bands
+        return self.sign * functional.relu(self.sign * along(logmel))
 
-    def _along_bands(self, padded: Tensor) -> Tensor:
+    def _along_bands(self, bands: Tensor) -> Tensor:
         """The highest of the positions.
 
-        A processor computes filters by sixteens. Where two neighbouring positions side by side fill
-        them better than one, one convolution gives both.
+        Where two neighbouring positions side by side leave fewer lanes idle than one does, one
+        convolution gives both. A number of filters that is no multiple of eight takes it longer
+        than filters of zeros beside them do.
         """
-        filters, stride = self.branch.filters, self.branch.band_stride
-        bands = padded.unsqueeze(1)
+        filters, stride, taps = self.branch.filters, self.branch.band_stride, self.branch.taps
+        padded = functional.pad(bands, ((taps - 1) // 2, taps // 2)).unsqueeze(1)
         kernel = self.weight.transpose(2, 3)
-        positions = (padded.shape[1] - self.branch.height) // stride + 1
-        if positions % 2 or -(-2 * filters // LANES) == 2 * -(-filters // LANES):
-            return functional.conv2d(bands, kernel, self.bias, (stride, 1)).amax(2)
-        lower, upper = (0, 0, 0, stride), (0, 0, stride, 0)
-        both = torch.cat([functional.pad(kernel, lower), functional.pad(kernel, upper)])
-        highest = functional.conv2d(bands, both, self.bias.repeat(2), (2 * stride, 1)).amax(2)
-        return torch.maximum(highest[:, :filters], highest[:, filters:])
+        bias: Tensor = self.bias
+        positions = (bands.shape[1] - self.branch.height) // stride + 1
+        both = positions % 2 == 0 and -2 * filters % LANES < 2 * (-filters % LANES)
+        if both:
+            lower, upper = (0, 0, 0, stride), (0, 0, stride, 0)
+            kernel = torch.cat([functional.pad(kernel, lower), functional.pad(kernel, upper)])
+            bias, stride = bias.repeat(2), 2 * stride
+        zeros = -len(bias) % FILTERS_STEP
+        kernel = functional.pad(kernel, (0, 0, 0, 0, 0, 0, 0, zeros))
+        each = functional.conv2d(padded, kernel, functional.pad(bias, (0, zeros)), (stride, 1))
+        highest = each.amax(2)
+        if both:
+            return torch.maximum(highest[:, :filters], highest[:, filters : 2 * filters])
+        return highest[:, :filters]
 
     def _along_time(self, bands: Tensor) -> Tensor:
         """The highest of the bands, each filtered by itself.
@@ -146,9 +158,10 @@ class FrontFilters(nn.Module):
         computed at once: one matrix product with every filter laid out for each frame of the run.
         """
         filters, taps = self.branch.filters, self.branch.taps
-        frames = bands.shape[-1] - taps + 1
+        frames = bands.shape[-1]
         runs = -(-frames // RUN_FRAMES)
-        padded = functional.pad(bands, (0, runs * RUN_FRAMES - frames))
+        sides = (taps - 1) // 2, taps // 2 + runs * RUN_FRAMES - frames
+        padded = functional.pad(bands[:, :: self.branch.band_stride], sides)
         reached = padded.unfold(-1, RUN_FRAMES + taps - 1, RUN_FRAMES)
         # Tap i - t for the run's frame t: (frames reached, filters, RUN_FRAMES)
         edges = functional.pad(self.weight[:, 0, :, 0], (RUN_FRAMES - 1, RUN_FRAMES - 1))
@@ -156,7 +169,7 @@ class FrontFilters(nn.Module):
         each = reached.flatten(0, 2) @ shifted.flatten(1)
         # Not `len`, which would fix the number of windows in an exported file.
         highest = each.view(bands.shape[0], -1, runs, filters, RUN_FRAMES).amax(1)
-        return highest.transpose(1, 2).flatten(2)[..., :frames]
+        return highest.transpose(1, 2).flatten(2)[..., :frames] + self.bias.unsqueeze(-1)
 
 
 class MidLayer(nn.Module):
@@ -176,8 +189,10 @@ class Musicnn(nn.Module):
     """Log-mels `(windows, frames, mels)` to embeddings, after Pons and Serra, "musicnn", 2019.
 
     Filters over time and frequency, three 1-D layers of which the last two are residual, maximum
-    and mean over time of all of it, and a dense layer. A channel of ones beside the front filters
-    carries what constant filters give: zero-padding takes it away near the edges as it would them.
+    and mean over time of all of it, and a dense layer. Filters that give a constant are left out,
+    so that the first 1-D layer has fewer than the others, whose first ones it is added to. A
+    channel of ones beside what is left carries the constants on: zero-padding takes it away near
+    the edges as it would them.
     """
 
     def __init__(self, config: MusicnnConfig) -> None:
@@ -185,23 +200,32 @@ class Musicnn(nn.Module):
         self.input_scale = nn.Parameter(torch.empty(2))
         self.front = nn.ModuleList([FrontFilters(branch) for branch in config.branches])
         channels = sum(branch.filters for branch in config.branches)
-        mid = config.mid_filters
+        first, mid, taps = config.first_filters, config.mid_filters, config.mid_taps
         self.mid = nn.ModuleList(
-            MidLayer(source, mid, config.mid_taps) for source in (channels + 1, mid, mid)
+            [
+                MidLayer(channels + 1, first, taps),
+                MidLayer(first + 1, mid, taps),
+                MidLayer(mid, mid, taps),
+            ]
         )
-        self.dense = nn.Linear(2 * (channels + 3 * mid), config.embedding_dim)
+        self.dense = nn.Linear(2 * (channels + first + 2 * mid), config.embedding_dim)
         self.scale = nn.Parameter(torch.empty(config.embedding_dim))
         self.shift = nn.Parameter(torch.empty(config.embedding_dim))
 
     def forward(self, logmel: Tensor) -> Tensor:
         scaled = (logmel.transpose(1, 2) * self.input_scale[0] + self.input_scale[1]).contiguous()
         front = torch.cat([branch(scaled) for branch in self.front], 1)
-        first = self.mid[0](torch.cat([front, torch.ones_like(front[:, :1])], 1))
-        second = first + self.mid[1](first)
+        first = self.mid[0](_with_ones(front))
+        second = self.mid[1](_with_ones(first))
+        second = second + functional.pad(first, (0, 0, 0, second.shape[1] - first.shape[1]))
         third = second + self.mid[2](second)
         features = torch.cat([front, first, second, third], 1)
         pooled = torch.cat([features.amax(-1), features.mean(-1)], 1)
         return functional.relu(self.dense(pooled)) * self.scale + self.shift
+
+
+def _with_ones(features: Tensor) -> Tensor:
+    return torch.cat([features, torch.ones_like(features[:, :1])], 1)
 
 
 def build_musicnn(config: Mapping[str, Any], heads: Sequence[Head]) -> Tagger:

@@ -60,6 +60,7 @@ def start(reference: Bundle) -> tuple[Tagger, MusicnnConfig]:
             )
             for branch in shape.branches
         ),
+        first_filters=shape.first_filters,
         mid_filters=shape.mid_filters,
         mid_taps=5,
         embedding_dim=shape.embedding_dim,

@@ -136,6 +136,7 @@ def test_a_manifest_that_says_wrong_things_is_refused(
     [
         (lambda told: told["network"].update(kind="os:system"), "unknown network kind"),
         (lambda told: told["network"]["config"].update(mid_filters=10**9), "mid_filters"),
+        (lambda told: told["network"]["config"].update(first_filters=65), "more than mid_filters"),
         (
             lambda told: told.update(
                 network={"kind": "logmel_cnn", "config": {"stem_stride": [10**30, 1]}}
@@ -181,6 +182,7 @@ def test_few_weights_that_ask_for_much_memory_or_time_are_refused(
     config = MusicnnConfig(
         front_end=LogMelConfig(n_fft=2_048, hop=16, n_mels=256, frames=frames),
         branches=(branch,),
+        first_filters=1,
         mid_filters=1,
         mid_taps=1,
         embedding_dim=1,

@@ -50,7 +50,7 @@ def checkpoint(seed: int = 0) -> dict[str, np.ndarray]:
     tensors["batch_normalization/gamma"] = np.ones(1, np.float32)
     for index, (taps, height) in enumerate([(7, 38), (7, 67), (128, 1), (64, 1), (32, 1)]):
         conv(index, taps, height, 6, dead=4)
-    conv(5, 7, 30, 8)
+    conv(5, 7, 30, 8, dead=5)
     conv(6, 7, 8, 8)
     conv(7, 7, 8, 8)
     pooled = 2 * (30 + 3 * 8)
@@ -79,6 +79,7 @@ def test_folding_leaves_only_living_filters() -> None:
     config = folded(checkpoint()).config
 
     assert [branch["filters"] for branch in config["branches"]] == [2] * 5
+    assert config["first_filters"] == 3
 
 
 def test_every_network_has_fifty_labels_of_known_categories() -> None:
