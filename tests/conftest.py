@@ -7,6 +7,7 @@ Services are started once a session, when the first test asks for one, and end w
 import signal
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -107,14 +108,15 @@ def topic(kafka_settings: KafkaSettings) -> MakeTopic:
 def topics(kafka_settings: KafkaSettings) -> MakeTopics:
     """`await topics(partitions=1)`: settings with a group and all of a worker's topics, all new."""
 
-    async def make(*, partitions: int = 1) -> KafkaSettings:
-        ending = uuid.uuid4().hex[:12]
-        names = {name: f"{getattr(kafka_settings, name)}-{ending}" for name in OWN}
-        own = kafka_settings.model_copy(update=names)
-        await create_topics(own, own.topics, partitions)
-        return own
+    return partial(new_topics, kafka_settings)
 
-    return make
+
+async def new_topics(kafka: KafkaSettings, *, partitions: int = 1) -> KafkaSettings:
+    """Settings of that Kafka with a group and all of a worker's topics, all new."""
+    ending = uuid.uuid4().hex[:12]
+    own = kafka.model_copy(update={name: f"{getattr(kafka, name)}-{ending}" for name in OWN})
+    await create_topics(own, own.topics, partitions)
+    return own
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,10 @@ def issue_security(folder: Path, user: str, password: str) -> Security:
 
 
 class GuardedKafka(Kafka):
-    """A Kafka that speaks TLS only, to clients that know a password by SCRAM-SHA-512 or PLAIN."""
+    """A Kafka that speaks TLS only, to clients that know a password by SCRAM-SHA-512 or PLAIN.
+
+    They may do everything, but for what is forbidden by an ACL.
+    """
 
     def __init__(self, folder: Path, jars: list[Path], security: Security) -> None:
         super().__init__(folder, jars)
@@ -82,6 +85,8 @@ class GuardedKafka(Kafka):
             f"{listener}.plain.sasl.jaas.config": plain % security.password,
             f"{listener}.ssl.keystore.type": "PEM",
             f"{listener}.ssl.keystore.location": security.certificate_file,
+            "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+            "allow.everyone.if.no.acl.found": "true",
         }
 
 

@@ -9,13 +9,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import faust
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, TopicAuthorizationFailedError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 
 log = logging.getLogger(__name__)
 
 ERRORS_EVERY_S = 0.5
+REFUSED_FOR_S = 5.0  # until a topic that may not be read is asked for again
 
 
 class App(faust.App):
@@ -60,16 +61,35 @@ class _Thread(driver.AIOKafkaConsumerThread):
 
     A poll waits for up to a second, and may so bring what lies in partitions that were assigned
     meanwhile. Aiokafka takes that for read, and what comes behind it is committed.
+
+    Nor a refusal of one topic, after which faust would read nothing of the other, and tell nobody.
     """
 
     async def _fetch_records(self, consumer: Any, *args: Any, **options: Any) -> Any:
         assigned = consumer._subscription.subscription.assignment
-        records = await super()._fetch_records(consumer, *args, **options)
+        try:
+            records = await super()._fetch_records(consumer, *args, **options)
+        except TopicAuthorizationFailedError as error:
+            self._leave_for_now(consumer, *error.args)
+            return {}
         if self.consumer.flow_active and consumer._subscription.subscription.assignment is assigned:
             return records
         for tp in records.keys() & consumer.assignment():
             consumer.seek(tp, records[tp][0].offset)
         return {}
+
+    def _leave_for_now(self, consumer: Any, topic: str) -> None:
+        """Ask for nothing of a topic that may not be read for a while."""
+        refused = {tp for tp in consumer.assignment() if tp.topic == topic} - consumer.paused()
+        if not refused:
+            return
+        log.warning("No events come from %s, which this user may not read", topic)
+        consumer.pause(*refused)
+        asyncio.get_running_loop().call_later(REFUSED_FOR_S, self._ask_again, consumer, refused)
+
+    @staticmethod
+    def _ask_again(consumer: Any, refused: set[Any]) -> None:
+        consumer.resume(*(refused & consumer.assignment()))
 
 
 class _Consumer(driver.Consumer):

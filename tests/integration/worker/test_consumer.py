@@ -1,13 +1,14 @@
 import asyncio
 import random
+import re
 import sys
 import tempfile
 import time
 import tracemalloc
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,15 @@ from aiokafka.errors import (
     GroupLoadInProgressError,
     NotCoordinatorForGroupError,
 )
+from aiokafka.protocol.admin import CreateAclsRequest, DeleteAclsRequest
 from aiokafka.protocol.commit import OffsetFetchRequest, OffsetFetchResponse_v3
 from faust.transport.consumer import Consumer as FaustConsumer
 
-from tests.conftest import MakeTopics
+from tests.conftest import MakeTopics, new_topics
+from tests.tls import GuardedKafka
 from tests.waiting import until
 from tests.worker_process import environment
-from worker.kafka import connection
+from worker.kafka import connection, faust_app
 from worker.kafka import consumer as consumer_module
 from worker.kafka.consumer import Consumer, Handle
 from worker.kafka.faust_app import App
@@ -41,6 +44,10 @@ from worker.services.topics import create_topics
 from worker.settings import MIB, KafkaSettings, Settings, WorkerSettings
 
 EVENTS = 200
+# In Kafka's protocol.
+TOPIC, LITERAL = 2, 3
+DENY, ALLOW = 2, 3
+ALL, READ, DESCRIBE = 2, 3, 8
 MILLIONS = 3
 
 
@@ -57,6 +64,16 @@ class Seen(list[Record]):
     @property
     def values(self) -> list[bytes | None]:
         return [record.value for record in self]
+
+
+class SeenByTopic(defaultdict[str, list[int]]):
+    """A handler that keeps the offsets that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__(list)
+
+    async def __call__(self, record: Record, _: Place) -> None:
+        self[record.topic].append(record.offset)
 
 
 @asynccontextmanager
@@ -103,6 +120,20 @@ async def administering(own: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient
         yield admin
     finally:
         await admin.close()
+
+
+@asynccontextmanager
+async def forbidden(own: KafkaSettings, topic: str, *operations: int) -> AsyncIterator[None]:
+    """Nobody may do this with a topic, and everybody all else."""
+    rules = [(operation, DENY) for operation in operations] + [(ALL, ALLOW)]
+    acls = [(TOPIC, topic, LITERAL, "User:*", "*", *rule) for rule in rules]
+    async with administering(own) as admin:
+        for acl in acls:
+            made = await admin._send_request(CreateAclsRequest(*acl))
+            assert [code for code, _ in made.creation_responses] == [0]
+        yield
+        for acl in acls:
+            await admin._send_request(DeleteAclsRequest(*acl))
 
 
 def ports_of_our_own() -> set[int]:
@@ -532,20 +563,52 @@ async def test_a_consumer_that_dies_is_built_anew_and_goes_on_where_it_was(
     assert await committed(own, 1) == 50
 
 
-async def test_a_topic_that_is_not_there_or_not_to_be_read_is_told_beside_one_that_is(
+async def test_a_topic_that_is_not_there_is_told_and_read_once_it_is_beside_one_that_is(
     topics: MakeTopics, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(consumer_module, "METADATA_AGE_S", 1.0)
     existing = await topics(partitions=1)
     own = existing.model_copy(update={"topic_new": existing.topic_new + "-later"})
-    async with consuming(settings_of(own), Seen()) as consumer:
+    seen = SeenByTopic()
+    async with consuming(settings_of(own), seen) as consumer:
         await until(lambda: consumer.assigned)
-        told = [r.getMessage() for r in caplog.records if "No events come from" in r.msg]
-        assert [own.topic_new in line for line in told] == [True]
+        assert topics_told_of(caplog) == [own.topic_new]
+        await send(own, 3, own.topic_backfill)
+        await until(lambda: seen == {own.topic_backfill: [0, 1, 2]})
         caplog.clear()
         await create_topics(own, [own.topic_new], 1)
-        await until(lambda: len(list(consumer.positions())) == 2)
-        assert "No events come from" not in caplog.text
+        await send(own, 10)
+        await until(lambda: seen[own.topic_new] == list(range(10)), timeout_s=20)
+        assert topics_told_of(caplog) == []
+
+
+@pytest.mark.parametrize("operations", [(READ, DESCRIBE), (READ,)], ids=["hidden", "shown"])
+async def test_a_topic_that_may_not_be_read_is_told_and_read_once_it_may_be_beside_one_that_may(
+    secured: GuardedKafka,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    operations: tuple[int, ...],
+) -> None:
+    monkeypatch.setattr(consumer_module, "METADATA_AGE_S", 1.0)
+    monkeypatch.setattr(faust_app, "REFUSED_FOR_S", 1.0)
+    own = await new_topics(secured.client_settings())
+    seen = SeenByTopic()
+
+    await send(own, 10)
+    async with AsyncExitStack() as stack:
+        async with forbidden(own, own.topic_new, *operations):
+            await stack.enter_async_context(consuming(settings_of(own), seen))
+            await until(lambda: topics_told_of(caplog), timeout_s=20)
+            await send(own, 3, own.topic_backfill)
+            await until(lambda: seen == {own.topic_backfill: [0, 1, 2]}, timeout_s=20)
+            assert set(topics_told_of(caplog)) == {own.topic_new}
+        await until(lambda: seen[own.topic_new] == list(range(10)), timeout_s=20)
+    assert await committed(own, 1) == 10
+
+
+def topics_told_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Those of which a warning says that no events come from them."""
+    return re.findall(r"No events come from (\S+),", caplog.text)
 
 
 async def test_other_workers_are_not_told_of_where_no_topic_is_there(

@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import redis
 from aiokafka import AIOKafkaConsumer
 
 from tests.conftest import MakeTopic, MakeTopics
-from tests.tls import GuardedKafka, Security, issue_security
+from tests.tls import GuardedKafka
 from tests.worker_process import TIMBRE, receive, send
 from worker.errors import ServicesUnavailable
 from worker.kafka.connection import client_options, producer, started
@@ -27,21 +26,6 @@ from worker.settings import KafkaSettings, load
 
 WITHOUT_TLS = {"ssl_ca_file": None}
 WITHOUT_PASSWORD = {"sasl_username": None, "sasl_password": None}
-
-
-@pytest.fixture(scope="module")
-def security(tmp_path_factory: pytest.TempPathFactory) -> Security:
-    folder = tmp_path_factory.mktemp("tls")
-    return issue_security(folder, "alice", "correct-horse")
-
-
-@pytest.fixture(scope="module")
-def secured(
-    tmp_path_factory: pytest.TempPathFactory, jars: list[Path], security: Security
-) -> Iterator[GuardedKafka]:
-    broker = GuardedKafka(tmp_path_factory.mktemp("secured") / "kafka", jars, security).start()
-    yield broker
-    broker.remove()
 
 
 async def read(kafka: KafkaSettings, topic: str, count: int) -> list[bytes]:
