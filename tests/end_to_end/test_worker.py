@@ -19,6 +19,8 @@ import numpy as np
 import psutil
 import pytest
 from aiohttp import web
+from aiokafka.admin import NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from moto.server import ThreadedMotoServer
 from redis.asyncio import Redis
 
@@ -26,6 +28,7 @@ from model.bundle import Bundle
 from schemas.events import TrackFeatures, TrackTags
 from tests.audio import ENCODINGS, encode, tone
 from tests.conftest import MakeTopics
+from tests.integration.worker.test_consumer import administering
 from tests.waiting import until
 from tests.web import running
 from tests.worker_process import (
@@ -327,6 +330,31 @@ async def test_while_kafka_refuses_the_embedding_the_tags_are_not_sent_again(
         await send(own, event("another", tracks["opus"].as_uri()))
         first, second = await receive(own, own.topic_tags, 2)
     assert (first.key, second.key) == (b"a-file", b"another")
+
+
+async def test_an_embedding_that_is_too_large_is_a_dead_letter_beside_its_tags_and_others_pass(
+    topics: MakeTopics, redis_url: str, redis_prefix: str, tracks: dict[str, Path], tmp_path: Path
+) -> None:
+    own = await topics(partitions=1)
+    own = own.model_copy(update={"topic_features": f"{own.topic_features}-narrow"})
+    async with administering(own) as admin:
+        narrow = {"max.message.bytes": "200"}
+        await admin.create_topics([NewTopic(own.topic_features, 1, 1, topic_configs=narrow)])
+        async with file_worker(own, redis_url, redis_prefix, tracks, tmp_path) as worker:
+            await send(own, event("refused", tracks["opus"].as_uri()))
+            [letter] = await receive(own, own.topic_dead_letter, 1)
+            wide = {"max.message.bytes": "1000000"}
+            await admin.alter_configs(
+                [ConfigResource(ConfigResourceType.TOPIC, own.topic_features, wide)]
+            )
+            await send(own, event("taken", tracks["flac"].as_uri()))
+            tags = await receive_json(own, own.topic_tags, 2)
+            features = await receive_json(own, own.topic_features, 1)
+            assert worker.metric("timbre_tracks_total", outcome="dead_letter") == 1
+    assert dict(letter.headers)["timbre-reason-code"] == b"result_too_large"
+    assert letter.key == b"refused"
+    assert tags.keys() == {"refused", "taken"}
+    assert features.keys() == {"taken"}
 
 
 async def test_waiting_while_others_hold_the_decoders_is_no_time_of_the_tracks_behind_it(
