@@ -6,8 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from base64 import b64encode
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 from aiohttp import web
+from aiokafka import AIOKafkaProducer
 from aiokafka.admin import NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from moto.server import ThreadedMotoServer
@@ -35,6 +37,7 @@ from tests.worker_process import (
     TIMBRE,
     WorkerProcess,
     environment,
+    metric,
     receive,
     receive_json,
     running_worker,
@@ -355,6 +358,78 @@ async def test_an_embedding_that_is_too_large_is_a_dead_letter_beside_its_tags_a
     assert letter.key == b"refused"
     assert tags.keys() == {"refused", "taken"}
     assert features.keys() == {"taken"}
+
+
+@pytest.mark.parametrize("hours_off", [2, -2])
+async def test_a_clock_that_jumps_moves_no_deadline_and_results_wait_until_kafka_takes_its_time(
+    topics: MakeTopics,
+    redis_url: str,
+    redis_prefix: str,
+    tracks: dict[str, Path],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    hours_off: int,
+) -> None:
+    own = await topics(partitions=1)
+    asked_s = defaultdict[str, list[float]](list)
+    jumped, now, send_and_wait = asyncio.Event(), time.time, AIOKafkaProducer.send_and_wait
+
+    async def stamped(*message: Any, **options: Any) -> Any:
+        """By Python's clock: what aiokafka is compiled of asks the machine's itself."""
+        return await send_and_wait(*message, timestamp_ms=round(1000 * time.time()), **options)
+
+    async def store(request: web.Request) -> web.Response:
+        name = request.path.rpartition("/")[2]
+        asked_s[name].append(time.monotonic())
+        if name == "stalls.mp3":
+            await asyncio.sleep(60)
+        if name == "busy.mp3" and len(asked_s[name]) == 1:
+            return web.Response(status=503, headers={"Retry-After": "3"})
+        if name == "first.mp3":
+            await jumped.wait()
+        body = tracks[name.rpartition(".")[2]].read_bytes()
+        return web.Response(body=body, headers={"Last-Modified": LONG_AGO, "ETag": '"e"'})
+
+    app = web.Application()
+    app.router.add_get("/{path:.*}", store)
+    async with running(app) as endpoint:
+        given = environment(
+            own,
+            redis_url,
+            redis_prefix,
+            TIMBRE_FETCH__STALL_TIMEOUT_S="2",
+            **credentials(endpoint),
+        )
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(AIOKafkaProducer, "send_and_wait", stamped)
+        async with Worker(load(), Bundle.load("fast")) as worker:
+            working = asyncio.create_task(worker.run())
+            await send(
+                own,
+                event("busy", f"{endpoint}/busy.mp3"),
+                event("stalls", f"{endpoint}/stalls.mp3"),
+                bucket_notification("music", "first.mp3", "next.ogg"),
+            )
+            await until(lambda: len(asked_s) == 3)
+            monkeypatch.setattr(time, "time", lambda: now() + 3600 * hours_off)
+            jumped.set()
+            if hours_off > 0:
+                await until(lambda: "refuses the time of a message" in caplog.text)
+                await until(lambda: len(asked_s["stalls.mp3"]) == 2)
+                monkeypatch.setattr(time, "time", now)
+            results = await receive_json(own, own.topic_tags, 3, timeout_s=20)
+            [letter] = await receive(own, own.topic_dead_letter, 1, timeout_s=20)
+            told = worker.metrics.render().decode()
+            worker.consumer.stop()
+            await working
+    assert results.keys() == {"busy", "music/first.mp3", "music/next.ogg"}
+    assert dict(letter.headers)["timbre-reason-code"] == b"fetch_timeout"
+    for name, least_s in {"busy.mp3": 3, "stalls.mp3": 2}.items():
+        first_s, second_s = asked_s[name]
+        assert least_s <= second_s - first_s < least_s + 5
+    assert (metric(told, "timbre_retries_total", code="publish_failed") > 0) is (hours_off > 0)
+    assert metric(told, "timbre_retries_total", code="worker_frozen") == 0
 
 
 async def test_waiting_while_others_hold_the_decoders_is_no_time_of_the_tracks_behind_it(
