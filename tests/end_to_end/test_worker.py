@@ -540,6 +540,36 @@ async def test_a_server_that_stalls_holds_a_place_only_twice_and_one_that_fails_
     assert (fails["timbre-reason-code"], fails["timbre-attempts"]) == ("fetch_unavailable", "3")
 
 
+async def test_a_track_whose_deadline_passed_while_its_worker_was_frozen_is_begun_anew(
+    topics: MakeTopics, redis_url: str, redis_prefix: str, tracks: dict[str, Path], tmp_path: Path
+) -> None:
+    """Where the freeze is so short that nobody takes over."""
+    own = await topics(partitions=1)
+    requests = 0
+
+    async def silent_at_first(_: web.Request) -> web.FileResponse:
+        nonlocal requests
+        requests += 1
+        if requests == 1:
+            await asyncio.sleep(60)
+        return web.FileResponse(tracks["mp3"])
+
+    app = web.Application()
+    app.router.add_get("/track.mp3", silent_at_first)
+    impatient = {"TIMBRE_FETCH__STALL_TIMEOUT_S": "4", "TIMBRE_FETCH__TIMEOUT_S": "4"}
+    settings = environment(own, redis_url, redis_prefix, **impatient)
+    async with running(app) as http, running_worker(settings, tmp_path / "worker.log") as worker:
+        await send(own, event("frozen", f"{http}/track.mp3"))
+        await until(lambda: requests)
+        worker.process.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(4.5)
+        worker.process.send_signal(signal.SIGCONT)
+        results = await receive_json(own, own.topic_tags, 1, timeout_s=20)
+        assert worker.metric("timbre_retries_total", code="worker_frozen") == 1
+        assert worker.metric("timbre_tracks_total", outcome="dead_letter") == 0
+    assert results.keys() == {"frozen"}
+
+
 async def test_timbre_tag_and_the_worker_give_the_same_result(
     topics: MakeTopics, redis_url: str, redis_prefix: str, shared_data: Path, tmp_path: Path
 ) -> None:
