@@ -3,12 +3,15 @@
 import asyncio
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
 import pytest
 import trustme
+from aiokafka.admin import NewTopic
 from aiokafka.client import AIOKafkaClient
+from aiokafka.errors import RequestTimedOutError
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -17,9 +20,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from tests.conftest import MakeTopic
+from tests.integration.worker.test_consumer import administering
 from worker.errors import SettingsInvalid
 from worker.kafka import aiokafka_faults
 from worker.kafka.connection import client_options, producer
+from worker.services.kafka import Kafka
+from worker.services.service import HOST
 from worker.settings import KafkaSettings
 
 
@@ -58,6 +64,60 @@ async def test_a_broker_that_is_silent_holds_up_what_is_asked_of_others_for_a_wh
         async with asyncio.timeout(10):
             await client.bootstrap()
         await client.close()
+
+
+class Following(Kafka):
+    """A second broker, which another controls."""
+
+    def __init__(self, folder: Path, jars: list[Path], first: Kafka) -> None:
+        super().__init__(folder, jars)
+        self._first = first
+
+    def _configuration(self) -> dict[str, object]:
+        configuration = super()._configuration()
+        _, controller = self._first.inner_ports
+        return configuration | {
+            "process.roles": "broker",
+            "node.id": 2,
+            "controller.quorum.voters": f"1@{HOST}:{controller}",
+            "listeners": configuration["advertised.listeners"],
+        }
+
+
+@pytest.fixture
+def brokers(tmp_path: Path, jars: list[Path]) -> Iterator[tuple[Kafka, Kafka]]:
+    """Numbers 1 and 2 of one cluster."""
+    first = Kafka(tmp_path / "first", jars)
+    second = Following(tmp_path / "second", jars, first)
+    try:
+        for broker in (first, second):
+            broker.launch()
+        for broker in (first, second):
+            broker.wait_ready()
+        yield first, second
+    finally:
+        for broker in (first, second):
+            broker.remove()
+
+
+async def test_what_goes_to_a_broker_that_freezes_is_given_up_in_time_and_the_next_leader_asked(
+    brokers: tuple[Kafka, Kafka], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aiokafka_faults, "CONNECT_TIMEOUT_S", 1.0)
+    first, second = brokers
+    settings = KafkaSettings(bootstrap_servers=first.address, request_timeout_s=5)
+    async with administering(settings) as admin:
+        led_by_the_second = NewTopic("results", -1, -1, {0: [2, 1]})
+        await admin.create_topics([led_by_the_second])
+    async with producer(settings) as sending:
+        await sending.send_and_wait("results", b"taken")
+        second.pause()
+        paused_s = time.monotonic()
+        with pytest.raises(RequestTimedOutError):
+            await sending.send_and_wait("results", b"given up")
+        assert 4 < time.monotonic() - paused_s < 8
+        await sending.send_and_wait("results", b"taken by the first")
+        assert time.monotonic() - paused_s < 11
 
 
 async def test_no_message_takes_long_to_be_compressed(
