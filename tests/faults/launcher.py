@@ -19,6 +19,7 @@ from worker.settings import load
 
 MARK = 0.9
 HANGS = "the device hangs on a marked window"
+BREAKS = "CUDA error: an illegal memory access was encountered"
 
 
 class Faulty(nn.Module):
@@ -35,7 +36,7 @@ class Faulty(nn.Module):
         marked = self.left > 0 and bool((samples.abs().mean(dim=1) > MARK).any())
         self.broken |= marked and self.kind == "break"
         if self.broken:
-            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+            raise torch.AcceleratorError(BREAKS)
         if marked:
             self.left -= 1
             if self.kind == "hang":

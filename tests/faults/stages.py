@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from tests.faults.launcher import HANGS
+from tests.faults.launcher import BREAKS, HANGS
 from tests.faults.scenarios import Outcome, conclude, now_s, require, scenario
 from tests.faults.stand import ROOT, Lane, Stand, Worker, until
 
@@ -85,6 +85,9 @@ async def hang_fetch(stand: Stand, quick: bool) -> Outcome:
         at_s = await _killed_and_left(lane, hung, tracks=tracks, waiting=1)
         await _moved_on(lane, tracks + 1)
         require(lane.checker.reasons() == {"fetch_timeout": 1}, str(lane.checker.reasons()))
+        _, second = lane.workers
+        known = await second.metric("timbre_cache_lookups_total", result="hit")
+        require(known > 0, "what was done before the kill is answered from the cache")
         return await conclude(lane, [at_s], duplicates_at_most=tracks)
 
 
@@ -106,6 +109,9 @@ async def hang_decode(stand: Stand, quick: bool) -> Outcome:
         await lane.send(lane.tracks(range(tracks, tracks + 10)))
         await _moved_on(lane, tracks + 10)
         require(lane.checker.reasons() == {"decode_timeout": 1}, str(lane.checker.reasons()))
+        _, second = lane.workers
+        replaced = await second.metric("timbre_decoder_restarts_total")
+        require(replaced > 0, "another decoder takes the place of the one that hung")
         return await conclude(lane, [at_s], duplicates_at_most=tracks)
 
 
@@ -216,6 +222,7 @@ async def device_lost(stand: Stand, quick: bool) -> Outcome:
         await until(lambda: not broken.running, "the end of a worker without its device", 60)
         at_s = now_s()
         require(broken.process.returncode == 1, f"it ends with {broken.process.returncode}")
+        require(BREAKS in broken.text(), f"the log says what the device said: {broken.tail()}")
         await lane.ready()
         await lane.until_answered(len(events), 60)
         require(not lane.checker.letters, f"no track is given up: {lane.checker.reasons()}")
