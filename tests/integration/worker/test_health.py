@@ -1,6 +1,7 @@
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -369,31 +370,56 @@ async def test_a_worker_is_not_ready_while_lag_cannot_be_measured_and_it_is_afte
             assert began_s + STALLED_AFTER_S < measured_s() <= time.time()
 
 
-async def test_the_lag_of_partitions_beside_one_without_a_leader_is_measured(
-    topics: MakeTopics, monkeypatch: pytest.MonkeyPatch
+async def test_partitions_beside_one_without_a_leader_go_on_and_their_lag_is_measured(
+    topics: MakeTopics, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that holds the one with what lag it had would be taken for stalled."""
     monkeypatch.setattr(lag, "PROBE_TIMEOUT_S", 2.0)
     own = await topics(partitions=2)
     leader = ClusterMetadata.leader_for_partition
-    has_leader = True
+    has_leader, metrics = True, Metrics()
     let_go = asyncio.Event()
+    done = Counter[int]()
 
     def no_leader(cluster: ClusterMetadata, tp: TopicPartition) -> int | None:
         return -1 if tp.partition == 1 and not has_leader else leader(cluster, tp)
 
     async def handle(record: Record, _: Place) -> None:
         await let_go.wait()
+        done[record.partition] += 1
+
+    async def send_to(partition: int) -> None:
+        async with AIOKafkaProducer(**connection.client_options(own)) as producer:
+            await producer.send_and_wait(own.topic_new, b"more", partition=partition)
+
+    def measured() -> list[bool]:
+        """Whether each of the partitions has its metric."""
+        label = {"topic": own.topic_new}
+        samples = (
+            metrics.registry.get_sample_value("timbre_consumer_lag", label | {"partition": number})
+            for number in "01"
+        )
+        return [sample is not None for sample in samples]
 
     await send(own, 20)
-    async with watched(impatient(own), handle) as state:
+    async with watched(impatient(own), handle, metrics) as state:
         await until(lambda: state.probe.lag == 20)
+        assert measured() == [True, True]
         monkeypatch.setattr(ClusterMetadata, "leader_for_partition", no_leader)
         has_leader = False
         let_go.set()
         await until(lambda: state.probe.lag == 0, timeout_s=15)
         await asyncio.sleep(2 * STALLED_AFTER_S)
         assert state.why_not_live() is None
+        assert measured() == [True, False]
+        assert "Consumer lag can't be measured now" in caplog.text
+        before = done.copy()
+        await send_to(0)
+        await until(lambda: done - before == {0: 1}, timeout_s=20)
+        has_leader = True
+        await send_to(1)
+        await until(lambda: done - before == {0: 1, 1: 1}, timeout_s=20)
+        await until(lambda: measured() == [True, True], timeout_s=20)
 
 
 async def test_a_worker_on_whose_device_batches_hang_is_not_live() -> None:
