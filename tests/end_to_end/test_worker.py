@@ -21,7 +21,6 @@ import psutil
 import pytest
 from aiohttp import web
 from aiokafka import AIOKafkaProducer
-from aiokafka.admin import NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from moto.server import ThreadedMotoServer
 from redis.asyncio import Redis
@@ -30,7 +29,7 @@ from model.bundle import Bundle
 from schemas.events import TrackFeatures, TrackTags
 from tests.audio import ENCODINGS, encode, tone
 from tests.conftest import MakeTopics
-from tests.integration.worker.test_consumer import administering
+from tests.integration.worker.test_consumer import administering, committed
 from tests.waiting import until
 from tests.web import running
 from tests.worker_process import (
@@ -319,7 +318,7 @@ async def test_what_kafka_takes_to_accept_a_result_is_no_time_of_the_tracks_behi
     assert results.keys() == {"music/track.ogg", "music/track.opus"}
 
 
-async def test_while_kafka_refuses_the_embedding_the_tags_are_not_sent_again(
+async def test_while_kafka_refuses_the_embedding_nothing_is_acknowledged_and_tags_are_sent_once(
     topics: MakeTopics, redis_url: str, redis_prefix: str, tracks: dict[str, Path], tmp_path: Path
 ) -> None:
     own = await topics(partitions=1)
@@ -328,6 +327,7 @@ async def test_while_kafka_refuses_the_embedding_the_tags_are_not_sent_again(
     async with file_worker(own, redis_url, redis_prefix, tracks, tmp_path, **quick) as worker:
         await send(own, event("a-file", tracks["opus"].as_uri()))
         await until(lambda: worker.metric("timbre_retries_total", code="publish_failed") >= 2)
+        assert await committed(own, 1) == 0
         await create_topics(own, [own.topic_features], 1)
         await receive(own, own.topic_features, 1)
         await send(own, event("another", tracks["opus"].as_uri()))
@@ -339,21 +339,15 @@ async def test_an_embedding_that_is_too_large_is_a_dead_letter_beside_its_tags_a
     topics: MakeTopics, redis_url: str, redis_prefix: str, tracks: dict[str, Path], tmp_path: Path
 ) -> None:
     own = await topics(partitions=1)
-    own = own.model_copy(update={"topic_features": f"{own.topic_features}-narrow"})
-    async with administering(own) as admin:
-        narrow = {"max.message.bytes": "200"}
-        await admin.create_topics([NewTopic(own.topic_features, 1, 1, topic_configs=narrow)])
-        async with file_worker(own, redis_url, redis_prefix, tracks, tmp_path) as worker:
-            await send(own, event("refused", tracks["opus"].as_uri()))
-            [letter] = await receive(own, own.topic_dead_letter, 1)
-            wide = {"max.message.bytes": "1000000"}
-            await admin.alter_configs(
-                [ConfigResource(ConfigResourceType.TOPIC, own.topic_features, wide)]
-            )
-            await send(own, event("taken", tracks["flac"].as_uri()))
-            tags = await receive_json(own, own.topic_tags, 2)
-            features = await receive_json(own, own.topic_features, 1)
-            assert worker.metric("timbre_tracks_total", outcome="dead_letter") == 1
+    await configure(own, own.topic_features, "max.message.bytes", 200)
+    async with file_worker(own, redis_url, redis_prefix, tracks, tmp_path) as worker:
+        await send(own, event("refused", tracks["opus"].as_uri()))
+        [letter] = await receive(own, own.topic_dead_letter, 1)
+        await configure(own, own.topic_features, "max.message.bytes", 1_000_000)
+        await send(own, event("taken", tracks["flac"].as_uri()))
+        tags = await receive_json(own, own.topic_tags, 2)
+        features = await receive_json(own, own.topic_features, 1)
+        assert worker.metric("timbre_tracks_total", outcome="dead_letter") == 1
     assert dict(letter.headers)["timbre-reason-code"] == b"result_too_large"
     assert letter.key == b"refused"
     assert tags.keys() == {"refused", "taken"}
@@ -774,6 +768,13 @@ def bucket_notification(bucket: str, *keys: str) -> bytes:
     return json.dumps(
         {"EventName": "s3:ObjectCreated:Put", "Key": keys[0], "Records": records}
     ).encode()
+
+
+async def configure(own: KafkaSettings, topic: str, name: str, value: int) -> None:
+    """Set one of a topic's options at the broker, and all others as by default."""
+    change = ConfigResource(ConfigResourceType.TOPIC, topic, {name: str(value)})
+    async with administering(own) as admin:
+        await admin.alter_configs([change])
 
 
 @asynccontextmanager
