@@ -47,7 +47,7 @@ EVENTS = 200
 # In Kafka's protocol.
 TOPIC, LITERAL = 2, 3
 DENY, ALLOW = 2, 3
-ALL, READ, DESCRIBE = 2, 3, 8
+ALL, READ, WRITE, DESCRIBE = 2, 3, 4, 8
 MILLIONS = 3
 
 

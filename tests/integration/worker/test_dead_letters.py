@@ -10,8 +10,10 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import NewTopic, RecordsToDelete
 
 from schemas.events import AudioRef, ModelRef, NewTrack
-from tests.conftest import MakeTopics
-from tests.integration.worker.test_consumer import administering
+from tests.conftest import MakeTopics, new_topics
+from tests.integration.worker.test_consumer import WRITE, administering, forbidden
+from tests.tls import GuardedKafka
+from tests.waiting import until
 from tests.worker_process import receive, send
 from worker import dead_letters
 from worker.errors import (
@@ -118,6 +120,31 @@ async def test_why_a_topic_refuses_a_letter_is_told(
         failed = replace(record(own, 0, b"no JSON"), key=None)
         with pytest.raises(PublishFailed, match=told):
             await publisher.dead_letter(failed, [Failure(EventMalformed("Not JSON."))], MODEL)
+
+
+async def test_a_message_to_a_topic_that_may_not_be_written_is_taken_once_it_may_be(
+    secured: GuardedKafka,
+) -> None:
+    own = await new_topics(secured.client_settings())
+    letter = (record(own, 0, b"{}"), [Failure(AudioNotFound("Nothing there."))], MODEL)
+
+    async with Publisher(own) as publisher:
+
+        async def refused() -> bool:
+            try:
+                await publisher.dead_letter(*letter)
+            except PublishFailed as error:
+                return "may be written" in error.message
+            return False
+
+        async def taken() -> bool:
+            return not await refused()
+
+        async with forbidden(own, own.topic_dead_letter, WRITE):
+            await until(refused, timeout_s=10)  # the broker hears of it a moment later
+        await until(taken, timeout_s=10)
+    [message] = await receive(own, own.topic_dead_letter, 1)
+    assert message.value == b"{}"
 
 
 async def test_letters_of_one_reason_are_listed_and_sent_again_as_they_were(
