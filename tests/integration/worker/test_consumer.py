@@ -846,7 +846,7 @@ async def test_a_topic_made_anew_while_there_is_lag_is_read_from_its_beginning(
 
 
 async def test_what_kafka_gives_again_from_an_earlier_offset_is_read_again(
-    topics: MakeTopics,
+    topics: MakeTopics, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = await topics(partitions=1)
     seen = Seen()
@@ -861,6 +861,7 @@ async def test_what_kafka_gives_again_from_an_earlier_offset_is_read_again(
         await until(lambda: len(seen) == 16)
 
     assert sorted(seen.offsets) == sorted([*range(10), *range(4, 10)])
+    assert "is read again from offset 4 on" in caplog.text
     assert await committed(own, 1) == 10
 
 

@@ -338,7 +338,7 @@ async def test_a_worker_without_partitions_is_live_while_the_others_lag(
 
 
 async def test_a_worker_is_not_ready_while_lag_cannot_be_measured_and_it_is_after_any_fault(
-    topics: MakeTopics, monkeypatch: pytest.MonkeyPatch
+    topics: MakeTopics, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A certificate that is being replaced is not there for a while."""
     own, options, metrics = await topics(), connection.client_options, Metrics()
@@ -363,6 +363,7 @@ async def test_a_worker_is_not_ready_while_lag_cannot_be_measured_and_it_is_afte
             assert state.why_not_ready() is None, "it has just begun to ask"
             await until(lambda: "could not be asked" in (state.why_not_ready() or ""))
             assert state.why_not_live() is None, "a new start would not bring Kafka back"
+            assert "Consumer lag can't be measured now (SettingsInvalid)" in caplog.text
             assert measured_s() == began_s
             there = True
             await until(lambda: probe.lag == 10, timeout_s=20)
