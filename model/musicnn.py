@@ -289,7 +289,7 @@ def _fold(checkpoint: Checkpoint) -> tuple[list[Branch], dict[str, np.ndarray]]:
         scale, shift = (part[kept] for part in _norm(checkpoint, 6 + layer))
         if layer == 0:
             kernel = _with_ones(kernel, living, constant)
-        elif layer == 1:
+        elif layer == 1 and not first.all():
             kernel = _with_ones(kernel, first, given)
             shift = shift + given[kept]
         else:

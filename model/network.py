@@ -84,7 +84,7 @@ class MusicnnConfig(BaseModel):
 
     front_end: LogMelConfig = LogMelConfig()
     branches: tuple[Branch, ...] = Field(min_length=1, max_length=16)
-    first_filters: int = Field(ge=1, le=1_024)
+    first_filters: int = Field(64, ge=1, le=1_024)
     mid_filters: int = Field(64, ge=1, le=1_024)
     mid_taps: int = Field(7, ge=1, le=64)
     embedding_dim: int = Field(200, ge=1, le=256)
@@ -201,10 +201,11 @@ class Musicnn(nn.Module):
         self.front = nn.ModuleList([FrontFilters(branch) for branch in config.branches])
         channels = sum(branch.filters for branch in config.branches)
         first, mid, taps = config.first_filters, config.mid_filters, config.mid_taps
+        self.first_is_whole = first == mid
         self.mid = nn.ModuleList(
             [
                 MidLayer(channels + 1, first, taps),
-                MidLayer(first + 1, mid, taps),
+                MidLayer(first if self.first_is_whole else first + 1, mid, taps),
                 MidLayer(mid, mid, taps),
             ]
         )
@@ -216,7 +217,7 @@ class Musicnn(nn.Module):
         scaled = (logmel.transpose(1, 2) * self.input_scale[0] + self.input_scale[1]).contiguous()
         front = torch.cat([branch(scaled) for branch in self.front], 1)
         first = self.mid[0](_with_ones(front))
-        second = self.mid[1](_with_ones(first))
+        second = self.mid[1](first if self.first_is_whole else _with_ones(first))
         second = second + functional.pad(first, (0, 0, 0, second.shape[1] - first.shape[1]))
         third = second + self.mid[2](second)
         features = torch.cat([front, first, second, third], 1)

@@ -23,7 +23,7 @@ from tests.unit.model.music import chords
 from worker.errors import BundleInvalid, SettingsInvalid
 
 
-def checkpoint(seed: int = 0) -> dict[str, np.ndarray]:
+def checkpoint(seed: int = 0, *, dead_in_first: int = 5) -> dict[str, np.ndarray]:
     """A small network of musicnn's shape with filters alive and dead, some of negative scale."""
     rng = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}
@@ -50,7 +50,7 @@ def checkpoint(seed: int = 0) -> dict[str, np.ndarray]:
     tensors["batch_normalization/gamma"] = np.ones(1, np.float32)
     for index, (taps, height) in enumerate([(7, 38), (7, 67), (128, 1), (64, 1), (32, 1)]):
         conv(index, taps, height, 6, dead=4)
-    conv(5, 7, 30, 8, dead=5)
+    conv(5, 7, 30, 8, dead=dead_in_first)
     conv(6, 7, 8, 8)
     conv(7, 7, 8, 8)
     pooled = 2 * (30 + 3 * 8)
@@ -63,8 +63,9 @@ def checkpoint(seed: int = 0) -> dict[str, np.ndarray]:
     return tensors
 
 
-def test_folding_dead_filters_changes_nothing() -> None:
-    tensors = checkpoint()
+@pytest.mark.parametrize("dead_in_first", [0, 5])
+def test_folding_dead_filters_changes_nothing(dead_in_first: int) -> None:
+    tensors = checkpoint(dead_in_first=dead_in_first)
     network = folded(tensors).network
     with torch.inference_mode():
         logmel = network.front_end(chords(2))
