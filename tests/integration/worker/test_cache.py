@@ -196,19 +196,36 @@ async def test_a_stored_analysis_is_found_by_audio_and_by_event(
         assert await cache.by_event("event") == unpublished
 
 
+@pytest.mark.parametrize(
+    ("refusing", "mended", "told"),
+    [
+        (
+            "ACL SETUSER default -eval",
+            "ACL SETUSER default +eval",
+            "no permissions to run the 'eval' command",
+        ),
+        ("CONFIG SET maxmemory 1", "CONFIG SET maxmemory 0", "OutOfMemoryError"),
+        ("REPLICAOF 127.0.0.1 9", "REPLICAOF NO ONE", "ReadOnlyError"),
+    ],
+)
 async def test_what_redis_refuses_is_told_once_and_stored_once_it_may_be(
-    own_redis: LocalRedis, redis_prefix: str, caplog: pytest.LogCaptureFixture
+    own_redis: LocalRedis,
+    redis_prefix: str,
+    caplog: pytest.LogCaptureFixture,
+    refusing: str,
+    mended: str,
+    told: str,
 ) -> None:
     async with (
         cache_at(own_redis.address, redis_prefix) as cache,
         Redis.from_url(own_redis.address) as redis,
     ):
-        await redis.acl_setuser("default", enabled=True, commands=["-eval"])
+        await redis.execute_command(*refusing.split())  # type: ignore[no-untyped-call]
         for track_id in ("one", "two"):
             await store(cache, track_id, analysis())
         await asyncio.sleep(2 * cache_module.DOWN_FOR_S)
-        assert caplog.text.count("no permissions to run the 'eval' command") == 1
-        await redis.acl_setuser("default", enabled=True, commands=["+eval"])
+        assert caplog.text.count(told) == 1
+        await redis.execute_command(*mended.split())  # type: ignore[no-untyped-call]
         keys = [f"{redis_prefix}track:{track_id}" for track_id in ("one", "two")]
         await until(lambda: stored(redis, *keys), timeout_s=20)
 
