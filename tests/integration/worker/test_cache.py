@@ -5,7 +5,6 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import cast
@@ -141,6 +140,11 @@ async def store(cache: Cache, track_id: str, found: Analysis, **more: JsonObject
 
 def backlog(metrics: Metrics) -> float:
     return metrics.registry.get_sample_value("timbre_redis_backlog") or 0.0
+
+
+def lookup_errors(metrics: Metrics) -> float:
+    labels = {"result": "error"}
+    return metrics.registry.get_sample_value("timbre_cache_lookups_total", labels) or 0.0
 
 
 async def stored(redis: Redis, *keys: str | bytes) -> bool:
@@ -335,12 +339,20 @@ async def test_a_damaged_analysis_is_made_anew(
     ],
 )
 async def test_an_analysis_that_the_model_cannot_have_made_is_made_anew(
-    redis: Redis, redis_url: str, redis_prefix: str, field: str, value: object
+    redis: Redis,
+    redis_url: str,
+    redis_prefix: str,
+    caplog: pytest.LogCaptureFixture,
+    field: str,
+    value: object,
 ) -> None:
     changed = json.dumps(analysis().model_dump(mode="json") | {field: value})
     await redis.set(f"{redis_prefix}cache:{SHA256}:key", changed)
-    async with cache_at(redis_url, redis_prefix) as cache:
+    metrics = Metrics()
+    async with cache_at(redis_url, redis_prefix, metrics=metrics) as cache:
         assert await cache.by_audio(SHA256) is None
+    assert lookup_errors(metrics) == 1
+    assert "an analysis that can't be right" in caplog.text
 
 
 @pytest.mark.parametrize("field", ["tags", "embedding", "taggram"])
@@ -390,7 +402,11 @@ async def test_bytes_that_are_no_text_are_as_good_as_none(
 
 @pytest.mark.parametrize("theirs", ["theirs", "theirs, with args", "a caused error: b"])
 async def test_what_others_keep_under_our_keys_holds_up_no_other_track(
-    redis: Redis, redis_url: str, redis_prefix: str, theirs: str
+    redis: Redis,
+    redis_url: str,
+    redis_prefix: str,
+    caplog: pytest.LogCaptureFixture,
+    theirs: str,
 ) -> None:
     await redis.set(f"{redis_prefix}track:{theirs}", "x")
     await redis.rpush(f"{redis_prefix}cache:{SHA256}:key", "x")
@@ -403,6 +419,8 @@ async def test_what_others_keep_under_our_keys_holds_up_no_other_track(
         assert await cache.by_audio(other) == analysis(sha256=other)
         assert await redis.hget(f"{redis_prefix}track:ours", "genre") == b"jazz"
     assert metrics.registry.get_sample_value("timbre_redis_dropped_total") == 1
+    assert lookup_errors(metrics) == 2, "the analysis and the track"
+    assert caplog.text.count("not Timbre's under a key of Timbre's") == 2
 
 
 async def test_a_track_with_the_name_of_an_error_is_stored_once_redis_has_room(
@@ -457,17 +475,14 @@ async def test_what_a_garbling_redis_missed_is_stored_once_it_is_itself_again(
     own_redis: LocalRedis, redis_prefix: str, reply: bytes
 ) -> None:
     metrics = Metrics()
-    errors = partial(
-        metrics.registry.get_sample_value, "timbre_cache_lookups_total", {"result": "error"}
-    )
     own_redis.stop()
     async with cache_at(own_redis.address, redis_prefix, metrics=metrics) as cache:
         async with speaking(reply, port=own_redis.port):
             assert await cache.by_event("event") is None
             await cache.remember("event", analysis())
             await store(cache, "t", analysis())
-            met = errors() or 0
-            await until(lambda: (errors() or 0) > met, timeout_s=10)
+            met = lookup_errors(metrics)
+            await until(lambda: lookup_errors(metrics) > met, timeout_s=10)
         own_redis.start()
         async with Redis.from_url(own_redis.address) as redis:
             await until(lambda: stored(redis, f"{redis_prefix}track:t"), timeout_s=20)
