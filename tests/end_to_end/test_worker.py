@@ -243,14 +243,18 @@ async def test_what_cannot_be_read_of_a_notification_is_one_dead_letter_and_the_
     message = bucket_notification("music", *keys)
     async with running_worker(settings, tmp_path / "worker.log"):
         await send(own, message)
-        results = await receive_json(own, own.topic_tags, 2)
         await receive(own, own.topic_dead_letter, 1)
-    assert results.keys() == {"music/track.ogg", "music/track.opus"}
-    [(_, letter)] = [found async for found in list_dead_letters(Settings(kafka=own))]
+        await send(own, bucket_notification("music", "%FF.mp3", "gone.mp3", "track.flac"))
+        await receive(own, own.topic_dead_letter, 2)
+        results = await receive_json(own, own.topic_tags, 3)
+    assert results.keys() == {"music/track.ogg", "music/track.opus", "music/track.flac"}
+    letter, of_a_track = [found async for _, found in list_dead_letters(Settings(kafka=own))]
     assert letter.original.value_b64 == b64encode(message).decode()
     assert (letter.reason.code, letter.track_id) == ("event_malformed", None)
     assert letter.reason.message.startswith("Record 2 of 5 in the bucket notification")
     assert letter.reason.message.endswith("is not UTF-8. Nor can 2 more.")
+    assert (of_a_track.reason.code, of_a_track.track_id) == ("audio_not_found", "music/gone.mp3")
+    assert of_a_track.reason.message.endswith(" 1 more of its message failed (event_malformed).")
 
 
 async def test_all_tracks_of_a_message_have_one_deadline_and_a_retry_does_those_left_out(
