@@ -218,7 +218,7 @@ async def hostile_events(stand: Stand, quick: bool) -> Outcome:
     malformed = hostile.messages(count) + hostile.enormous()
     random.shuffle(malformed)
     async with stand.lane("hostile-events", partitions=1) as lane:
-        await lane.ready()
+        (worker,) = await lane.ready()
         sent_s: dict[str, float] = {}
         step = len(malformed) // 20 + 1
         for number, start in enumerate(range(0, len(malformed), step)):
@@ -233,6 +233,10 @@ async def hostile_events(stand: Stand, quick: bool) -> Outcome:
         reasons = lane.checker.reasons()
         require(reasons.keys() == EVENT_CODES, f"they have the reasons of events: {reasons}")
         require(len(lane.checker.letters) == len(malformed), "each is one dead letter")
+        told = {
+            code: await worker.metric("timbre_dead_letters_total", code=code) for code in reasons
+        }
+        require(told == reasons, f"they are counted by reason: {told}, and not {reasons}")
         return await conclude(lane, [])
 
 
@@ -260,6 +264,15 @@ async def unpack_bombs(stand: Stand, quick: bool) -> Outcome:
         require(grown_bytes < BOMB_BYTES // 2, f"memory grew by {grown_bytes >> 20} MiB")
         ends = {"event_too_large": 3, "event_malformed": LARGE}
         require(lane.checker.reasons() == ends, str(lane.checker.reasons()))
+        sizes = [
+            int(letter["value-omitted-bytes"])
+            for letter, *_ in lane.checker.letters.values()
+            if letter["reason-code"] == "event_too_large"
+        ]
+        require(
+            all(0 <= size - BOMB_BYTES < 100 for size in sizes),
+            f"a message's size stands in place of its value: {sizes}",
+        )
         return await conclude(lane, [])
 
 
