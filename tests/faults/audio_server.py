@@ -221,13 +221,15 @@ def _zeros(mebibytes: int) -> bytes:
 class AudioServer:
     """Listens on a free port of the loopback for as long as the context lasts.
 
-    `delay_s` holds back every answer; `requests` counts them by path; `served` has the SHA-256 of
-    whole tracks by address; setting `released` ends what stalls.
+    `delay_s` holds back every answer; `connections` counts all that were made, `requests` what was
+    asked for, by path; `served` has the SHA-256 of whole tracks by address; setting `released` ends
+    what stalls.
     """
 
     def __init__(self) -> None:
         self.delay_s = 0.0
         self.port = 0
+        self.connections = 0
         self.requests: Counter[str] = Counter()
         self.served: dict[str, str] = {}
         self.released = asyncio.Event()
@@ -257,6 +259,7 @@ class AudioServer:
         task = asyncio.current_task()
         assert task is not None
         self._handlers.add(task)
+        self.connections += 1
         task.add_done_callback(self._handlers.discard)
         async with _closing(out):
             path = (await reader.readuntil(b"\r\n\r\n")).decode().split()[1]
