@@ -256,7 +256,7 @@ async def decoder_killed(stand: Stand, quick: bool) -> Outcome:
 
 @scenario
 async def disk_full(stand: Stand, quick: bool) -> Outcome:
-    """No room left on the disk of the spool for a while."""
+    """No room left on the disk of the spool for a while, and then for good."""
     full_s, tracks = (2, 60) if quick else (10, 300)
     async with stand.lane("disk-full") as lane:
         (worker,) = await lane.ready(
@@ -277,6 +277,13 @@ async def disk_full(stand: Stand, quick: bool) -> Outcome:
         moment_s = now_s()
         await lane.until_answered(tracks, 90)
         require(not lane.checker.letters, f"it waits for room: {lane.checker.reasons()}")
+        ballast.write_bytes(bytes(shutil.disk_usage(disk).free))
+        await lane.send([lane.event(stand.audio.url(tracks), track_id="no-room")])
+        await lane.until_answered(tracks + 1, 30)
+        require(
+            lane.checker.reasons() == {"spool_full": 1},
+            f"it waits no longer than a fetch may: {lane.checker.reasons()}",
+        )
         require(worker.running, "the worker lives on")
         left = list(disk.glob("*/*"))
         require(not left, f"what could not be completed is removed: {left[:5]}")
