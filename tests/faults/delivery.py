@@ -9,6 +9,8 @@ from typing import Any
 from tests.faults.scenarios import Outcome, conclude, now_s, require, scenario
 from tests.faults.stand import IN_FLIGHT, Lane, Stand, Worker, until
 
+TAKEOVER_S = 10.0
+"""The session timeout, the grace before a rebalance, and some time to join."""
 LATE_S = 6.0
 """Longer than the grace before a rebalance."""
 LATE = 8
@@ -32,8 +34,12 @@ async def kill9(stand: Stand, quick: bool) -> Outcome:
             await lane.until_more(tracks // kills // 2, 60)  # or the group would never come to work
             await lane.watch(random.uniform(0, 1))
             moments.append(now_s())
+            other = workers[1 - number % 2]
+            before = other.text().count("Assigned")
             workers[number % 2].kill()
             workers[number % 2] = lane.worker(**places)
+            if not number:  # later ones may come before the group has settled
+                await until(partial(_assigned, other, before), "the other's takeover", TAKEOVER_S)
         await lane.until_answered(tracks, 120)
         outcome = await conclude(lane, moments, duplicates_at_most=kills * IN_FLIGHT)
         require(outcome.verdict.tags == tracks, f"every track is tagged: {outcome.verdict}")
@@ -143,7 +149,12 @@ async def _wake(frozen: Worker) -> None:
     """Wake a worker and wait until it has partitions again."""
     before = frozen.text().count("Assigned")
     frozen.signal(signal.SIGCONT)
-    await until(lambda: frozen.text().count("Assigned") > before, "the woken one's return", 30)
+    await until(partial(_assigned, frozen, before), "the woken one's return", 30)
+
+
+def _assigned(worker: Worker, before: int) -> bool:
+    """Whether it has been given partitions once more."""
+    return worker.text().count("Assigned") > before
 
 
 @scenario
