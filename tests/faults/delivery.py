@@ -9,7 +9,7 @@ from typing import Any
 from tests.faults.scenarios import Outcome, conclude, now_s, require, scenario
 from tests.faults.stand import IN_FLIGHT, Lane, Stand, Worker, until
 
-TAKEOVER_S = 10.0
+TAKEOVER_S = 15.0
 """The session timeout, the grace before a rebalance, and some time to join."""
 LATE_S = 6.0
 """Longer than the grace before a rebalance."""

@@ -496,7 +496,7 @@ async def test_a_redis_that_is_silent_or_drips_is_waited_for_twice_its_timeout_a
         speaking(reply, every_s=0.25) as url,
         cache_at(url, redis_prefix, timeout_s=0.5) as cache,
     ):
-        async with asyncio.timeout(2 * 0.5 + 0.5):
+        async with asyncio.timeout(2 * 0.5 + 0.8):
             await store(cache, "t", analysis())
 
 
