@@ -59,7 +59,13 @@ async def http_faults(stand: Stand, quick: bool) -> Outcome:
         ("drip", None, "fetch_too_slow"),
     ]
     async with stand.lane("http-faults") as lane:
-        await lane.ready(worker__max_in_flight=96, fetch__max_bytes=5_000_000)
+        await lane.ready(
+            worker__max_in_flight=96,
+            worker__track_deadline_s=60,
+            fetch__max_bytes=5_000_000,
+            fetch__timeout_s=30,
+            fetch__stall_timeout_s=5,  # a slow machine may take two to answer so many at once
+        )
         events, wanted, sent_s = [], {}, {}
         for number, (fault, argument, end) in enumerate(expected):
             name = f"{fault}-{argument}"
