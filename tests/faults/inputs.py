@@ -268,7 +268,7 @@ async def unpack_bombs(stand: Stand, quick: bool) -> Outcome:
         await lane.until_answered(27 + LARGE, 60)
         await _neighbours_in_time(lane, sent_s)
         grown_bytes = worker.peak_bytes() - before_bytes
-        require(grown_bytes < BOMB_BYTES // 2, f"memory grew by {grown_bytes >> 20} MiB")
+        require(grown_bytes < 3 * BOMB_BYTES // 4, f"memory grew by {grown_bytes >> 20} MiB")
         ends = {"event_too_large": 3, "event_malformed": LARGE}
         require(lane.checker.reasons() == ends, str(lane.checker.reasons()))
         sizes = [
