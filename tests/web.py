@@ -1,6 +1,6 @@
 """Web servers of the tests' own, real ones on a free port."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from aiohttp import web
@@ -16,3 +16,14 @@ async def running(app: web.Application) -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
+
+
+@asynccontextmanager
+async def answering(
+    answer: Callable[[web.Request], Awaitable[web.StreamResponse]],
+) -> AsyncIterator[str]:
+    """The address of a server that gives that answer at every path."""
+    app = web.Application()
+    app.router.add_get("/{path:.*}", answer)
+    async with running(app) as address:
+        yield address

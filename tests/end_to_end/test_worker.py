@@ -31,7 +31,7 @@ from tests.audio import ENCODINGS, encode, tone
 from tests.conftest import MakeTopics
 from tests.integration.worker.test_consumer import administering, committed
 from tests.waiting import until
-from tests.web import running
+from tests.web import answering, running
 from tests.worker_process import (
     TIMBRE,
     WorkerProcess,
@@ -52,7 +52,6 @@ from worker.settings import KafkaSettings, Settings, load
 
 DEFAULT = {"TIMBRE_WORKER__BUNDLE": "default"}
 SUFFIXES = ("mp3", "flac", "ogg", "m4a", "opus")
-LONG_AGO = "Mon, 01 Jan 2024 00:00:00 GMT"
 CODECS = {"mp3", "flac", "vorbis", "aac", "opus"}
 
 
@@ -91,6 +90,12 @@ def s3(tracks: dict[str, Path]) -> Iterator[dict[str, str]]:
             client.upload_file(str(file), "music", key)
     yield credentials(endpoint)
     server.stop()
+
+
+def as_object(track: Path) -> web.Response:
+    """A track as S3 gives it."""
+    headers = {"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT", "ETag": '"e"'}
+    return web.Response(body=track.read_bytes(), headers=headers)
 
 
 @asynccontextmanager
@@ -190,10 +195,8 @@ async def test_a_track_uploaded_again_ends_with_the_tags_of_its_new_audio(
         await asyncio.sleep(3)
         return web.FileResponse(tracks["mp3"])
 
-    app = web.Application()
-    app.router.add_get("/slow.mp3", slowly)
     async with (
-        running(app) as http,
+        answering(slowly) as http,
         file_worker(own, redis_url, redis_prefix, tracks, tmp_path),
     ):
         await send(
@@ -269,12 +272,9 @@ async def test_all_tracks_of_a_message_have_one_deadline_and_a_retry_does_those_
         requests[name] += 1
         if name.startswith("slow"):
             await asyncio.sleep(3)
-        body = tracks[name.rpartition(".")[2]].read_bytes()
-        return web.Response(body=body, headers={"Last-Modified": LONG_AGO, "ETag": '"e"'})
+        return as_object(tracks[name.rpartition(".")[2]])
 
-    app = web.Application()
-    app.router.add_get("/{path:.*}", store)
-    async with running(app) as endpoint:
+    async with answering(store) as endpoint:
         settings = environment(
             own,
             redis_url,
@@ -385,12 +385,9 @@ async def test_a_clock_that_jumps_moves_no_deadline_and_results_wait_until_kafka
             return web.Response(status=503, headers={"Retry-After": "3"})
         if name == "first.mp3":
             await jumped.wait()
-        body = tracks[name.rpartition(".")[2]].read_bytes()
-        return web.Response(body=body, headers={"Last-Modified": LONG_AGO, "ETag": '"e"'})
+        return as_object(tracks[name.rpartition(".")[2]])
 
-    app = web.Application()
-    app.router.add_get("/{path:.*}", store)
-    async with running(app) as endpoint:
+    async with answering(store) as endpoint:
         given = environment(
             own,
             redis_url,
@@ -520,10 +517,8 @@ async def test_a_server_that_stalls_holds_a_place_only_twice_and_one_that_fails_
         "TIMBRE_WORKER__BACKOFF_INITIAL_S": "0.01",
     }
     settings = environment(own, redis_url, redis_prefix, **attempts)
-    app = web.Application()
-    app.router.add_get("/{name}", answer)
     async with (
-        running(app) as http,
+        answering(answer) as http,
         running_worker(settings, tmp_path / "worker.log") as worker,
     ):
         await send(own, event("stalls", f"{http}/stalls"), event("fails", f"{http}/fails"))
@@ -552,11 +547,12 @@ async def test_a_track_whose_deadline_passed_while_its_worker_was_frozen_is_begu
             await asyncio.sleep(60)
         return web.FileResponse(tracks["mp3"])
 
-    app = web.Application()
-    app.router.add_get("/track.mp3", silent_at_first)
     impatient = {"TIMBRE_FETCH__STALL_TIMEOUT_S": "4", "TIMBRE_FETCH__TIMEOUT_S": "4"}
     settings = environment(own, redis_url, redis_prefix, **impatient)
-    async with running(app) as http, running_worker(settings, tmp_path / "worker.log") as worker:
+    async with (
+        answering(silent_at_first) as http,
+        running_worker(settings, tmp_path / "worker.log") as worker,
+    ):
         await send(own, event("frozen", f"{http}/track.mp3"))
         await until(lambda: requests)
         worker.process.send_signal(signal.SIGSTOP)
@@ -676,10 +672,8 @@ async def test_a_worker_that_finishes_what_is_in_flight_before_it_stops_is_live_
         await released.wait()
         return web.FileResponse(tracks["mp3"])
 
-    app = web.Application()
-    app.router.add_get("/held.mp3", held)
     async with (
-        running(app) as http,
+        answering(held) as http,
         file_worker(own, redis_url, redis_prefix, tracks, tmp_path) as worker,
         aiohttp.ClientSession(f"http://127.0.0.1:{worker.port}") as port,
     ):

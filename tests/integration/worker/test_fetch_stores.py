@@ -6,8 +6,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,7 +17,7 @@ import trustme
 from aiohttp import web
 from moto.server import ThreadedMotoServer
 
-from tests.web import running
+from tests.web import answering
 from worker.errors import (
     AudioNotFound,
     AudioTooLarge,
@@ -153,17 +152,6 @@ class TestS3:
         assert sizes == []
 
 
-@asynccontextmanager
-async def serving(
-    answer: Callable[[web.Request], Awaitable[web.StreamResponse]],
-) -> AsyncIterator[str]:
-    """The address of a server that gives that answer at every path."""
-    app = web.Application()
-    app.router.add_get("/{path:.*}", answer)
-    async with running(app) as address:
-        yield address
-
-
 @pytest.fixture
 async def endpoint() -> AsyncIterator[str]:
     """A server of any bucket: `a.mp3` is there, a number is a status, the rest is a fault."""
@@ -184,7 +172,7 @@ async def endpoint() -> AsyncIterator[str]:
         request.transport.abort()
         return response
 
-    async with serving(answer) as address:
+    async with answering(answer) as address:
         yield address
 
 
@@ -283,7 +271,7 @@ class TestSlowStores:
     @pytest.fixture
     async def store(self) -> AsyncIterator[Dripping]:
         store = Dripping()
-        async with serving(store.answer) as store.endpoint:
+        async with answering(store.answer) as store.endpoint:
             yield store
 
     async def test_are_left_after_a_window_and_not_tried_again(
@@ -404,7 +392,7 @@ async def test_the_environment_changes_no_request(
         "az_account_key": "c2VjcmV0",
     }
     async with (
-        serving(answer) as address,
+        answering(answer) as address,
         Fetcher(configured(**stores_at(address), **keys)) as fetcher,
     ):
         for scheme in ("s3", "gs", "az"):

@@ -22,7 +22,7 @@ from tests.integration.worker.test_consumer import Seen, committed, consuming, s
 from tests.unit.worker.small_network import SmallNet
 from tests.unit.worker.test_batch import MARK, Hanging, Tracks, batcher_of, noise
 from tests.waiting import until
-from tests.web import running
+from tests.web import answering
 from worker import health
 from worker.app import Worker
 from worker.batch.batcher import Batcher
@@ -227,9 +227,7 @@ async def test_a_worker_is_live_while_the_tracks_of_an_event_end_one_after_anoth
         }
         for k in "abcdefgh"
     ]
-    store = web.Application()
-    store.router.add_get("/{key:.*}", drip)
-    async with running(store) as s3_endpoint:
+    async with answering(drip) as s3_endpoint:
         settings = impatient(own, track_deadline_s=3.0).model_copy(
             update={
                 "fetch": FetchSettings(
