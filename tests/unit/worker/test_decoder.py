@@ -410,6 +410,25 @@ def test_a_length_that_the_header_lies_about_is_not_believed(write: Write) -> No
     assert decoder.facts.duration_s == 2.0
 
 
+@pytest.mark.parametrize("claimed", [1, 2**36 - 1], ids=["a sample", "eighteen days"])
+def test_a_number_of_samples_that_ffmpeg_believes_is_not_believed_here(
+    claimed: int, write: Write, tmp_path: Path
+) -> None:
+    data = bytearray(encode_as(tmp_path / "tone.flac", 2.0).read_bytes())
+    rate_and_form = int.from_bytes(data[18:26]) >> 36
+    data[18:26] = (rate_and_form << 36 | claimed).to_bytes(8)
+    path = write(bytes(data))
+    with av.open(str(path)) as container:
+        assert container.streams.audio[0].duration == claimed
+
+    decoder = Decoder(path, RATE_HZ, max_duration_s=2.0)
+
+    assert np.concatenate(list(decoder)).size == 2 * RATE_HZ
+    assert decoder.facts.duration_s == 2.0
+    with pytest.raises(AudioTooLong):
+        list(Decoder(path, RATE_HZ, max_duration_s=1.9))
+
+
 def test_windows_are_those_of_the_samples(write: Write) -> None:
     path = write(wav(noise(10.5, RATE_HZ), RATE_HZ))
     window = 3 * RATE_HZ
