@@ -80,7 +80,9 @@ class Server:
 
 
 @asynccontextmanager
-async def running(context: ssl.SSLContext | None = None) -> AsyncIterator[Server]:
+async def running(
+    context: ssl.SSLContext | None = None, *, host: str = "127.0.0.1", port: int = 0
+) -> AsyncIterator[Server]:
     server = Server(scheme="https" if context else "http")
     handlers: set[asyncio.Task[None]] = set()
 
@@ -89,7 +91,7 @@ async def running(context: ssl.SSLContext | None = None) -> AsyncIterator[Server
         handlers.add(task)
         task.add_done_callback(handlers.discard)
 
-    listening = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=context)
+    listening = await asyncio.start_server(accept, host, port, ssl=context)
     server.port = listening.sockets[0].getsockname()[1]
     try:
         yield server
@@ -986,25 +988,34 @@ class TestAddresses:
     def only_one(self, configured: Callable[..., FetchSettings]) -> FetchSettings:
         return configured(allowed_networks=(ip_network("127.0.0.1/32"),))
 
+    @pytest.fixture
+    async def inner(self, server: Server) -> AsyncIterator[Server]:
+        """What must not be reached: at the same port of 127.0.0.2, and with audio."""
+        async with running(host="127.0.0.2", port=server.port) as made:
+            for path in ("/a", "/b"):
+                made.answer(path, whole())
+            yield made
+
     async def test_a_name_that_resolves_inward(
-        self, server: Server, only_one: FetchSettings
+        self, inner: Server, only_one: FetchSettings
     ) -> None:
-        server.answer("/a", whole())
         async with Fetcher(only_one, resolver=Changing(["127.0.0.2"])) as fetcher:
-            error = await failure(fetcher, f"http://name.example:{server.port}/a")
+            error = await failure(fetcher, f"http://name.example:{inner.port}/a")
         assert isinstance(error, AddressRefused)
         assert "name.example" in error.message
+        assert inner.requests == []
 
     async def test_of_a_mix_only_the_allowed_are_connected_to(
-        self, server: Server, only_one: FetchSettings
+        self, server: Server, inner: Server, only_one: FetchSettings
     ) -> None:
         server.answer("/a", whole())
         resolver = Changing(["127.0.0.2", "10.0.0.1", "127.0.0.1"])
         async with Fetcher(only_one, resolver=resolver) as fetcher:
             assert await fetched(fetcher, f"http://name.example:{server.port}/a") == AUDIO
+        assert inner.requests == []
 
     async def test_a_name_that_changes_its_mind_gains_nothing(
-        self, server: Server, only_one: FetchSettings
+        self, server: Server, inner: Server, only_one: FetchSettings
     ) -> None:
         for path in ("/a", "/b"):
             server.answer(path, redirect(f"http://b.example:{server.port}/b"))
@@ -1013,6 +1024,7 @@ class TestAddresses:
             error = await failure(fetcher, f"http://a.example:{server.port}/a")
         assert isinstance(error, AddressRefused)
         assert len(server.requests) == 1
+        assert inner.requests == []
 
     async def test_many_hosts_leave_no_connections_behind(
         self, configured: Callable[..., FetchSettings]
