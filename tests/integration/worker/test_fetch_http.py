@@ -8,6 +8,7 @@ import ssl
 import struct
 import threading
 import time
+import tracemalloc
 import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -599,7 +600,13 @@ class TestLimits:
         settings = configured(stall_timeout_s=5.0)
         async with Fetcher(settings, on_bytes=sizes.append) as fetcher:
             url = server.answer("/a", whole(bomb, content_encoding="gzip"))
-            assert isinstance(await failure(fetcher, url), AudioTooLarge)
+            tracemalloc.start()
+            try:
+                assert isinstance(await failure(fetcher, url), AudioTooLarge)
+                _, most_bytes = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+        assert most_bytes < 10 * settings.max_bytes
         assert sum(sizes) <= settings.max_bytes
         assert max(sizes) <= 256 * 1024
 
