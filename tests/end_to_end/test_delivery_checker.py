@@ -182,10 +182,11 @@ def test_recovery_is_told_of_the_partition_that_waits_longest() -> None:
         )
 
     note(1, "new", "prompt", partition=0)
+    note(1, "new", "next", partition=0, offset=1)
     note(1, "new", "slow", partition=1)
     note(1, "new", "before", partition=2)
     note(9, "new", "after", partition=3)
-    for at_s, track in ((2, "before"), (5, "prompt"), (8, "slow"), (20, "after")):
+    for at_s, track in ((2, "before"), (5, "prompt"), (8, "slow"), (8.3, "next"), (20, "after")):
         note(at_s, "tags", track)
         note(at_s, "features", track)
 
