@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -15,6 +15,8 @@ import torch
 import trustme
 from pydantic import SecretStr
 from redis.asyncio import Redis
+from redis.exceptions import AuthenticationError
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from model.bundle import Bundle
 from model.heads import Head
@@ -29,7 +31,7 @@ from schemas.events import (
     WindowCounts,
 )
 from tests.audio import audio_facts
-from tests.tls import GuardedRedis
+from tests.tls import GuardedRedis, issue_security, tls_proxy
 from tests.waiting import until
 from worker import cache as cache_module
 from worker import publish
@@ -185,6 +187,34 @@ def test_a_file_without_certificates_is_told_at_the_start(tmp_path: Path) -> Non
     authority.write_text("no certificate")
     with pytest.raises(SettingsInvalid, match="TIMBRE_REDIS__SSL_CA_FILE"):
         connect(RedisSettings(url=SecretStr("rediss://redis/0"), ssl_ca_file=authority))
+
+
+async def test_redis_is_spoken_to_over_tls_where_its_authority_vouches_for_its_name_alone(
+    tmp_path: Path,
+) -> None:
+    security, password = issue_security(tmp_path, "default", "hunter2"), SecretStr("hunter2")
+    (tmp_path / "other").mkdir()
+    other = issue_security(tmp_path / "other", "default", "hunter2")
+    guarded = GuardedRedis(tmp_path / "redis", "hunter2")
+    guarded.start()
+    try:
+        async with tls_proxy(guarded.port, security) as port:
+
+            async def answers(host: str = HOST, **more: Any) -> bool:
+                url = SecretStr(f"rediss://{host}:{port}/0")
+                async with connect(RedisSettings(url=url, **more)) as client:
+                    return bool(await client.ping())
+
+            assert await answers(password=password, ssl_ca_file=security.ca_file)
+            with pytest.raises(AuthenticationError):
+                await answers(ssl_ca_file=security.ca_file)
+            for authority in (None, other.ca_file):
+                with pytest.raises(RedisConnectionError, match="certificate"):
+                    await answers(password=password, ssl_ca_file=authority)
+            with pytest.raises(RedisConnectionError, match=r"[Hh]ostname"):
+                await answers("localhost", password=password, ssl_ca_file=security.ca_file)
+    finally:
+        guarded.remove()
 
 
 async def test_a_stored_analysis_is_found_by_audio_and_by_event(
