@@ -59,6 +59,14 @@ def test_every_claim_names_what_shows_it() -> None:
     assert [claim for claim, shown_by in claims() if not shown_by] == []
 
 
+def test_every_fault_says_what_happens_and_what_an_operator_sees_and_does() -> None:
+    head = "| fault | what happens | what an operator sees and does | shown by |"
+    tables = [table.split("\n\n")[0].splitlines()[2:] for table in PAGE.split(head)[1:]]
+    rows = [line.strip("|").split("|") for table in tables for line in table]
+    assert len(rows) > 40, "the tables are read"
+    assert [row for row in rows if len(row) != 4 or not all(cell.strip() for cell in row)] == []
+
+
 def test_every_test_named_is_there_once() -> None:
     exist = Counter(existing_tests())
     assert {test: exist[test] for test in TEST.findall(PAGE) if exist[test] != 1} == {}
