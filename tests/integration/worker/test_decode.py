@@ -411,8 +411,10 @@ async def test_a_picture_of_fifty_megabytes_is_passed_over(tmp_path: Path) -> No
     path = tmp_path / "with-picture"
     path.write_bytes(b"ID3\3\0\0" + size + frame + audio)
     async with pool_of(max_memory_bytes=256 * MIB) as pool:
+        [process] = decoders(pool)
+        own_bytes = peak_bytes(process)
         heard = await hear(pool, path)
-        assert peak_bytes(decoders(pool)[0]) < 256 * MIB
+        assert peak_bytes(process) < own_bytes + 140 * MIB, "once for each time that it is opened"
 
     assert heard.facts.duration_s == pytest.approx(30.0, abs=0.1)
 
