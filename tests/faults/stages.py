@@ -171,6 +171,12 @@ async def hang_produce(stand: Stand, quick: bool) -> Outcome:
         more = lane.tracks(range(tracks, tracks + 10))
         await lane.send(more)
         await lane.until_answered(tracks + 11, 60, unanswered=1)
+        _, second = lane.workers
+        end_s = now_s() + 30
+        while not await second.metric("timbre_retries_total", code="publish_failed"):
+            require(now_s() < end_s, "what Kafka does not take is sent again")
+            await lane.watch(0.5)
+        await _held(lane, 1)
         await lane.make_topics()
         at_s = now_s()
         await _moved_on(lane, tracks + 11)
