@@ -20,7 +20,7 @@ LATE = 8
 @scenario
 async def kill9(stand: Stand, quick: bool) -> Outcome:
     """Workers killed (-9) at random moments while uploads and backfill pass."""
-    kills, tracks = (2, 120) if quick else (20, 1000)
+    kills, tracks = (2, 240) if quick else (20, 1000)
     places: dict[str, Any] = {
         "worker__max_in_flight": IN_FLIGHT - 4,
         "worker__max_backfill_in_flight": 4,
