@@ -109,6 +109,16 @@ def test_a_name_runs_one_fault_and_none_runs_all_in_long_form_with_a_row_each(
     assert [row.split()[1] for row in rows] == [fault for fault, _ in lines]
 
 
+async def test_a_run_that_comes_to_nothing_leaves_no_old_report(
+    report: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faults, "Stand", None)
+    with pytest.raises(TypeError):
+        await faults._run(["passes"], quick=True)
+
+    assert json.loads(report.read_text()) == []
+
+
 def test_a_name_that_no_fault_has_is_refused(
     report: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
