@@ -1,12 +1,10 @@
 """Servers that can be trusted, for tests of TLS."""
 
-import asyncio
 import ssl
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import trustme
 from cryptography.hazmat.primitives.serialization import (
@@ -17,9 +15,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from pydantic import SecretStr
 
+from tests.proxy import proxy
 from worker.services.kafka import Kafka
 from worker.services.redis import Redis
-from worker.services.service import HOST
 from worker.settings import KafkaSettings
 
 
@@ -102,35 +100,8 @@ class GuardedRedis(Redis):
         yield "requirepass", self._password
 
 
-@asynccontextmanager
-async def tls_proxy(port: int, security: Security) -> AsyncIterator[int]:
+def tls_proxy(port: int, security: Security) -> AbstractAsyncContextManager[int]:
     """A port that speaks TLS and nothing else, before one of this machine that can't."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(security.certificate_file)
-    connections: set[asyncio.Task[None]] = set()
-
-    async def serve(reader: asyncio.StreamReader, out: asyncio.StreamWriter) -> None:
-        connections.add(task := cast(asyncio.Task[None], asyncio.current_task()))
-        task.add_done_callback(connections.discard)
-        with suppress(OSError):  # a side that has gone needs no farewell
-            inner_reader, inner_out = await asyncio.open_connection(HOST, port)
-            await asyncio.gather(_pass_on(reader, inner_out), _pass_on(inner_reader, out))
-
-    server = await asyncio.start_server(serve, HOST, 0, ssl=context)
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        server.close()
-        for connection in connections:
-            connection.cancel()
-        await asyncio.gather(*connections, return_exceptions=True)
-
-
-async def _pass_on(reader: asyncio.StreamReader, out: asyncio.StreamWriter) -> None:
-    """What one side sends, to the other, until its end."""
-    try:
-        while data := await reader.read(1 << 16):
-            out.write(data)
-            await out.drain()
-    finally:
-        out.close()
+    return proxy(port, context=context)

@@ -6,15 +6,19 @@ partition.
 """
 
 import asyncio
+import hashlib
 import random
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from tests.faults.audio_server import track
 from tests.faults.launcher import BREAKS, HANGS
 from tests.faults.scenarios import Outcome, conclude, now_s, require, scenario
 from tests.faults.stand import ROOT, Lane, Stand, Worker, until
+from tests.proxy import proxy
+from worker.services.service import HOST
 
 PATIENT: dict[str, Any] = {
     "fetch__stall_timeout_s": 60,
@@ -150,9 +154,34 @@ async def hang_device(stand: Stand, quick: bool) -> Outcome:
 
 @scenario
 async def hang_redis(stand: Stand, quick: bool) -> Outcome:
-    """A Redis that is frozen, kill -9, then Redis's own deadline: tags flow without it."""
+    """A question to Redis that gets no answer, kill -9, then Redis's own deadline."""
     tracks = 30 if quick else 200
-    async with stand.lane("hang-redis", partitions=2) as lane:
+    sha256 = hashlib.sha256(track(tracks)).hexdigest().encode()
+
+    def asks(command: bytes) -> bool:
+        return b"GETRANGE" in command and sha256 in command
+
+    async with (
+        stand.lane("hang-redis", partitions=2) as lane,
+        proxy(stand.redis.port, stalls=asks) as port,
+    ):
+        lane.settings["TIMBRE_REDIS__URL"] = f"redis://{HOST}:{port}/0"
+        hung = [lane.event(stand.audio.url(tracks), track_id="unanswered")]
+        at_s = await _killed_and_left(lane, hung, tracks=tracks, waiting=1)
+        await _moved_on(lane, tracks + 1)
+        require(not lane.checker.letters, f"tags flow without it: {lane.checker.reasons()}")
+        _, second = lane.workers
+        missed = await second.metric("timbre_cache_lookups_total", result="error")
+        require(missed > 0, "that it does not answer is told")
+        await lane.until_stored(tracks + 1, 30)
+        return await conclude(lane, [at_s], duplicates_at_most=tracks)
+
+
+@scenario
+async def redis_frozen(stand: Stand, quick: bool) -> Outcome:
+    """A Redis that is frozen for every track, kill -9, then Redis's own deadline."""
+    tracks = 30 if quick else 200
+    async with stand.lane("redis-frozen", partitions=2) as lane:
         stand.redis.pause()
         at_s = await _killed_and_left(lane, [], tracks=tracks, waiting=tracks)
         await _moved_on(lane, tracks)
