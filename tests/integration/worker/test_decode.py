@@ -49,9 +49,13 @@ class Heard:
     silent: NDArray[np.bool_]
 
 
-def pool_of(processes: int = 1, **limits: float) -> DecoderPool:
+def pool_of(
+    processes: int = 1, windows: WindowSettings | None = None, **limits: float
+) -> DecoderPool:
     settings = DecodeSettings.model_validate({"processes": processes, **limits})
-    return DecoderPool(settings, WindowSettings(), sample_rate_hz=RATE_HZ, window_samples=WINDOW)
+    return DecoderPool(
+        settings, windows or WindowSettings(), sample_rate_hz=RATE_HZ, window_samples=WINDOW
+    )
 
 
 async def hear(pool: DecoderPool, path: Path, *, priority: Priority = "upload") -> Heard:
@@ -126,6 +130,14 @@ def peak_bytes(process: psutil.Process) -> int:
     return int(line.split()[1]) * 1024
 
 
+def mapped(pid: int) -> Iterator[tuple[int, int, str]]:
+    """Where a process's memory begins and ends, and the inode of the file there (0: none)."""
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        place, _, _, _, inode, *_ = line.split()
+        start, end = (int(address, 16) for address in place.split("-"))
+        yield start, end, inode
+
+
 @pytest.fixture(scope="module")
 async def pool() -> AsyncIterator[DecoderPool]:
     async with pool_of(processes=2, timeout_s=30.0) as pool:
@@ -188,6 +200,35 @@ async def test_silent_windows_are_told_from_the_others(pool: DecoderPool, tmp_pa
     path.write_bytes(wav(signal, RATE_HZ))
 
     assert (await hear(pool, path)).silent.tolist() == [False, True, False, False]
+
+
+async def test_hop_tail_and_silence_are_those_of_the_settings(tmp_path: Path) -> None:
+    signal = tone(7.0, RATE_HZ)
+    signal[3 * RATE_HZ :] *= 0.01
+    path = tmp_path / "fading"
+    path.write_bytes(wav(signal, RATE_HZ))
+
+    async def heard(**changed: float) -> Heard:
+        async with pool_of(windows=WindowSettings.model_validate(changed)) as pool:
+            return await hear(pool, path)
+
+    assert [len(one.windows) for one in (await heard(), await heard(min_tail_s=1.1))] == [3, 2]
+    overlapping = await heard(hop_s=1.0, silence_dbfs=-30.0)
+    starts = range(0, len(signal) - WINDOW + 1, RATE_HZ)
+    expected = np.stack([signal[start : start + WINDOW, 0] for start in starts])
+    np.testing.assert_allclose(overlapping.windows, expected, atol=1e-4)
+    assert overlapping.silent.tolist() == [False, False, False, True, True]
+
+
+async def test_windows_are_read_where_the_decoder_wrote_them(song: Path) -> None:
+    """Neither pickled nor copied on their way."""
+    async with pool_of() as pool, pool.decode(song) as decoding:
+        block = await anext(decoding)
+        address = block.windows.ctypes.data
+        [process] = decoders(pool)
+        [read] = [file for start, end, file in mapped(os.getpid()) if start <= address < end]
+        assert read in [file for _, _, file in mapped(process.pid) if file != "0"]
+        block.release()
 
 
 async def test_a_held_block_stays_as_it_is_while_the_track_goes_on(song: Path) -> None:
