@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import yaml
 
+from model.bundle import Bundle
 from tests.conftest import MakeTopics
 from tests.unit.deploy.compose import ROOT, services
 from tests.worker_process import TIMBRE, environment
@@ -226,12 +227,43 @@ async def test_a_query_of_the_dashboard_finds_its_data(
         assert all(one["metric"].values()), one
 
 
-async def test_the_numbers_are_those_of_what_was_submitted(scraped: str) -> None:
-    assert await value(scraped, 'sum(timbre_tracks_total{outcome="tagged"})') == 2 * WAVES
-    assert await value(scraped, 'sum(timbre_tracks_total{outcome="cached"})') == WAVES
-    assert await value(scraped, "sum(timbre_dead_letters_total)") == 2 * WAVES
+async def test_the_numbers_are_those_of_what_was_submitted(
+    scraped: str, worker: tuple[str, Path], kafka_of_worker: KafkaSettings
+) -> None:
+    sizes = {path.name: path.stat().st_size for path in worker[1].iterdir()}
+    fetched = sum(sizes.values()) + sum(sizes[f"new-{number}.wav"] for number in range(WAVES))
+    stages = {"fetch": 5, "decode": 3, "batch": 2, "vote": 2, "publish": 3, "store": 3, "total": 3}
+    in_each_wave = {
+        f'timbre_events_total{{topic="{kafka_of_worker.topic_new}"}}': 4,
+        f'timbre_events_total{{topic="{kafka_of_worker.topic_backfill}"}}': 1,
+        'timbre_tracks_total{outcome="tagged", priority="upload"}': 1,
+        'timbre_tracks_total{outcome="tagged", priority="backfill"}': 1,
+        'timbre_tracks_total{outcome="cached", priority="upload"}': 1,
+        'timbre_tracks_total{outcome="dead_letter"}': 2,
+        'timbre_dead_letters_total{code="audio_unreadable"}': 1,
+        'timbre_dead_letters_total{code="fetch_unavailable"}': 1,
+        'timbre_retries_total{stage="fetch", code="fetch_unavailable"}': 1,
+        'timbre_cache_lookups_total{result="hit"}': 1,
+        'timbre_cache_lookups_total{result="miss"}': 3,
+        'timbre_windows_total{kind="voted"}': 5,
+        "timbre_batch_windows_sum": 5,
+        'timbre_labels_total{head="genre"}': 3,
+        "timbre_end_to_end_seconds_count": 3,
+        "timbre_in_flight": 0,
+        "timbre_consumer_lag": 0,
+        "timbre_queue_windows": 0,
+        "timbre_decoder_restarts_total": 0,
+        **{f'timbre_stage_seconds_count{{stage="{stage}"}}': n for stage, n in stages.items()},
+    }
+    found = {series: await value(scraped, f"sum({series}) or vector(0)") for series in in_each_wave}
+    assert found == {series: WAVES * number for series, number in in_each_wave.items()}
+    assert await value(scraped, "timbre_fetched_bytes_total") == fetched
     assert await value(scraped, "timbre_audio_seconds_total") == pytest.approx(11 * WAVES, abs=0.1)
-    assert await value(scraped, "sum(timbre_consumer_lag)") == 0
+    assert await value(scraped, "sum(timbre_end_to_end_seconds_sum)") > 0
+    (build,) = (await ask(scraped, "query", query="timbre_build_info"))["result"]
+    bundle = Bundle.load("fast")
+    told = {"model": bundle.name, "model_version": bundle.version}
+    assert build["metric"].items() >= told.items()
 
 
 async def test_the_variable_of_the_dashboard_lists_the_workers(
