@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from model.bundle import Bundle
 from tests.audio import damaged, encode, tone
 from tests.worker_process import TIMBRE
 from worker.analysis import Analysis
@@ -270,6 +271,30 @@ def test_files_of_one_name_have_a_picture_each_numbered_in_the_order_given(
         "01-2.mp3 is alone with its name and keeps it"
     )
     assert {path.name for path in tmp_path.glob("*.png")} == set(drawn)
+
+
+def test_the_command_does_as_its_options_say(
+    files: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def timbre(*options: str) -> object:
+        monkeypatch.setattr(sys, "argv", ["timbre", "tag", *options, "--model", "fast", files[3]])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code
+
+    monkeypatch.chdir(tmp_path)
+    assert timbre("--csv") == 0
+    assert capsys.readouterr().out.splitlines()[0] == ",".join(CSV_COLUMNS)
+    assert timbre("--json", "--plot") == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["model"]["name"] == Bundle.load("fast").name
+    assert len(line["taggram"]["genre"]) == line["windows"]["total"]
+    assert [path.name for path in tmp_path.iterdir()] == ["short.taggram.png"]
+    assert timbre("--csv", "--json") == 1
+    assert "Choose one" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there_is_an_error_before_anything_is_tagged(
