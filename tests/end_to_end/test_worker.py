@@ -1,6 +1,7 @@
 """The whole way, on a real Kafka, a real Redis, real HTTP and S3 servers and a real worker."""
 
 import asyncio
+import hashlib
 import json
 import signal
 import socket
@@ -164,21 +165,66 @@ async def test_the_same_event_and_the_same_audio_again_are_answered_from_the_cac
     topics: MakeTopics, redis_url: str, redis_prefix: str, tracks: dict[str, Path], tmp_path: Path
 ) -> None:
     own = await topics(partitions=1)
-    first = event("first", tracks["flac"].as_uri())
+    once = tracks["flac"].with_name("once.flac")
+    once.write_bytes(tracks["flac"].read_bytes())
+    first = event("first", once.as_uri())
     async with file_worker(own, redis_url, redis_prefix, tracks, tmp_path) as worker:
         await send(own, first)
         await receive(own, own.topic_tags, 1)
+        once.unlink()
+        known = {"uri": f"{once.as_uri()}.gone", "sha256": sha256_of(tracks["flac"])}
         await send(own, first, event("second", tracks["flac"].as_uri()))
-        results = [json.loads(message.value) for message in await receive(own, own.topic_tags, 3)]
-        one, again = [result for result in results if result["track_id"] == "first"]
-        [second] = [result for result in results if result["track_id"] == "second"]
+        await send(own, {"track_id": "third", "audio": known})
+        results = [json.loads(message.value) for message in await receive(own, own.topic_tags, 4)]
         assert worker.metric("timbre_windows_total", kind="voted") == 3
+        assert worker.metric("timbre_stage_seconds_count", stage="decode") == 1
 
-    assert again["processing"]["cached"]
-    assert second["processing"]["cached"]
+    one, again = [result for result in results if result["track_id"] == "first"]
+    [second] = [result for result in results if result["track_id"] == "second"]
+    [third] = [result for result in results if result["track_id"] == "third"]
+    assert all(result["processing"]["cached"] for result in (again, second, third))
     assert without_processing(again) == without_processing(one)
-    assert second["tags"] == one["tags"]
+    assert second["tags"] == third["tags"] == one["tags"]
     assert second["event_id"] != one["event_id"]
+    assert third["audio"]["uri"] == known["uri"]
+
+
+async def test_uploads_go_before_backfill_whether_its_topic_or_its_event_says_so(
+    topics: MakeTopics,
+    redis_url: str,
+    redis_prefix: str,
+    tracks: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = await topics(partitions=1)
+    roots = json.dumps([str(tracks["mp3"].parent)])
+    more = {"TIMBRE_DECODE__PROCESSES": "1", "TIMBRE_FETCH__FILE_ROOTS": roots}
+    for name, value in environment(own, redis_url, redis_prefix, **more).items():
+        monkeypatch.setenv(name, value)
+    predicted = list[str]()
+    async with Worker(load(), Bundle.load("fast")) as worker:
+        predict = worker.tagger.batcher.predict
+
+        async def told(windows: Any, *, priority: Any = "none", ticket: Any) -> Any:
+            predicted.append(priority)
+            return await predict(windows, priority=priority, ticket=ticket)
+
+        monkeypatch.setattr(worker.tagger.batcher, "predict", told)
+        working = asyncio.create_task(worker.run())
+        async with worker.tagger.decoders.decode(tracks["mp3"]) as holding:
+            await anext(holding)
+            await send(own, event("by-topic", tracks["ogg"].as_uri()), topic=own.topic_backfill)
+            await send(own, event("by-itself", tracks["flac"].as_uri(), priority="backfill"))
+            await until(lambda: worker.consumer.in_flight == 2)
+            await send(own, event("upload", tracks["opus"].as_uri()))
+            await until(lambda: worker.consumer.in_flight == 3)
+            await asyncio.sleep(1)  # until it waits with the others
+        first, *rest = [message.key for message in await receive(own, own.topic_tags, 3)]
+        worker.consumer.stop()
+        await working
+    assert first == b"upload"
+    assert set(rest) == {b"by-topic", b"by-itself"}
+    assert predicted == ["upload", "backfill", "backfill"]
 
 
 async def test_a_track_uploaded_again_ends_with_the_tags_of_its_new_audio(
@@ -215,12 +261,14 @@ async def test_what_cannot_pass_is_a_dead_letter_and_its_neighbours_are_tagged(
     own = await topics(partitions=1)
     noise = tracks["mp3"].with_name("noise.mp3")
     noise.write_bytes(bytes(range(256)) * 64)
+    other = {"uri": tracks["ogg"].as_uri(), "sha256": "0" * 64}
     bad = {
         b"not json": "event_malformed",
         json.dumps(event("gone", noise.with_name("gone.mp3").as_uri())).encode(): "audio_not_found",
         json.dumps(event("outside", "file:///etc/passwd")).encode(): "address_refused",
         json.dumps(event("metadata", "http://169.254.169.254/latest")).encode(): "address_refused",
         json.dumps(event("noise", noise.as_uri())).encode(): "audio_unreadable",
+        json.dumps({"track_id": "other", "audio": other}).encode(): "checksum_mismatch",
     }
     async with file_worker(own, redis_url, redis_prefix, tracks, tmp_path) as worker:
         await send(own, *bad, event("good", tracks["ogg"].as_uri()))
@@ -801,6 +849,10 @@ async def stored_of(redis: Redis, key: str, event_id: str) -> dict[bytes, bytes]
         while (stored := await redis.hgetall(key)).get(b"event_id") != event_id.encode():
             await asyncio.sleep(0.05)
     return cast(dict[bytes, bytes], stored)
+
+
+def sha256_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def without_processing(result: dict[str, Any]) -> dict[str, Any]:
