@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -28,6 +29,7 @@ from schemas.events import (
     NewTrack,
     Processing,
     Tag,
+    TrackTags,
     WindowCounts,
 )
 from tests.audio import audio_facts
@@ -228,6 +230,25 @@ async def test_a_stored_analysis_is_found_by_audio_and_by_event(
         unpublished = analysis(sha256="cd" * 32)
         await cache.remember("event", unpublished)
         assert await cache.by_event("event") == unpublished
+
+
+@pytest.mark.parametrize("uncertain", [False, True])
+async def test_a_tracks_hash_holds_its_best_genre_its_result_and_its_embedding(
+    redis: Redis, redis_url: str, redis_prefix: str, uncertain: bool
+) -> None:
+    async with cache_at(redis_url, redis_prefix) as cache:
+        found = analysis("jazz", 0.9).model_copy(update={"uncertain": uncertain})
+        event_id = await store(cache, "t", found)
+    held = cast(dict[bytes, bytes], await redis.hgetall(f"{redis_prefix}track:t"))
+    assert TrackTags.from_bytes(held.pop(b"result")).event_id == event_id
+    embedding = np.frombuffer(held.pop(b"embedding"), "<f4")
+    np.testing.assert_allclose(embedding, found.embedding, rtol=1e-6)
+    assert held == {
+        b"event_id": event_id.encode(),
+        b"genre": b"jazz",
+        b"score": b"0.9",
+        b"uncertain": b"1" if uncertain else b"0",
+    }
 
 
 @pytest.mark.parametrize(

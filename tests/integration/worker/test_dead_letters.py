@@ -70,6 +70,7 @@ async def test_a_letter_holds_the_original_bytes_and_headers_with_reason_and_ori
     assert place == (0, 1)
     assert letter.reason.code == "audio_not_found"
     assert letter.reason.message == "Nöthing there."
+    assert (letter.reason.stage, letter.reason.retryable) == ("fetch", False)
     assert letter.attempts == 2
     assert (letter.origin.topic, letter.origin.offset) == (own.topic_new, 1)
     assert letter.track_id == "t\n1"
