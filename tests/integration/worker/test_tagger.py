@@ -72,3 +72,15 @@ async def test_results_carry_no_more_tags_than_are_wanted_but_the_best_of_each_h
         for label in [tag.label for tag in all_tags if tag.head == head][:left]
     ]
     assert [tag.label for tag in tags] == wanted
+
+
+async def test_windows_vote_as_the_settings_say(song: Path) -> None:
+    by_default = VoteSettings(uncertain_below=0.0)
+    otherwise = VoteSettings(method="majority", uncertain_below=1.0)
+    async with tagger_of(song, votes=by_default) as tagger:
+        mean = await tagger.tag(song.as_uri())
+    async with tagger_of(song, votes=otherwise) as tagger:
+        majority = await tagger.tag(song.as_uri())
+    assert (mean.vote, mean.uncertain) == ("mean", False)
+    assert (majority.vote, majority.uncertain) == ("majority", True)
+    assert [tag.score for tag in majority.tags] != [tag.score for tag in mean.tags]
