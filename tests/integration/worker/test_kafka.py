@@ -120,6 +120,23 @@ async def test_what_goes_to_a_broker_that_freezes_is_given_up_in_time_and_the_ne
         assert time.monotonic() - paused_s < 11
 
 
+async def test_a_message_is_delivered_once_every_replica_in_sync_has_it(
+    brokers: tuple[Kafka, Kafka],
+) -> None:
+    first, second = brokers
+    settings = KafkaSettings(bootstrap_servers=first.address)
+    async with administering(settings) as admin:
+        await admin.create_topics([NewTopic("results", -1, -1, {0: [1, 2]})])
+    async with producer(settings) as sending:
+        await sending.send_and_wait("results", b"copied")
+        second.pause()
+        delivery = await sending.send("results", b"not yet copied")
+        await asyncio.wait({delivery}, timeout=2)
+        assert not delivery.done()
+        second.resume()
+        await delivery
+
+
 async def test_no_message_takes_long_to_be_compressed(
     kafka_settings: KafkaSettings, topic: MakeTopic
 ) -> None:
