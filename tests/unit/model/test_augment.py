@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.augment import Augmentation, Augmenter
+from model.augment import KNOTS, Augmentation, Augmenter
 from model.frontend import LogMelConfig
 from model.logmel_cnn import ARCHIVE_FRONT_END
 
@@ -97,6 +97,42 @@ def test_a_masked_stretch_of_time_takes_the_means_of_the_bands() -> None:
     assert unchanging.any()
     assert int(unchanging.sum(1).max()) <= 36
     assert float(augment._stretch(4_000, 72, 0.5).float().mean()) == pytest.approx(0.25, abs=0.01)
+
+
+def test_a_masked_range_of_bands_is_hidden_in_every_frame() -> None:
+    augment = augmenter(band_mask=0.5, band_masks=1)
+    logmel, _ = augment(excerpts(augment.span), TARGETS)
+    hidden = (logmel == 0).all(1)
+    assert torch.equal(hidden, (logmel == 0).any(1))
+    edges = hidden.int().diff(dim=1, prepend=torch.zeros(8, 1), append=torch.zeros(8, 1))
+    assert (edges.abs().sum(1) <= 2).all(), "one range"
+    assert len(set(hidden.sum(1).tolist())) > 3
+    assert 0 < int(hidden.sum(1).max()) <= 64
+
+
+def changes(**effects: float) -> Tensor:
+    """What effects add to windows of a front end that doesn't normalise."""
+    plain, augment = augmenter(LogMelConfig()), augmenter(LogMelConfig(), 0, **effects)
+    source = excerpts(plain.span, 96)
+    return augment(source, TARGETS)[0] - plain(source, TARGETS)[0]
+
+
+def test_an_equaliser_adds_each_window_a_smooth_curve_over_the_bands() -> None:
+    curves = changes(equaliser=0.3)
+    torch.testing.assert_close(curves, curves[:, :1].expand_as(curves), atol=1e-3, rtol=0)
+    curves = curves[:, 0]
+    assert (curves.std(1) > 0.2).sum() >= 6
+    assert len({round(float(level), 2) for level in curves[:, 0]}) == 8
+    bends = curves.diff(dim=1).diff(dim=1).abs() > 1e-3
+    assert (bends.sum(1) <= 2 * (KNOTS - 2)).all(), "straight between knots"
+
+
+def test_gain_makes_a_whole_window_louder_or_quieter() -> None:
+    gains = changes(gain=0.3)
+    torch.testing.assert_close(gains, gains[:, :1, :1].expand_as(gains), atol=1e-3, rtol=0)
+    assert 2 < float(gains[:, 0, 0].std()) < 15, "of deviations of 20"
+    assert (gains[:, 0, 0] > 0).any()
+    assert (gains[:, 0, 0] < 0).any()
 
 
 def test_front_ends_that_do_not_normalise_keep_their_scale() -> None:
