@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from model import learnt
@@ -15,6 +15,7 @@ from model.bundle import Bundle
 from model.datasets import load
 from model.datasets.dataset import Dataset
 from model.datasets.logmels import LogMelSource, open_source
+from model.device import Precision
 from model.heads import Head
 from model.logmel_cnn import (
     ARCHIVE_FRONT_END,
@@ -25,12 +26,14 @@ from model.logmel_cnn import (
     build_logmel_cnn,
     narrowed,
 )
+from model.measure import Voted
 from model.train import (
     FINE_TUNING,
     Progress,
     Recipe,
     Validation,
     _batch_rows,
+    _calibrated,
     _loss,
     _optimizer,
     _schedule,
@@ -73,6 +76,7 @@ def test_a_bundle_learns_loads_and_tells_what_it_is(dataset: Dataset, tmp_path: 
     assert loaded.heads[0].calibration.temperature.keys() == {"mean", "majority", "weighted"}
     assert loaded.training["songs"] == 12
     assert loaded.training["fit"] == "all"
+    assert (loaded.training["data"], loaded.training["licence"]) == (dataset.name, dataset.licence)
     assert learnt.marks(loaded.training) == {learnt.mark(clip.name) for clip in dataset.clips}
     assert loaded.figures["track_accuracy"]["mean"] == 1.0
     assert 0 < loaded.uncertain_threshold < 1
@@ -202,6 +206,41 @@ def test_a_pass_draws_every_song_once_at_a_rate_that_warms_up_and_falls() -> Non
     assert rates[55] == pytest.approx(0.5)
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert rates[-1] < 1e-3
+
+
+def test_every_step_is_as_large_as_recipe_and_schedule_say(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    step = Precision.step
+
+    def noted(
+        self: Precision, loss: Tensor, network: nn.Module, by: torch.optim.Optimizer, most: float
+    ) -> None:
+        step(self, 1e6 * loss, network, by, most)
+        norms = [part.grad.norm() for part in network.parameters() if part.grad is not None]
+        assert float(torch.stack(norms).norm()) == pytest.approx(most, rel=1e-3)
+        rates.extend(group["lr"] for group in by.param_groups)
+
+    monkeypatch.setattr(Precision, "step", noted)
+    train(dataset, tmp_path / "b", recipe=SMALL.model_copy(update={"passes": 5}), fit="train")
+    wanted = [SMALL.learning_rate * _schedule(done, 5, SMALL.warm_up) for done in range(5)]
+    assert rates == pytest.approx(np.repeat(wanted, 2))
+
+
+def test_scores_are_calibrated_after_the_vote_and_most_tracks_reach_the_threshold() -> None:
+    head = Head(name="genre", kind="single", labels=music.GENRES, categories=music.GENRES)
+    generator = np.random.default_rng(0)
+    right = generator.random(1_000) < 0.75
+    sure = generator.uniform(0.9, 0.999, 1_000)
+    said = np.where(right, sure, 1 - sure)
+    songs = [np.tile([[p, 1 - p]], (3, 1)) for p in said]
+    targets = np.tile([[1.0, 0.0]], (1_000, 1)).astype(np.float32)
+    calibration, threshold, figures = _calibrated(head, songs, targets)
+    voted = Voted.of(songs, head.model_copy(update={"calibration": calibration}), "mean")
+    assert voted.confidence.mean() == pytest.approx(0.75, abs=0.05), "0.95 before"
+    assert (voted.confidence >= threshold).mean() == pytest.approx(0.7, abs=0.01)
+    assert figures["track_accuracy"]["mean"] == pytest.approx(0.75, abs=0.03)
 
 
 def test_biases_and_norms_do_not_decay() -> None:
