@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.patches import Rectangle
 
 from model import learnt
 from model.bundle import Bundle
@@ -17,10 +18,12 @@ from model.evaluate import (
     MAX_PICTURED_LABELS,
     _confusion,
     _coverage,
+    _coverage_curve,
     _intervals,
     _multi,
     _neighbours,
     _paired,
+    _reliability,
     _single,
     _taggram,
     draw,
@@ -161,6 +164,34 @@ def test_pictures_name_what_they_show_where_they_show_it() -> None:
     assert shown == [*range(60 - MAX_PICTURED_LABELS, 60)]
     np.testing.assert_array_equal(axes.images[0].get_array(), windows[:, shown].T)
     assert all(tick % 1 == 0 for tick in _taggram(windows[:1, :2], ("a", "b")).axes[0].get_xticks())
+
+
+def test_the_reliability_diagram_has_a_bar_as_high_as_its_scores_are_right() -> None:
+    confidence, right = np.array([0.31, 0.35, 0.39, 0.95]), np.array([True, False, False, True])
+    axes = _reliability(confidence, right).axes[0]
+    bars = {
+        round(bar.get_x() + bar.get_width() / 2, 2): bar.get_height()
+        for bar in axes.patches
+        if isinstance(bar, Rectangle)
+    }
+    assert bars == pytest.approx({0.35: 1 / 3, 0.95: 1.0})
+    assert [text.get_text() for text in axes.texts] == ["3", "1"]
+    assert np.asarray(axes.lines[0].get_xydata()).tolist() == [[0, 0], [1, 1]]
+
+
+def test_the_curve_of_coverage_is_that_of_the_report() -> None:
+    report = _coverage(np.array([0.9, 0.8, 0.6, 0.3]), np.array([1.0, 1.0, 0.0, 0.0]), 0.7)
+    curve, dot = _coverage_curve(report).axes[0].lines
+    points = [[point["coverage"], point["accuracy"]] for point in report["curve"]]
+    assert np.asarray(curve.get_xydata()).tolist() == points
+    assert np.asarray(dot.get_xydata()).tolist() == [[0.5, 1.0]]
+
+
+def test_uncertain_is_told_by_the_bundles_own_threshold(model: Bundle, archive: Dataset) -> None:
+    report = evaluate(dataclasses.replace(model, uncertain_threshold=0.999), archive).report
+    coverage = report["coverage"]
+    assert (coverage["threshold"], coverage["certain"]) == (0.999, 0.0)
+    assert coverage["accuracy_of_certain"] is None
 
 
 def test_multi_label_has_areas_under_curves(tmp_path: Path) -> None:
