@@ -1,3 +1,4 @@
+import re
 import struct
 import subprocess
 import zipfile
@@ -159,6 +160,25 @@ def test_what_pip_says_at_last_is_told_in_whole_lines(
         fetch_wheel(tmp_path)
     told = refused.value.message.removeprefix("pip could not fetch musicnn==0.1.0: ")
     assert told.splitlines() == [*lines[-2:], "ERROR: no distribution"]
+
+
+def test_the_wheel_is_fetched_by_version_and_hash_without_its_dependencies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        (tmp_path / "musicnn-0.1.0-py3-none-any.whl").write_bytes(b"another")
+        return subprocess.CompletedProcess([], 0, "", "")
+
+    monkeypatch.setattr("model.musicnn.subprocess.run", pip)
+    with pytest.raises(BundleInvalid, match="is not the published wheel"):
+        fetch_wheel(tmp_path)
+    [command] = commands
+    assert {"--no-deps", "--require-hashes"} <= set(command)
+    asked = Path(command[command.index("-r") + 1]).read_text()
+    assert re.fullmatch(r"musicnn==0\.1\.0 --hash=sha256:[0-9a-f]{64}\n", asked)
 
 
 def test_a_bundle_of_no_given_place_goes_to_musicnn(
