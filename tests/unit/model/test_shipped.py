@@ -184,6 +184,72 @@ def test_the_students_front_end_makes_every_second_frame_of_the_references(
     torch.testing.assert_close(made, halved(reference.network.front_end(samples)))
 
 
+def test_an_untrained_student_has_the_references_taps_where_they_stand(reference: Bundle) -> None:
+    student, _ = start(reference)
+    mine, theirs = student.state_dict(), reference.network.state_dict()
+
+    def moment(taps: torch.Tensor, lead: int, frames: int) -> torch.Tensor:
+        """Where taps `(filters, channels, taps, ...)` stand by weight, in the reference's frames
+        from the one that they are for."""
+        places = frames * (torch.arange(taps.shape[2]) - lead)
+        return torch.einsum("oit...,t->oi...", taps, places.float())
+
+    for layer in range(3):
+        name = f"trunk.mid.{layer}.conv.weight"
+        assert mine[name].shape[2] == 5
+        torch.testing.assert_close(mine[name].sum(2), theirs[name].sum(2))
+        torch.testing.assert_close(moment(mine[name], 2, 2), moment(theirs[name], 3, 1))
+    for branch in range(5):
+        name = f"trunk.front.{branch}.weight"
+        taps = theirs[name]
+        few, many = ((kernel.shape[2] - 1) // 2 for kernel in (mine[name], taps))
+        torch.testing.assert_close(mine[name].sum(2), taps.sum(2))
+        later = taps[:, :, 0::2].sum(2)  # one between two of the student's frames, by one
+        torch.testing.assert_close(moment(mine[name], few, 2), moment(taps, many, 1) + later)
+
+
+def test_a_student_is_left_with_the_moving_average_of_its_weights(reference: Bundle) -> None:
+    rng = np.random.default_rng(0)
+    lessons = Lessons.ask(reference, varied([recording(0)], 8, rng))
+    student, _ = start(reference)
+    bias = student.get_parameter("heads.tags.bias")
+    states: list[torch.Tensor] = []
+    student.trunk.register_forward_pre_hook(lambda *_: states.append(bias.detach().clone()))
+    teach(student, [lessons], Plan(steps=8, learning_rate=0.1, batch=(8,)), rng)
+
+    average = states[0]
+    for state in (*states[1:], states[-1]):  # the last step is next to none
+        average = average.lerp(state, 0.5)
+    torch.testing.assert_close(bias, average, atol=1e-4, rtol=0)
+    assert (states[-1] - average).abs().max() > 0.003
+
+
+def test_lessons_vary_in_tempo_and_pitch_and_some_are_mixtures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("model.shipped.student.equalised", lambda window, _: window)
+    low, high = (np.zeros((400, 96), np.float16) for _ in range(2))
+    low[:, 40], high[:, 70] = 4, 4
+    for frame in range(3):
+        low[frame::25, 10] = 4  # a beat, three frames long
+    both = [Recording(name, fine, fine) for name, fine in (("low", low), ("high", high))]
+    count = 600
+    windows = np.stack(list(varied(both, count, np.random.default_rng(0))))
+    assert windows.shape == (count, coarse.WINDOW_FRAMES, 96)
+
+    tones = windows.mean(1)
+    mixed = (tones[:, 30:50].max(1) > 0.1) & (tones[:, 60:80].max(1) > 0.1)
+    assert mixed.mean() == pytest.approx(0.35 / 2, abs=0.05), "of two that differ"
+    alone = tones[~mixed]
+    peaks = np.where(alone[:, 30:50].max(1) > 0.1, alone[:, 30:50].argmax(1), 40)
+    assert set(peaks.tolist()) == {8, 9, 10, 11, 12, 40}
+    beats = windows[~mixed & (tones[:, 40] > 3.9)][..., 10] > 2  # as high as they were
+    spacings = [np.diff(np.flatnonzero(np.diff(beat.astype(int)) == 1)) for beat in beats]
+    medians = np.array([np.median(spacing) for spacing in spacings])
+    changed = (np.abs(medians - 25) > 1) & (medians > 19) & (medians < 32)
+    assert changed.mean() > 0.25
+
+
 def test_one_seed_gives_one_student(reference: Bundle) -> None:
     def train() -> dict[str, torch.Tensor]:
         rng = np.random.default_rng(3)
