@@ -10,7 +10,7 @@ and music adversaries, 2015; clips in none of its lists are on no side.
 import re
 from pathlib import Path
 
-from model.datasets.dataset import Clip, Dataset, Skipped
+from model.datasets.dataset import Clip, Dataset, Skipped, utf8
 from worker.audio_files import is_audio
 from worker.errors import DatasetInvalid
 
@@ -20,7 +20,7 @@ GENRES = (
     "blues", "classical", "country", "disco", "hiphop", "jazz", "metal", "pop", "reggae", "rock",
 )
 # fmt: on
-SONG = re.compile(rf"(({'|'.join(GENRES)})\.\d{{5}})(\..+)?")
+SONG = re.compile(rf"(({'|'.join(GENRES)})\.\d{{5}})(?:\..+)?")
 CORRUPT = {"jazz.00054": "known to be corrupt in every published copy of GTZAN"}
 
 # Numbers of the clips by genre, in the order of GENRES, ranges included.
@@ -88,18 +88,20 @@ def root(path: Path) -> Path | None:
 
 
 def load(path: Path) -> Dataset:
-    """Every clip of GTZAN at `path`; corrupt ones are skipped and named."""
+    """Every clip of GTZAN at `path`; corrupt ones, and audio under another name than those of its
+    genre's clips, are skipped and named."""
     folder = root(path)
     if folder is None:
         raise DatasetInvalid(f"{path} has no genres/GENRE/GENRE.00000.wav (or .au)")
     split = fault_filtered_split()
     clips, skipped = [], []
     for genre in GENRES:
-        for file in sorted((folder / genre).glob(f"{genre}.*")):
+        for file in filter(is_audio, sorted((folder / genre).glob("*"))):
             song = SONG.fullmatch(file.stem)
-            if song is None or not is_audio(file):
-                continue
-            if song[1] in CORRUPT:
+            if song is None or song[2] != genre:
+                why = "is not called as clips of its folder's genre are"
+                skipped.append(Skipped(utf8(f"{genre}/{file.name}"), why))
+            elif song[1] in CORRUPT:
                 skipped.append(Skipped(file.stem, CORRUPT[song[1]], split.get(song[1])))
             else:
                 clips.append(Clip(file.stem, (genre,), song[1], split.get(song[1]), file))

@@ -6,6 +6,7 @@ and a minority genre, between tabs. `unique_tracks.txt` beside it names the arti
 """
 
 import re
+from collections import defaultdict
 from pathlib import Path
 
 from model.datasets.dataset import Clip, Dataset, Skipped, labels_of, recordings, utf8
@@ -32,18 +33,24 @@ def load(path: Path) -> Dataset:
         raise DatasetInvalid(f"{path} holds {much}; name the one to use")
     folder = files[0].parent
     genres = _genres(files[0])
-    audio = _previews(folder)
+    previews = _previews(folder)
     artists = _artists(folder / ARTISTS)
-    same = recordings(audio[track] for track in genres if track in audio)
+    same = recordings(previews[track][0] for track in genres if track in previews)
     clips, skipped = [], []
     for track, labels in genres.items():
-        if track not in audio:
+        if track not in previews:
             skipped.append(Skipped(track, "is annotated but has no preview on disk"))
-        elif artists and track not in artists:
+            continue
+        first, *further = previews[track]
+        skipped += [
+            Skipped(utf8(file.relative_to(folder).as_posix()), "is a second preview of its track")
+            for file in further
+        ]
+        if artists and track not in artists:
             skipped.append(Skipped(track, f"has no artist in {ARTISTS}"))
         else:
-            group = artists.get(track) or same[audio[track]]
-            clips.append(Clip(track, labels, group, None, audio[track]))
+            group = artists.get(track) or same[first]
+            clips.append(Clip(track, labels, group, None, first))
     multi = any(len(clip.labels) > 1 for clip in clips)
     return Dataset(
         name=f"MSD ({utf8(files[0].stem)})",
@@ -69,13 +76,13 @@ def _genres(file: Path) -> dict[str, tuple[str, ...]]:
     return genres
 
 
-def _previews(folder: Path) -> dict[str, Path]:
-    """Track id -> file, by the id in the file's name; the first in order of path counts."""
-    found: dict[str, Path] = {}
+def _previews(folder: Path) -> dict[str, list[Path]]:
+    """Track id -> files, by the id in their names, in order of path; the first counts."""
+    found: dict[str, list[Path]] = defaultdict(list)
     for file in sorted({*folder.glob("*"), *folder.glob("*/**/*")}):  # also where a link leads
         match = TRACK_ID.search(file.name)
         if match and is_audio(file) and file.is_file():
-            found.setdefault(match.group(), file)
+            found[match.group()].append(file)
     return found
 
 

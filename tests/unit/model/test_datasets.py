@@ -56,7 +56,23 @@ def test_excerpts_of_a_clip_of_gtzan_stay_on_its_side(tmp_path: Path, folder: st
         "blues.00030": "blues.00030",
     }
     assert {clip.split for clip in clips} == {"train"}
-    assert [skipped.name for skipped in dataset.skipped] == ["jazz.00054.second"]
+    assert [skipped.name for skipped in dataset.skipped] == [
+        "blues/blues.mix.wav",
+        "jazz.00054.second",
+    ]
+
+
+def test_a_clip_of_gtzan_in_another_genres_folder_is_named(tmp_path: Path) -> None:
+    for folder, name in (("blues", "blues.00029"), ("blues", "metal.00002"), ("blues", "song")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / f"{name}.wav").touch()
+    dataset = load(tmp_path)
+    assert [clip.name for clip in dataset.clips] == ["blues.00029"]
+    why = "is not called as clips of its folder's genre are"
+    assert dataset.skipped == (
+        Skipped("blues/metal.00002.wav", why),
+        Skipped("blues/song.wav", why),
+    )
 
 
 def test_fault_filtered_split_has_the_published_sizes() -> None:
@@ -202,6 +218,17 @@ def test_previews_of_msd_may_be_where_a_link_leads(tmp_path: Path) -> None:
         file.rename(listed / file.name)
     (listed / "previews").symlink_to(root)
     assert len(load(listed).clips) == 11
+
+
+def test_of_two_previews_of_a_track_of_msd_the_second_is_named(tmp_path: Path) -> None:
+    root = music.msd(tmp_path)
+    first = next(root.rglob(f"{music.TRACK_IDS[1]}.mp3"))
+    (root / "Z").mkdir()
+    (root / "Z" / f"{music.TRACK_IDS[1]}.clip.mp3").write_bytes(b"another")
+    dataset = load(root)
+    assert dataset.clips[0].path == first
+    second = f"Z/{music.TRACK_IDS[1]}.clip.mp3"
+    assert dataset.skipped[1] == Skipped(second, "is a second preview of its track")
 
 
 def test_space_around_artists_of_msd_makes_no_difference(tmp_path: Path) -> None:
