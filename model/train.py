@@ -38,7 +38,7 @@ from model.calibration import (
     threshold_for_coverage,
 )
 from model.checkpoint import Checkpoint, State
-from model.datasets.dataset import Dataset, left_out
+from model.datasets.dataset import Dataset, left_out, odd_labels
 from model.datasets.logmels import LogMelSource, open_source
 from model.device import Precision, choose_device
 from model.folder import make_folder
@@ -444,6 +444,8 @@ def _opened(
     )
     for names, reason in left_out(dataset.skipped):
         progress.say(f"skipped {names}: {reason}")
+    for told in odd_labels(dataset):
+        progress.say(told)
     for side in ("train", "valid"):
         if side not in dataset.splits:
             raise DatasetInvalid(

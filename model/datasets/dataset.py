@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -205,6 +205,19 @@ def split_name(raw: str) -> str | None:
 def labels_of(clips: Iterable[Clip]) -> tuple[str, ...]:
     """All labels that clips have, in order."""
     return tuple(sorted({label for clip in clips for label in clip.labels}))
+
+
+def odd_labels(dataset: Dataset) -> Iterator[str]:
+    """What somebody about to train should know of the labels, in sentences."""
+    learnt = {label for clip in dataset.clips if clip.split == "train" for label in clip.labels}
+    if absent := [label for label in dataset.labels if label not in learnt]:
+        yield f"no clip in train has the label {_listed(absent)}"
+    by_spelling: dict[str, list[str]] = defaultdict(list)
+    for label in dataset.labels:
+        by_spelling[label.casefold()].append(label)
+    for alike in by_spelling.values():
+        if len(alike) > 1:
+            yield f"{_listed(alike)} are taken for {len(alike)} labels, and differ in case alone"
 
 
 def utf8(name: str) -> str:

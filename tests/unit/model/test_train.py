@@ -243,6 +243,26 @@ def test_scores_are_calibrated_after_the_vote_and_most_tracks_reach_the_threshol
     assert figures["track_accuracy"]["mean"] == pytest.approx(0.75, abs=0.03)
 
 
+def test_labels_that_are_not_learnt_or_alike_are_told(tmp_path: Path) -> None:
+    for number, label in enumerate(("Rock", "rock", "jazz")):
+        for count in range(3):
+            music.song(tmp_path / label / f"{count}.wav", "metal", 10 * number + count)
+    for file in (tmp_path / "jazz").iterdir():
+        file.write_bytes(b"no audio, " + file.name.encode())
+    said: list[str] = []
+    bundle = train(
+        load(tmp_path),
+        tmp_path / "b",
+        recipe=BRIEF,
+        fit="train",
+        progress=Progress(say=said.append),
+        work=tmp_path / "work",
+    )
+    assert bundle.heads[0].labels == ("Rock", "jazz", "rock")
+    assert "no clip in train has the label jazz" in said
+    assert "Rock, rock are taken for 2 labels, and differ in case alone" in said
+
+
 def test_biases_and_norms_do_not_decay() -> None:
     network = build_logmel_cnn(SMALL.network.model_dump(mode="json"), [])
     before = [parameter.clone() for parameter in network.parameters()]
