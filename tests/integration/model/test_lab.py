@@ -4,15 +4,18 @@ import json
 import re
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
 from typer.testing import CliRunner
 
 from model.cli import _bar, app
-from model.compare import Items, _measure, compare
+from model.compare import Items, _learned, _measure, _searched, compare
 from model.datasets import load
 from model.explore import MOST_LINES
 from tests import collections_of_music as music
@@ -42,7 +45,25 @@ def test_compare_lays_approaches_side_by_side_from_audio(tmp_path: Path) -> None
     root = music.gtzan(tmp_path / "music")
     timbre_model("compare", "-d", root, "-o", tmp_path / "out", "--features", table, "--quick")
     rows = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert len(rows) == 16
+    classifiers = (
+        "logistic regression",
+        "SVM",
+        "random forest",
+        "gradient boosting",
+        "k nearest neighbours",
+        "MLP",
+    )
+    networks = (
+        "image-style CNN, 128 x 1024 mel",
+        "three-layer CNN, 599 x 128 mel",
+        "three-layer CNN, 599 x 20 MFCC",
+        "window CNN, 3 s log-mel",
+    )
+    assert [row["approach"] for row in rows] == [
+        *(f"features over the clip, {name}" for name in classifiers),
+        *(f"features over 3 s, {name}" for name in classifiers),
+        *networks,
+    ]
     assert {row["items"] for row in rows} == {"clips", "segments"}
     assert all(0 <= row[key] <= 1 for row in rows for key in ("apart", "mixed", "track"))
     best = {row["approach"]: row["track"] for row in rows}
@@ -73,7 +94,16 @@ def test_compare_counts_only_clips_that_can_be_read(tmp_path: Path) -> None:
     assert any(re.match("skipped blues/.+, blues/.+: ", line) for line in said), said
 
 
-def test_compare_takes_archives_and_asks_for_two_labels_that_clips_have(tmp_path: Path) -> None:
+def test_compare_takes_archives_and_asks_for_two_labels_that_clips_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planes: list[tuple[int, ...]] = []
+
+    def noted(build: Any, plane: torch.Tensor, *others: Any) -> Any:
+        planes.append(tuple(plane.shape[1:]))
+        return _learned(build, plane, *others)
+
+    monkeypatch.setattr("model.compare._learned", noted)
     archive = music.archive(tmp_path / "a.npz", clips=24)
     with np.load(archive) as stored:
         held = dict(stored)
@@ -81,6 +111,7 @@ def test_compare_takes_archives_and_asks_for_two_labels_that_clips_have(tmp_path
     table = tmp_path / "features.csv"
     timbre_model("compare", "-d", archive, "-o", tmp_path / "out", "--features", table, "--quick")
     columns = pd.read_csv(table).columns
+    assert planes[::2] == [(1_024, 128), (599, 128), (599, 20), (72, 128)]
     assert "mfcc_19_std" in columns
     assert "chroma_00_mean" not in columns, "an archive has log-mels alone"
     np.savez(archive, **(held | {"y": np.zeros(24, np.uint8)}))
@@ -93,6 +124,32 @@ def test_compare_measures_on_fewer_clips_than_there_are_labels() -> None:
     items = Items(clips % 2, clips, clips < 23)
     row = _measure("all-knowing", "clips", items, lambda _, test: np.eye(2)[test % 2], 0)
     assert (row.apart, row.mixed, row.track) == (1, 1, 1)
+
+
+def test_compare_shows_how_far_a_random_split_flatters_who_remembers_recordings() -> None:
+    clips = np.repeat(np.arange(40), 5)  # five segments each
+    items = Items(clips % 2, clips, clips < 30)
+
+    def remembering(learn: np.ndarray, test: np.ndarray) -> np.ndarray:
+        heard = np.isin(clips[test], clips[learn])
+        said = np.where(heard, items.truth[test], 1 - items.truth[test])
+        return np.asarray(np.eye(2)[said])
+
+    row = _measure("remembering", "segments", items, remembering, 0)
+    assert (row.apart, row.track) == (0, 0)
+    assert row.mixed > 0.9
+
+
+def test_a_grid_search_takes_the_point_that_is_right_on_clips_it_has_not_met() -> None:
+    generator = np.random.default_rng(0)
+    clips = np.arange(60)
+    items = Items(clips % 2, clips, clips < 40)
+    values = (generator.normal(0, 1, 60) + 1.5 * items.truth)[:, None]
+    learn, test = clips[:40], clips[40:]
+    for grid in ([1, 15], [15, 1]):
+        found = _searched(KNeighborsClassifier(), {"n_neighbors": grid}, values, items, learn, test)
+        assert found.shape == (20, 2)
+        assert len(set(found[:, 0].tolist())) > 2, "one neighbour says 0 or 1"
 
 
 def test_explore_draws_audio_and_archives(tmp_path: Path) -> None:
