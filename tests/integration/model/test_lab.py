@@ -216,6 +216,27 @@ def test_train_evaluate_and_info_by_command(tmp_path: Path) -> None:
     assert "learnt" not in told
 
 
+def test_train_takes_its_options_by_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Command
+) -> None:
+    folder, bundle = music.fma(tmp_path / "music"), tmp_path / "own"
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"network": {"members": [{}], "channels": [8]}}))
+    command = ("train", "-d", folder, "-o", bundle, "--passes", 1, "--recipe", recipe)
+    assert refused(*command, "--resume") == (
+        f"timbre: there is no {bundle}.work/checkpoint.pt to resume from; leave out --resume\n"
+    )
+    options = ("--layout", "fma-all", "--fit", "train", "--seed", 7)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    shown = CliRunner().invoke(app, [*map(str, (*command, *options))]).stderr
+    assert re.search(r"rehearsal \S+ +\d+/\d+ +[\d:-]+ +loss \d\.\d{3}", shown)
+    assert re.search(r"rehearsal +\d+%  loss \d\.\d{3}  valid: NLL \d\.\d{4}", shown)
+    info = json.loads(timbre_model("info", bundle, "--json"))
+    assert (info["training"]["seed"], info["training"]["fit"]) == (7, "train")
+    assert info["heads"][0]["kind"] == "multi"
+
+
 def test_the_table_of_many_labels_leaves_out_who_was_taken_for_whom(tmp_path: Path) -> None:
     archive, recipe = tmp_path / "a.npz", tmp_path / "recipe.json"
     genres = np.array([f"genre {number}" for number in range(60)])
