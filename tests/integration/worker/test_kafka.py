@@ -4,6 +4,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -21,9 +22,12 @@ from cryptography.hazmat.primitives.serialization import (
 
 from tests.conftest import MakeTopic
 from tests.integration.worker.test_consumer import administering
-from worker.errors import SettingsInvalid
+from tests.integration.worker.test_dead_letters import MODEL, record
+from tests.waiting import until
+from worker.errors import AudioNotFound, PublishFailed, SettingsInvalid
 from worker.kafka import aiokafka_faults
 from worker.kafka.connection import client_options, producer
+from worker.publish import Failure, Publisher
 from worker.services.kafka import Kafka
 from worker.services.service import HOST
 from worker.settings import KafkaSettings
@@ -135,6 +139,37 @@ async def test_a_message_is_delivered_once_every_replica_in_sync_has_it(
         assert not delivery.done()
         second.resume()
         await delivery
+
+
+async def test_a_message_is_taken_once_it_has_a_leader_and_replicas_enough(
+    brokers: tuple[Kafka, Kafka],
+) -> None:
+    first, second = brokers
+    own = KafkaSettings(bootstrap_servers=first.address, request_timeout_s=2)
+    both = {"min.insync.replicas": "2"}
+    async with administering(own) as admin:
+        led_by_the_second = NewTopic("led", -1, -1, {0: [2]})
+        copied_there = NewTopic("copied", -1, -1, {0: [1, 2]}, topic_configs=both)
+        await admin.create_topics([led_by_the_second, copied_there])
+    letter = (record(own, 0, b"{}"), [Failure(AudioNotFound("Nothing there."))], MODEL)
+
+    async def refusal(topic: str) -> str | None:
+        async with Publisher(own.model_copy(update={"topic_dead_letter": topic})) as publisher:
+            try:
+                await publisher.dead_letter(*letter)
+            except PublishFailed as error:
+                return error.message
+        return None
+
+    async def taken(topic: str) -> bool:
+        return await refusal(topic) is None
+
+    await asyncio.to_thread(second.stop)
+    assert "LeaderNotAvailableError" in str(await refusal("led"))
+    assert "NotEnoughReplicasError" in str(await refusal("copied"))
+    await asyncio.to_thread(second.start)
+    for topic in ("led", "copied"):
+        await until(partial(taken, topic))
 
 
 async def test_no_message_takes_long_to_be_compressed(
