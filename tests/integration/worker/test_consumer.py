@@ -40,6 +40,7 @@ from worker.kafka.faust_app import App
 from worker.kafka.place import MAX_RESTING, Place
 from worker.metrics import Metrics
 from worker.record import Record
+from worker.services.kafka import Kafka
 from worker.services.topics import create_topics
 from worker.settings import MIB, KafkaSettings, Settings, WorkerSettings
 
@@ -508,6 +509,30 @@ async def test_a_stop_does_not_wait_for_a_new_consumer(monkeypatch: pytest.Monke
     await until(lambda: metrics.registry.get_sample_value("timbre_consumer_restarts_total") == 1)
     consumer.stop()
     await asyncio.wait_for(running, timeout=5)
+
+
+async def test_events_that_the_brokers_disk_spoilt_are_unread_and_those_around_them_whole(
+    tmp_path: Path, jars: list[Path]
+) -> None:
+    broker = Kafka(tmp_path / "kafka", jars)
+    seen = Seen()
+    try:
+        await asyncio.to_thread(broker.start)
+        own = await new_topics(KafkaSettings(bootstrap_servers=broker.address), partitions=1)
+        async with AIOKafkaProducer(**connection.client_options(own)) as producer:
+            for value in (b"before", b"spoilt", b"behind"):
+                await producer.send_and_wait(own.topic_new, value)
+        await asyncio.to_thread(broker.stop)
+        [log] = broker.folder.glob(f"data/{own.topic_new}-0/*.log")
+        kept = log.read_bytes()
+        log.write_bytes(kept.replace(b"spoilt", b"sp\xffilt"))
+        await asyncio.to_thread(broker.start)
+        async with consuming(settings_of(own), seen):
+            await until(lambda: len(seen) == 3)
+    finally:
+        broker.remove()
+    assert seen.values == [b"before", None, b"behind"]
+    assert [record.unread for record in seen] == [False, True, False]
 
 
 async def test_only_so_many_events_rest_at_once(topics: MakeTopics) -> None:
