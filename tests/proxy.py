@@ -9,12 +9,16 @@ from typing import cast
 from worker.services.service import HOST
 
 
+def _never(_: bytes) -> bool:
+    return False
+
+
 @asynccontextmanager
 async def proxy(
     port: int,
     *,
     context: ssl.SSLContext | None = None,
-    stalls: Callable[[bytes], bool] = lambda _: False,
+    stalls: Callable[[bytes], bool] = _never,
 ) -> AsyncIterator[int]:
     """A port before one of this machine, over TLS where a context is given.
 
@@ -28,7 +32,7 @@ async def proxy(
         with suppress(OSError, asyncio.CancelledError):  # the end needs no farewell
             inner_reader, inner_out = await asyncio.open_connection(HOST, port)
             await asyncio.gather(
-                _pass_on(reader, inner_out, stalls), _pass_on(inner_reader, out, lambda _: False)
+                _pass_on(reader, inner_out, stalls), _pass_on(inner_reader, out, _never)
             )
 
     server = await asyncio.start_server(serve, HOST, 0, ssl=context)

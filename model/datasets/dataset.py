@@ -209,7 +209,7 @@ def labels_of(clips: Iterable[Clip]) -> tuple[str, ...]:
 
 def odd_labels(dataset: Dataset) -> Iterator[str]:
     """What somebody about to train should know of the labels, in sentences."""
-    learnt = {label for clip in dataset.clips if clip.split == "train" for label in clip.labels}
+    learnt = labels_of(clip for clip in dataset.clips if clip.split == "train")
     if absent := [label for label in dataset.labels if label not in learnt]:
         yield f"no clip in train has the label {_listed(absent)}"
     by_spelling: dict[str, list[str]] = defaultdict(list)

@@ -1,13 +1,12 @@
 """`timbre model` as people run it."""
 
 import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 
+from tests.command import timbre
 from tests.worker_process import TIMBRE
-from worker.cli import main
 
 Command = Callable[..., str]
 
@@ -31,10 +30,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """`refused(*arguments)`: the sentence that a command ends with instead of a traceback."""
 
     def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["timbre", "model", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert ended.value.code == 1
+        assert timbre(monkeypatch, "model", *arguments) == 1
         return "timbre: " + capsys.readouterr().err.rpartition("timbre: ")[2]
 
     return run

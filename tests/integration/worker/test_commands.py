@@ -2,7 +2,6 @@ import asyncio
 import json
 import os
 import re
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -23,10 +22,10 @@ from schemas.events import (
     WindowCounts,
 )
 from tests.audio import audio_facts
+from tests.command import timbre
 from tests.conftest import MakeTopics
 from tests.worker_process import environment, receive, send
 from worker.cache import Keys
-from worker.cli import main
 from worker.commands import dead_letters
 from worker.commands import watch as watch_module
 from worker.commands.show import show_track
@@ -379,20 +378,14 @@ async def test_commands_do_as_their_options_say(
     for name, value in environment(kafka, redis_url, redis_prefix).items():
         monkeypatch.setenv(name, value)
 
-    async def timbre(*arguments: str) -> list[str]:
-        def run() -> object:
-            with pytest.raises(SystemExit) as ended:
-                main()
-            return ended.value.code
-
-        monkeypatch.setattr(sys, "argv", ["timbre", *arguments])
-        assert await asyncio.to_thread(run) == 0
+    async def said_by(*arguments: object) -> list[str]:
+        assert await asyncio.to_thread(timbre, monkeypatch, *arguments) == 0
         return capsys.readouterr().out.splitlines()
 
     async def ids(*arguments: str) -> list[str]:
-        return [json.loads(line)["track_id"] for line in await timbre(*arguments)]
+        return [json.loads(line)["track_id"] for line in await said_by(*arguments)]
 
-    *_, count = await timbre("submit", str(folder / "00.mp3"), str(folder / "01.mp3"), "--backfill")
+    *_, count = await said_by("submit", folder / "00.mp3", folder / "01.mp3", "--backfill")
     assert count == f"Submitted 2 tracks to {kafka.topic_backfill}"
 
     await publish(settings, "one")
@@ -407,20 +400,20 @@ async def test_commands_do_as_their_options_say(
     assert await ids("watch", "--from-beginning", "--count", "1", "--json") == ["one"]
     watched = await ids("watch", "--from-beginning", "--failures", "-n", "4", "--json")
     assert watched == ["one", "0", "1", "2"]
-    assert "jazz 0.81" in (await timbre("watch", "--from-beginning", "-n", "1"))[0]
+    assert "jazz 0.81" in (await said_by("watch", "--from-beginning", "-n", "1"))[0]
 
     await redis.hset(Keys(redis_prefix).track("one"), "result", result("one").to_bytes())
     assert await ids("show", "one", "--json") == ["one"]
-    assert (await timbre("show", "one"))[0].startswith("one ")
+    assert (await said_by("show", "one"))[0].startswith("one ")
 
     assert await ids("dead-letters", "list", "--json") == ["0", "1", "2"]
     assert await ids("dead-letters", "list", "--code", "fetch_failed", "--json") == ["0", "2"]
     assert await ids("dead-letters", "list", "--limit", "2", "--json") == ["0", "1"]
-    assert "audio_empty" in (await timbre("dead-letters", "list"))[1]
+    assert "audio_empty" in (await said_by("dead-letters", "list"))[1]
     assert await ids("dead-letters", "show", "0:1", "--json") == ["1"]
-    assert "audio_empty" in "".join(await timbre("dead-letters", "show", "0:1"))
+    assert "audio_empty" in "".join(await said_by("dead-letters", "show", "0:1"))
     for choice, again in ((["0:1"], 1), (["--code", "fetch_failed"], 2), (["--all"], 3)):
-        said = await timbre("dead-letters", "retry", *choice)
+        said = await said_by("dead-letters", "retry", *choice)
         assert said == [f"Sent {again} event{'' if again == 1 else 's'} again"]
     sent = [message.value for message in await receive(kafka, kafka.topic_new, 6)]
     assert Counter(sent) == {b"0": 2, b"1": 2, b"2": 2}

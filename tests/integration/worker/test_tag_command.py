@@ -5,7 +5,6 @@ import pty
 import shlex
 import signal
 import subprocess
-import sys
 import time
 import weakref
 from pathlib import Path
@@ -14,9 +13,9 @@ import pytest
 
 from model.bundle import Bundle
 from tests.audio import damaged, encode, tone
+from tests.command import timbre
 from tests.worker_process import TIMBRE
 from worker.analysis import Analysis
-from worker.cli import main
 from worker.commands import tag
 from worker.commands.tag import CSV_COLUMNS, Outcome, tag_tracks
 from worker.demo.music import Sample
@@ -279,31 +278,25 @@ def test_the_command_does_as_its_options_say(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def timbre(*options: str) -> object:
-        monkeypatch.setattr(sys, "argv", ["timbre", "tag", *options, "--model", "fast", files[3]])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code
+    def tag(*options: str) -> int:
+        return timbre(monkeypatch, "tag", *options, "--model", "fast", files[3])
 
     monkeypatch.chdir(tmp_path)
-    assert timbre("--csv") == 0
+    assert tag("--csv") == 0
     assert capsys.readouterr().out.splitlines()[0] == ",".join(CSV_COLUMNS)
-    assert timbre("--json", "--plot") == 0
+    assert tag("--json", "--plot") == 0
     line = json.loads(capsys.readouterr().out)
     assert line["model"]["name"] == Bundle.load("fast").name
     assert len(line["taggram"]["genre"]) == line["windows"]["total"]
     assert [path.name for path in tmp_path.iterdir()] == ["short.taggram.png"]
-    assert timbre("--csv", "--json") == 1
+    assert tag("--csv", "--json") == 1
     assert "Choose one" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there_is_an_error_before_anything_is_tagged(
     files: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["timbre", "tag", "--model", "no-such-model", *files])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 1
+    assert timbre(monkeypatch, "tag", "--model", "no-such-model", *files) == 1
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith("timbre: ")

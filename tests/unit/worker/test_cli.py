@@ -8,15 +8,8 @@ from pathlib import Path
 import pytest
 
 from model.bundle import Bundle
+from tests.command import timbre
 from tests.worker_process import TIMBRE
-from worker.cli import main
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["timbre", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0)
 
 
 def test_help_names_every_command_and_loads_nothing_heavy() -> None:
@@ -38,14 +31,14 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
 def test_the_version_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "--version") == 0
+    assert timbre(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"timbre {importlib.metadata.version('timbre')}\n"
 
 
 def test_an_error_is_one_sentence_on_standard_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "submit", "/nowhere.mp3") == 1
+    assert timbre(monkeypatch, "submit", "/nowhere.mp3") == 1
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err == (
@@ -57,7 +50,7 @@ def test_settings_that_cant_be_used_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TIMBRE_BATCH__MAX_WINDOWS", "many")
-    assert run(monkeypatch, "show", "t-1") == 1
+    assert timbre(monkeypatch, "show", "t-1") == 1
     assert "TIMBRE_BATCH__MAX_WINDOWS" in capsys.readouterr().err
 
 
@@ -67,7 +60,7 @@ def test_a_command_whose_packages_are_not_installed_says_how_to_get_them(
     monkeypatch.delitem(sys.modules, "model.evaluate", raising=False)
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
-    assert run(monkeypatch, "model", "evaluate", "--dataset", str(tmp_path)) == 1
+    assert timbre(monkeypatch, "model", "evaluate", "--dataset", str(tmp_path)) == 1
     assert "pip install 'timbre[lab]'" in capsys.readouterr().err
 
 
@@ -99,7 +92,7 @@ def test_outputs_that_are_closed_change_no_status(arguments: str) -> None:
 def test_an_unknown_command_is_a_mistake_of_usage(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "sing") == 2
+    assert timbre(monkeypatch, "sing") == 2
     assert "sing" in capsys.readouterr().err
 
 
@@ -107,7 +100,7 @@ def test_an_unknown_command_is_a_mistake_of_usage(
 def test_a_dead_letters_place_is_a_partition_and_an_offset(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
-    assert run(monkeypatch, "dead-letters", "show", place) == 1
+    assert timbre(monkeypatch, "dead-letters", "show", place) == 1
     assert "PARTITION:OFFSET" in capsys.readouterr().err
 
 
@@ -119,7 +112,7 @@ def test_without_kafka_every_command_says_what_to_check_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     monkeypatch.setenv("TIMBRE_KAFKA__BOOTSTRAP_SERVERS", "127.0.0.1:9")
-    assert run(monkeypatch, *arguments) == 1
+    assert timbre(monkeypatch, *arguments) == 1
     said = capsys.readouterr()
     assert said.out == ""
     [sentence] = said.err.splitlines()
@@ -133,7 +126,7 @@ def test_without_kafka_every_command_says_what_to_check_and_nothing_else(
 def test_letters_to_retry_are_chosen_in_one_way(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], choice: list[str]
 ) -> None:
-    assert run(monkeypatch, "dead-letters", "retry", *choice) == 1
+    assert timbre(monkeypatch, "dead-letters", "retry", *choice) == 1
     assert "--all" in capsys.readouterr().err
 
 
@@ -148,7 +141,7 @@ def test_labels_are_shown_as_they_are_and_steer_no_terminal(
     head, *others = bundle.heads
     odd = head.model_copy(update={"labels": ("[/x]", "[red]\u202e", *head.labels[2:])})
     replace(bundle, heads=(odd, *others)).save(tmp_path / "odd", card="")
-    assert run(monkeypatch, "model", "info", str(tmp_path / "odd"), *form) == 0
+    assert timbre(monkeypatch, "model", "info", str(tmp_path / "odd"), *form) == 0
     said = capsys.readouterr()
     assert "[/x]" in said.out + said.err
     assert r"[red]\u202e" in said.out + said.err
