@@ -187,6 +187,9 @@ class DecodeSettings(Section):
     timeout_s: float = Field(
         180.0, gt=0, description="Seconds of work for one track before its decoder is ended"
     )
+    stall_timeout_s: float = Field(
+        30.0, gt=0, description="Seconds of work without a block of windows before it is ended"
+    )
     max_memory_bytes: int = Field(
         512 * MIB,
         gt=0,

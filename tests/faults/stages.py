@@ -24,13 +24,14 @@ PATIENT: dict[str, Any] = {
     "fetch__stall_timeout_s": 60,
     "fetch__timeout_s": 60,
     "decode__timeout_s": 60,
+    "decode__stall_timeout_s": 60,
     "batch__timeout_s": 60,
     "redis__timeout_s": 60,
     "worker__track_deadline_s": 60,
 }
 SHORT: dict[str, Any] = {
     "fetch__attempts": 1,
-    "decode__timeout_s": 2,
+    "decode__stall_timeout_s": 2,
     "batch__timeout_s": 2,
     "redis__timeout_s": 0.5,
 }

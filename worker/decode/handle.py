@@ -71,6 +71,7 @@ class DecoderProcess:
         self.tracks = 0
         self.windows = 0  # of the present track
         self.overdue = False
+        self.stalled = False
         self.spoke_nonsense = False
         self._setup = setup
         self._ready = False
@@ -104,11 +105,11 @@ class DecoderProcess:
         if ready is None:
             raise DecoderCrashed("A decoder process died while it started: see its output above.")
 
-    def begin(self, path: Path, work_s: float) -> None:
-        """Give it a track; from now on it has `work_s` of its own time."""
+    def begin(self, path: Path, work_s: float, silence_s: float) -> None:
+        """Give it a track; it has `work_s` of its own time, and `silence_s` of it to each block."""
         self.tracks += 1
         self.windows = 0
-        self._clock = _Clock(work_s, self._on_overdue)
+        self._clock = _Clock(work_s, silence_s, self._on_overdue)
         self._clock.run()
         self._send({"path": str(path)})
 
@@ -183,8 +184,10 @@ class DecoderProcess:
             self._held.add(message["slot"])
             self.windows += message["windows"]
             self.released.clear()
-            if len(self._held) == self._setup.slots and self._clock is not None:
-                self._clock.stop()  # it waits for us
+            if self._clock is not None:
+                self._clock.stop()
+                if len(self._held) < self._setup.slots:  # else it waits for us
+                    self._clock.run()
         else:
             self._ready = True
             self._end_clock()
@@ -235,16 +238,19 @@ class DecoderProcess:
             self._clock.stop()
             self._clock = None
 
-    def _on_overdue(self) -> None:
-        self.overdue = True
+    def _on_overdue(self, stalled: bool) -> None:
+        self.overdue, self.stalled = True, stalled
         self.kill()
 
 
 class _Clock:
-    """Counts seconds down while it runs, and calls back once none is left."""
+    """Counts seconds down while it runs, and calls back once none is left (with False) or it has
+    run for `at_once_s` since it was last stopped (with True).
+    """
 
-    def __init__(self, seconds: float, on_end: Callable[[], None]) -> None:
+    def __init__(self, seconds: float, at_once_s: float, on_end: Callable[[bool], None]) -> None:
         self._left_s = seconds
+        self._at_once_s = at_once_s
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._since_s = 0.0
@@ -253,7 +259,9 @@ class _Clock:
     def run(self) -> None:
         if self._timer is None:
             self._since_s = self._loop.time()
-            self._timer = self._loop.call_later(self._left_s, self._on_end)
+            stalled = self._at_once_s < self._left_s
+            left_s = min(self._at_once_s, self._left_s)
+            self._timer = self._loop.call_later(left_s, self._on_end, stalled)
 
     def stop(self) -> None:
         if self._timer is not None:

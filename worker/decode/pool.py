@@ -73,7 +73,7 @@ class DecoderPool:
     ) -> None:
         self._on_restart = on_restart
         self._processes = settings.processes
-        self._timeout_s = settings.timeout_s
+        self._limits = settings
         self._setup = Setup(
             sample_rate_hz=sample_rate_hz,
             window_samples=window_samples,
@@ -130,7 +130,8 @@ class DecoderPool:
         Entering waits for a free process, however long others hold them.
 
         Leaving before the end abandons the track; leaving after it waits until all blocks are
-        released. The decoder's own work is limited by `decode.timeout_s`, all else by the caller.
+        released. The decoder's own work is limited by `decode.timeout_s`, and to each block by
+        `decode.stall_timeout_s`; all else by the caller.
 
         Raises
         ------
@@ -138,7 +139,7 @@ class DecoderPool:
             From the iteration, after the blocks that were decoded.
         """
         process = await self._line.take(priority)
-        decoding = Decoding(process, path, self._timeout_s, self._help_out)
+        decoding = Decoding(process, path, self._limits, self._help_out)
         try:
             yield decoding
             if decoding.ended:
@@ -224,15 +225,19 @@ class Decoding:
     """One track being decoded: an asynchronous iterator over its blocks, in order."""
 
     def __init__(
-        self, process: DecoderProcess, path: Path, work_s: float, on_block: Callable[[], None]
+        self,
+        process: DecoderProcess,
+        path: Path,
+        limits: DecodeSettings,
+        on_block: Callable[[], None],
     ) -> None:
         self.ended = False
         self._sound = False
         self._facts: DecodedFacts | None = None
         self._process = process
-        self._work_s = work_s
+        self._limits = limits
         self._on_block = on_block
-        process.begin(path, work_s)
+        process.begin(path, limits.timeout_s, limits.stall_timeout_s)
 
     @property
     def ended_in_order(self) -> bool:
@@ -271,10 +276,15 @@ class Decoding:
                 "The decoder process said what no decoder says and was ended: the file may be made "
                 "to take it over."
             )
+        if self._process.stalled:
+            return DecodeTimeout(
+                f"Decoding gave nothing for {self._limits.stall_timeout_s:g} s and was ended; if "
+                "the track is sound, raise TIMBRE_DECODE__STALL_TIMEOUT_S."
+            )
         if self._process.overdue:
             return DecodeTimeout(
-                f"Decoding took more than {self._work_s:g} s and was ended; if the track is sound, "
-                "raise TIMBRE_DECODE__TIMEOUT_S."
+                f"Decoding took more than {self._limits.timeout_s:g} s and was ended; if the track "
+                "is sound, raise TIMBRE_DECODE__TIMEOUT_S."
             )
         status = await asyncio.wrap_future(self._process.status)
         if status == -signal.SIGKILL:

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -395,6 +396,45 @@ async def test_a_decoder_that_hangs_meets_its_limit(song: Path) -> None:
             assert time.monotonic() - started_s < 2.0
         assert (await hear(pool, song)).facts.duration_s == 60.0
         assert not hung.is_running()
+
+
+async def test_a_decoder_that_gives_nothing_for_long_is_ended_long_before_its_limit(
+    song: Path,
+) -> None:
+    pool = pool_of(slots=2, slot_windows=3, timeout_s=60.0, stall_timeout_s=0.5)
+    async with pool, pool.decode(song) as decoding:
+        for block in [await anext(decoding) for _ in range(2)]:
+            block.release()
+        decoder_of(pool, song).suspend()
+        started_s = time.monotonic()
+        with pytest.raises(DecodeTimeout, match=r"nothing for 0\.5 s.*DECODE__STALL_TIMEOUT_S"):
+            await asyncio.wait_for(drain(decoding), 10)
+        assert time.monotonic() - started_s < 2.0
+
+
+async def test_each_block_gives_a_decoder_new_time(song: Path) -> None:
+    async with pool_of(slots=2, slot_windows=3, timeout_s=60.0, stall_timeout_s=1.0) as pool:
+        await hear_slowly(pool, song)
+
+
+async def test_a_decoder_that_is_slow_at_every_block_meets_its_limit(song: Path) -> None:
+    async with pool_of(slots=2, slot_windows=3, timeout_s=1.0) as pool:
+        with pytest.raises(DecodeTimeout, match="more than 1 s"):
+            await hear_slowly(pool, song)
+
+
+async def hear_slowly(pool: DecoderPool, path: Path) -> None:
+    """Decode a track of seven blocks or more, with 0.4 s to each of five."""
+    async with pool.decode(path) as decoding:
+        blocks = [await anext(decoding) for _ in range(2)]
+        slow = decoder_of(pool, path)
+        for _ in range(5):
+            blocks.pop(0).release()
+            with suppress(psutil.NoSuchProcess):
+                slow.suspend()
+                await asyncio.sleep(0.4)
+                slow.resume()
+            blocks.append(await anext(decoding))
 
 
 async def test_a_track_may_be_given_up_while_its_decoder_waits_for_free_blocks(song: Path) -> None:
