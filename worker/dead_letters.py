@@ -18,7 +18,7 @@ from schemas.events import DeadLetter, FailureReason, ModelRef, Origin, Original
 from worker.errors import DeadLetterNotFound, ServicesUnavailable, SourceInvalid
 from worker.kafka import connection
 from worker.printable import printable
-from worker.publish import HEADER, moment
+from worker.publish import HEADER, TOO_LARGE, moment
 from worker.settings import KafkaSettings, Settings
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ async def retry(
     once, however often it failed: what fails again would be twice as many at each retry. What can't
     be sent is left out with a warning, or, where its place is given, an error: a value that was too
     large for the topic and is only at its origin, a message that Timbre did not write, and one of a
-    topic that is not there.
+    topic that is not there. One that its topic takes no more is left out with a warning either way.
 
     Raises
     ------
@@ -95,9 +95,14 @@ async def retry(
                     continue
                 known.add(digest)
                 headers = [(n, v) for n, v in message.headers if not n.startswith(HEADER)]
-                await producer.send_and_wait(
-                    letter.origin.topic, message.value, key=message.key, headers=headers
-                )
+                try:
+                    await producer.send_and_wait(
+                        letter.origin.topic, message.value, key=message.key, headers=headers
+                    )
+                except TOO_LARGE:
+                    why = f"{letter.origin.topic} takes no message of this size any more"
+                    log.warning("%s", _unsendable(message, why))
+                    continue
                 sent.append((message.partition, message.offset))
     return sent
 
@@ -186,6 +191,10 @@ def _obstacle(
         why = f"Kafka has no topic {origin.topic}"
     else:
         return None
+    return _unsendable(message, why)
+
+
+def _unsendable(message: "ConsumerRecord[bytes, bytes]", why: str) -> str:
     place = f"{message.partition}:{message.offset}"
     return printable(f"The letter at {place} can't be sent again: {why}.")
 

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import NewTopic, RecordsToDelete
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from schemas.events import AudioRef, ModelRef, NewTrack
 from tests.conftest import MakeTopics, new_topics
@@ -279,6 +280,26 @@ async def test_a_value_too_large_for_the_topic_is_left_out_and_naming_its_letter
     assert await dead_letters.retry(Settings(kafka=own), [(0, 1)]) == [(0, 1)]
     [first] = await receive(own, own.topic_new, 1)
     assert first.value == b"\xff\x00", "the error came before any was sent"
+
+
+async def test_a_letter_that_its_topic_takes_no_more_keeps_back_none_behind_it(
+    topics: MakeTopics, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = await topics()
+    async with Publisher(own) as publisher:
+        for value in (os.urandom(2000), b"{}"):
+            failure = Failure(AudioNotFound("Nothing there."))
+            await publisher.dead_letter(record(own, 0, value), [failure], MODEL)
+    async with administering(own) as admin:
+        limit = ConfigResource(
+            ConfigResourceType.TOPIC, own.topic_new, {"max.message.bytes": "1000"}
+        )
+        await admin.alter_configs([limit])
+    assert await dead_letters.retry(Settings(kafka=own)) == [(0, 1)]
+    assert (
+        f"The letter at 0:0 can't be sent again: {own.topic_new} takes no message of this size "
+        "any more."
+    ) in caplog.messages
 
 
 async def test_a_letter_of_a_topic_that_is_gone_keeps_back_none_behind_it(
