@@ -9,10 +9,13 @@ import sys
 import tomllib
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.unit.deploy.compose import ROOT, services
 from worker.settings import HttpSettings
@@ -160,6 +163,18 @@ def test_the_image_gets_what_the_worker_needs_and_no_more() -> None:
     extras = {name for extra in project["optional-dependencies"].values() for name in names(extra)}
     assert needed <= installed
     assert not installed & (extras - needed)
+
+
+def test_the_image_gets_all_that_its_packages_need() -> None:
+    """Or `pip check` ends its build."""
+    carried = {name for name, _ in SHARED | CUDA}
+    for name in carried:
+        try:
+            needs = [Requirement(need) for need in metadata.requires(name) or ()]
+        except metadata.PackageNotFoundError:
+            continue  # of another platform
+        needed = {need.name for need in needs if not need.marker or need.marker.evaluate()}
+        assert {canonicalize_name(need) for need in needed} <= carried, name
 
 
 def test_the_cpu_variant_carries_no_cuda() -> None:
