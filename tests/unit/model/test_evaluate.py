@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from model import learnt
@@ -32,6 +34,7 @@ from model.evaluate import (
 from model.heads import Head
 from model.logmel_cnn import LogMelCnnConfig, MemberConfig, build_logmel_cnn
 from model.measure import Voted, nll, window_accuracy
+from model.pictures import Gallery, tsne
 from model.predict import Predictions
 from tests import collections_of_music as music
 from tests.audio import encode
@@ -129,8 +132,25 @@ def test_audio_goes_the_workers_way_and_what_fails_is_named(model: Bundle, tmp_p
     assert set(evaluation.report["skipped"]) == {"blues/broken.mp3", "blues/silent.wav"}
 
 
-def test_pictures_and_page_are_drawn(model: Bundle, archive: Dataset, tmp_path: Path) -> None:
-    page = draw(evaluate(model, archive), tmp_path / "out")
+def test_pictures_and_page_are_drawn(
+    model: Bundle, archive: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Axes] = {}
+    picture = Gallery.picture
+
+    def noted(self: Gallery, name: str, figure: Figure, title: str, caption: str) -> None:
+        drawn[name] = figure.axes[0]
+        picture(self, name, figure, title, caption)
+
+    monkeypatch.setattr(Gallery, "picture", noted)
+    evaluation = evaluate(model, archive)
+    tracks = evaluation.predictions
+    longest = np.tile(tracks.probabilities[7], (2, 1))
+    windows = [*tracks.probabilities[:7], longest, *tracks.probabilities[8:]]
+    evaluation = dataclasses.replace(
+        evaluation, predictions=dataclasses.replace(tracks, probabilities=windows)
+    )
+    page = draw(evaluation, tmp_path / "out")
     told = page.read_text()
     assert "split all: 12 tracks, " in told
     for name in ("confusion", "reliability", "coverage", "embeddings", "taggram"):
@@ -140,6 +160,12 @@ def test_pictures_and_page_are_drawn(model: Bundle, archive: Dataset, tmp_path: 
         f"<td>{figure}</td>" in told
         for figure in ("one window", "track, majority", "expected calibration error", "macro F1")
     )
+    assert "Taggram of metal.00007" in told
+    assert "Its label: metal." in told
+    np.testing.assert_array_equal(drawn["taggram"].images[0].get_array(), longest.T)
+    points = tsne(tracks.embeddings)
+    for dots, label in zip(drawn["embeddings"].collections, tracks.targets.T, strict=True):
+        np.testing.assert_allclose(np.asarray(dots.get_offsets()), points[label == 1], rtol=1e-3)
 
 
 def test_of_many_labels_the_confusion_shows_the_commonest() -> None:
