@@ -751,6 +751,9 @@ def test_audio_becomes_log_mels_once_and_unreadable_clips_are_named(tmp_path: Pa
     music.song(root / "blues" / "song 0.mp3", "metal", 0)
     source, _ = open_source(dataset, ARCHIVE_FRONT_END, tmp_path / "cache")
     assert set(source.clips) - stored.keys(), "a file that was exchanged is heard anew"
+    narrower = ARCHIVE_FRONT_END.model_copy(update={"f_max_hz": 8_000.0})
+    other, _ = open_source(dataset, narrower, tmp_path / "cache")
+    assert not np.array_equal(other.clip(0), source.clip(0)), "each front end has its own"
 
 
 @pytest.fixture
