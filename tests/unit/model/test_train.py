@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from model import learnt
 from model.bundle import Bundle
 from model.datasets import load
-from model.datasets.dataset import Dataset
+from model.datasets.dataset import Clip, Dataset
 from model.datasets.logmels import LogMelSource, open_source
 from model.device import Precision
 from model.heads import Head
@@ -37,12 +38,13 @@ from model.train import (
     _loss,
     _optimizer,
     _schedule,
+    _with_splits,
     load_recipe,
     train,
 )
 from tests import collections_of_music as music
 from tests.unit.model.test_bundle import Bomb
-from worker.errors import CheckpointInvalid, DatasetInvalid, SettingsInvalid
+from worker.errors import CheckpointInvalid, DatasetInvalid, SettingsInvalid, SplitLeaks
 
 SMALL = Recipe(
     passes=20,
@@ -310,6 +312,18 @@ def test_nothing_to_train_on_is_said(tmp_path: Path) -> None:
     music.folders(tmp_path / "train", 2)
     with pytest.raises(DatasetInvalid, match="no readable clip is in split 'valid'"):
         train(load(tmp_path, "folders"), tmp_path / "b", recipe=SMALL)
+
+
+def test_where_only_validation_is_missing_a_fifth_of_train_is_dealt_to_it() -> None:
+    sides = ["train"] * 100 + ["test"] * 10
+    clips = tuple(Clip(f"{n}", ("ab"[n % 2],), f"{n // 5}", side) for n, side in enumerate(sides))
+    dataset = Dataset("x", "folders", "single", ("a", "b"), clips, "artist", "none")
+    dealt = _with_splits(dataset, 0).check_split()
+    assert Counter(clip.split for clip in dealt.clips) == {"train": 80, "valid": 20, "test": 10}
+    assert [clip.split for clip in dealt.clips[100:]] == ["test"] * 10
+    torn = tuple(dataclasses.replace(clip, group="one") for clip in dealt.clips)
+    with pytest.raises(SplitLeaks):
+        _with_splits(dataclasses.replace(dealt, clips=torn), 0)
 
 
 def test_songs_held_back_are_not_all_in_memory_at_once(dataset: Dataset) -> None:
