@@ -23,6 +23,7 @@ from model.shipped.student import (
     equalised,
     excerpt,
     halved,
+    of_archive,
     start,
     teach,
     varied,
@@ -248,6 +249,15 @@ def test_lessons_vary_in_tempo_and_pitch_and_some_are_mixtures(
     medians = np.array([np.median(spacing) for spacing in spacings])
     changed = (np.abs(medians - 25) > 1) & (medians > 19) & (medians < 32)
     assert changed.mean() > 0.25
+
+
+def test_lessons_from_an_archive_are_windows_of_its_clips_each_through_an_equaliser() -> None:
+    clip = np.full((722, coarse.BANDS), -20, np.float32)
+    translation = coarse.Translation(np.eye(coarse.BANDS + 1, 96, dtype=np.float32))
+    windows = np.stack(list(of_archive([clip], translation, 20, np.random.default_rng(0))))
+    assert windows.shape == (20, coarse.WINDOW_FRAMES, 96)
+    assert np.ptp(windows, axis=1).max() < 1e-3, "alike in every frame"
+    assert windows[:, 0].std(0).min() > 0.1, "but in every window"
 
 
 def test_one_seed_gives_one_student(reference: Bundle) -> None:
