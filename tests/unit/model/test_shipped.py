@@ -28,6 +28,7 @@ from model.shipped.student import (
     teach,
     varied,
 )
+from tests.audio import encode
 from tests.unit.model.music import RATE_HZ, chords
 from tests.unit.model.test_musicnn import checkpoint
 
@@ -369,6 +370,23 @@ def test_tags_like_the_references_correlate_with_it_and_others_do_not(reference:
     assert alike["correlation"] > 0.98
     assert alike["of_five_best"] == 5
     assert abs(unlike["correlation"]) < 0.5
+
+
+def test_excerpts_are_what_the_manifest_says_and_repeated_where_shorter_than_a_window(
+    tmp_path: Path,
+) -> None:
+    for name, duration_s in (("short", 2), ("long", 4)):
+        samples = sound(0)[: duration_s * RATE_HZ, None]
+        encode(tmp_path / f"{name}.wav", samples, RATE_HZ, muxer="wav", codec="pcm_s16le")
+    (tmp_path / "manifest.csv").write_text(
+        "path,genre,filtered_split,song\nshort.wav,low,valid,a\nlong.wav,high,train,b\n"
+    )
+    short, long = music.excerpts(tmp_path, tmp_path)
+    assert (short.name, short.genre, short.split) == ("a", "low", "valid")
+    assert (long.name, long.genre, long.split) == ("b", "high", "train")
+    assert (len(short.fine), len(long.fine)) == (188, 251)
+    np.testing.assert_array_equal(short.fine[2:123], long.fine[2:123])
+    np.testing.assert_allclose(short.fine[127:186], short.fine[2:61], atol=0.01)
 
 
 def test_without_apt_the_recipe_says_so_and_goes_on(
