@@ -388,7 +388,6 @@ async def test_commands_do_as_their_options_say(
     *_, count = await said_by("submit", folder / "00.mp3", folder / "01.mp3", "--backfill")
     assert count == f"Submitted 2 tracks to {kafka.topic_backfill}"
 
-    await publish(settings, "one")
     async with connection.producer(kafka) as producer:
         for number, code in enumerate(("fetch_failed", "audio_empty", "fetch_failed")):
             told = {"reason-code": code, "origin-topic": kafka.topic_new, "track-id": f"{number}"}
@@ -397,9 +396,10 @@ async def test_commands_do_as_their_options_say(
             await producer.send_and_wait(
                 kafka.topic_dead_letter, event, headers=headers, partition=0
             )
+    await publish(settings, "one")
     assert await ids("watch", "--from-beginning", "--count", "1", "--json") == ["one"]
     watched = await ids("watch", "--from-beginning", "--failures", "-n", "4", "--json")
-    assert watched == ["one", "0", "1", "2"]
+    assert watched == ["0", "1", "2", "one"]
     assert "jazz 0.81" in (await said_by("watch", "--from-beginning", "-n", "1"))[0]
 
     await redis.hset(Keys(redis_prefix).track("one"), "result", result("one").to_bytes())
