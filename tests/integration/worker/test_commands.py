@@ -101,8 +101,10 @@ async def test_ids_of_many_tracks_are_not_shown_in_a_terminal(
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("NO_COLOR", "1")
     assert await asyncio.to_thread(submit_tracks, settings, [str(folder)], backfill=False) == 0
-    [count] = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr()
+    [count] = shown.out.splitlines()
     assert "Submitted 30 tracks" in count
+    assert "30/30" in shown.err, "the bar counts them to the last"
 
 
 async def test_backfill_goes_to_its_own_topic(
