@@ -15,7 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from typer.testing import CliRunner
 
 from model.cli import _bar, app
-from model.compare import Items, _learned, _measure, _searched, compare
+from model.compare import Items, Row, _learned, _measure, _page, _searched, compare
 from model.datasets import load
 from model.explore import MOST_LINES
 from tests import collections_of_music as music
@@ -117,6 +117,16 @@ def test_compare_takes_archives_and_asks_for_two_labels_that_clips_have(
     np.savez(archive, **(held | {"y": np.zeros(24, np.uint8)}))
     with pytest.raises(DatasetInvalid, match="needs two labels"):
         timbre_model("compare", "-d", archive, "-o", tmp_path / "out", "--quick")
+
+
+def test_the_page_of_a_comparison_says_on_how_much_it_stands(tmp_path: Path) -> None:
+    dataset = load(music.archive(tmp_path / "a.npz"))
+    rows = [Row("all-knowing", "segments", apart=0.25, mixed=0.75, track=1.0)]
+    told = _page(rows, dataset, tmp_path, quick=False).read_text()
+    assert "Learnt from 8 clips, measured on 4." in told
+    assert "quick" not in told
+    figures = ("all-knowing", "segments", "25.0%", "75.0%", "100.0%")
+    assert "".join(f"<td>{cell}</td>" for cell in figures) in told
 
 
 def test_compare_measures_on_fewer_clips_than_there_are_labels() -> None:
@@ -225,6 +235,9 @@ def test_train_takes_its_options_by_command(
     command = ("train", "-d", folder, "-o", bundle, "--passes", 1, "--recipe", recipe)
     assert refused(*command, "--resume") == (
         f"timbre: there is no {bundle}.work/checkpoint.pt to resume from; leave out --resume\n"
+    )
+    assert refused(*command, "--device", "tpu") == (
+        "timbre: the device 'tpu' is none of auto, cpu and cuda\n"
     )
     options = ("--layout", "fma-all", "--fit", "train", "--seed", 7)
     monkeypatch.setenv("FORCE_COLOR", "1")
