@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from worker.windows import Samples, WindowCutter, Windows, cut, is_silent, loudness_dbfs
@@ -72,6 +72,7 @@ def test_windows_and_hops_of_no_length_are_refused(window: int, hop: int) -> Non
     hop=st.integers(1, 25),
     min_tail=st.integers(0, 20),
 )
+@example(pieces=[4, 2], window=4, hop=4, min_tail=1)
 def test_windows_are_the_same_however_the_samples_arrive(
     pieces: list[int], window: int, hop: int, min_tail: int
 ) -> None:
