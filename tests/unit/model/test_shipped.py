@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from model.bundle import Bundle
+from model.calibration import Calibration
 from model.datasets.logmels import logmel_of
 from model.frontend import LogMel, LogMelConfig
 from model.heads import Head
 from model.musicnn import folded
-from model.shipped import coarse, genre, music
+from model.network import MusicnnConfig
+from model.shipped import PLAN, PLAN_WITHOUT_GAME, Material, _with_genres, coarse, genre, music
 from model.shipped.music import Recording
 from model.shipped.student import (
     Lessons,
@@ -387,6 +390,39 @@ def test_excerpts_are_what_the_manifest_says_and_repeated_where_shorter_than_a_w
     assert (len(short.fine), len(long.fine)) == (188, 251)
     np.testing.assert_array_equal(short.fine[2:123], long.fine[2:123])
     np.testing.assert_allclose(short.fine[127:186], short.fine[2:61], atol=0.01)
+
+
+def test_the_student_is_taught_by_all_that_there_is_in_the_order_of_the_plan(
+    reference: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, count in (("EXCERPT", 3), ("GAME", 2), ("ARCHIVE", 1)):
+        monkeypatch.setattr(f"model.shipped.{name}_WINDOWS", count)
+    translation = coarse.Translation(np.eye(coarse.BANDS + 1, 96, dtype=np.float32))
+    clip = np.full((722, coarse.BANDS), -20, np.float32)
+    whole = Material([recording(0)], [], [recording(1)], {}, [clip], translation)
+    for material, counts in ((whole, [3, 2, 1]), (replace(whole, game=[]), [3, 1])):
+        lessons = material.lessons(reference, np.random.default_rng(0))
+        assert [len(source.tags) for source in lessons] == counts
+    assert PLAN_WITHOUT_GAME.batch == (PLAN.batch[0], PLAN.batch[2])
+
+
+def test_a_shipped_bundle_answers_with_its_genre_head_and_with_the_references_tags(
+    reference: Bundle,
+) -> None:
+    rng = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(3, 200, generator=rng), torch.randn(3, generator=rng)
+    fitted = genre.GenreHead(weight, bias, Calibration(temperature={"mean": 2.0}), 0.4, {})
+    config = MusicnnConfig.model_validate(reference.config)
+    made = _with_genres(reference, reference.network, config, HEAD, fitted)
+    assert [(head.name, head.labels) for head in made.heads[:1]] == [("genre", HEAD.labels)]
+    assert made.heads[1:] == reference.heads
+    assert made.heads[0].calibration == fitted.calibration
+    assert made.uncertain_threshold == 0.4
+    with torch.inference_mode():
+        said, before = made.network(chords(2)), reference.network(chords(2))
+    torch.testing.assert_close(said.probabilities["tags"], before.probabilities["tags"])
+    wanted = (before.embedding @ weight.T + bias).softmax(1)
+    torch.testing.assert_close(said.probabilities["genre"], wanted, atol=1e-4, rtol=1e-3)
 
 
 def test_without_apt_the_recipe_says_so_and_goes_on(
