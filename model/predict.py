@@ -157,7 +157,7 @@ def _audio_windows(
         def batches() -> Iterator[Tensor]:
             for windows in cut(samples_of(clip, row), cutter):
                 for first in range(0, len(windows), BATCH):
-                    batch = np.array(windows[first : first + BATCH])  # the cutter reuses its memory
+                    batch = np.array(windows[first : first + BATCH])  # PyTorch wants to write
                     silent.append(is_silent(batch, settings.silence_dbfs))
                     yield torch.from_numpy(batch)
 

@@ -211,7 +211,7 @@ class Tagger:
         The windows are copied out at once: it costs little, and a decoder whose blocks are free
         goes on to the next track while the network still works on this one.
         """
-        silent = block.silent.copy()
+        silent = block.silent
         windows = block.windows[~silent]
         block.release()
         if not len(windows):
