@@ -141,6 +141,11 @@ def spooled_files(settings: FetchSettings) -> list[Path]:
     return [path for path in settings.spool_dir.rglob("*/*") if path.is_file()]
 
 
+def waiting_for_room(fetcher: Fetcher) -> int:
+    """How many fetches wait until the spool has room for more of theirs."""
+    return sum(share.waits for share in fetcher._spool.room._growing)
+
+
 async def fetched(fetcher: Fetcher, uri: str, **options: Any) -> bytes:
     async with fetcher.fetch(uri, **options) as audio:
         data = audio.path.read_bytes()
@@ -804,10 +809,9 @@ class TestASmallSpool:
         async with Fetcher(configured(spool_max_bytes=len(AUDIO) + 100)) as fetcher:
             async with fetcher.fetch(large):
                 first = asyncio.create_task(fetched(fetcher, large))
-                await asyncio.sleep(0.1)
+                await until(lambda: waiting_for_room(fetcher) == 1)
                 second = asyncio.create_task(fetched(fetcher, small))
-                await asyncio.sleep(0.1)
-                assert not second.done()
+                await until(lambda: waiting_for_room(fetcher) == 2)
                 first.cancel()
                 assert await second == b"small"
             assert await fetched(fetcher, large) == AUDIO
