@@ -282,13 +282,13 @@ class TestSlowStores:
             error = await failure(fetcher, f"{scheme}://music/a.mp3")
         assert isinstance(error, FetchTooSlow)
         assert "MIN_BYTES_PER_S" in error.message
-        assert STALL_S <= time.monotonic() - started < STALL_S + 0.5
+        assert STALL_S <= time.monotonic() - started < STALL_S + 1.5
         assert store.requests == 1
 
     async def test_may_be_as_slow_as_the_limit(
         self, store: Dripping, configured: Callable[..., FetchSettings], scheme: str
     ) -> None:
-        settings = configured(**stores_at(store.endpoint), min_bytes_per_s=500)
+        settings = configured(**stores_at(store.endpoint), min_bytes_per_s=200)
         async with Fetcher(settings) as fetcher, fetcher.fetch(f"{scheme}://music/a.mp3") as audio:
             assert audio.path.read_bytes() == AUDIO[:DRIPPED_BYTES]
 
@@ -299,7 +299,7 @@ class TestSlowStores:
         settings = configured(**stores_at(store.endpoint), connect_timeout_s=0.3)
         async with Fetcher(settings) as fetcher:
             assert isinstance(await failure(fetcher, f"{scheme}://music/400"), FetchTimeout)
-        assert time.monotonic() - started < 2 * (0.3 + STALL_S) + 0.5
+        assert time.monotonic() - started < 2 * (0.3 + STALL_S) + 1.5
         assert store.requests == 2
 
 
