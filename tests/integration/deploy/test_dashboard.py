@@ -35,6 +35,7 @@ QUERIES = [
 ]
 VARIABLES = {"$__rate_interval": "1m", "$instance": ".*"}
 FINISHED = "sum(timbre_tracks_total) or vector(0)"
+UNFINISHED = "sum(timbre_in_flight) + sum(timbre_consumer_lag)"
 SCRAPE_S = 1
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
@@ -201,6 +202,9 @@ async def scraped(worker: tuple[str, Path], prometheus: str, kafka_of_worker: Ka
                 async with asyncio.timeout(WORK_TIMEOUT_S):
                     while await value(prometheus, FINISHED) < sent:
                         await asyncio.sleep(SCRAPE_S / 2)
+    async with asyncio.timeout(WORK_TIMEOUT_S):
+        while await value(prometheus, UNFINISHED):  # the lag is measured every few seconds
+            await asyncio.sleep(SCRAPE_S / 2)
     await asyncio.sleep(2 * SCRAPE_S)
     return prometheus
 
