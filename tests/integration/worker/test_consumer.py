@@ -218,15 +218,18 @@ async def test_topics_made_after_the_start_are_seen_soon(
 async def test_what_is_in_flight_at_a_stop_finishes_and_is_committed(topics: MakeTopics) -> None:
     own = await topics(partitions=1)
     begun, done = list[int](), list[int]()
+    let_go = asyncio.Event()
 
-    async def slowly(record: Record, _: Place) -> None:
+    async def finish_late(record: Record, _: Place) -> None:
         begun.append(record.offset)
-        await asyncio.sleep(1)
+        await let_go.wait()
         done.append(record.offset)
 
     await send(own, 50)
-    async with consuming(settings_of(own), slowly):
+    async with consuming(settings_of(own), finish_late) as consumer:
         await until(lambda: len(begun) == 8)
+        consumer.stop()
+        asyncio.get_running_loop().call_later(1, let_go.set)
     assert begun == sorted(done) == list(range(8)), (
         "nothing is given back, and nothing new is taken"
     )
