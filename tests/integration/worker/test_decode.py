@@ -263,11 +263,11 @@ async def test_the_decoder_waits_for_blocks_to_be_released(song: Path) -> None:
 
 async def test_waiting_for_the_consumer_is_no_work_of_the_decoder(song: Path) -> None:
     async with (
-        pool_of(slots=2, slot_windows=3, timeout_s=0.8) as pool,
+        pool_of(slots=2, slot_windows=3, timeout_s=1.5) as pool,
         pool.decode(song) as decoding,
     ):
         async for block in decoding:
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.5)
             block.release()
         assert decoding.facts.duration_s == 60.0
 
@@ -384,16 +384,16 @@ async def test_a_decoder_that_crashes_is_told_by_its_signal_and_replaced(song: P
 
 
 async def test_a_decoder_that_hangs_meets_its_limit(song: Path) -> None:
-    async with pool_of(slots=2, slot_windows=3, timeout_s=0.5) as pool:
+    async with pool_of(slots=2, slot_windows=3, timeout_s=2.0) as pool:
         async with pool.decode(song) as decoding:
             for block in [await anext(decoding) for _ in range(2)]:  # until then it waited for us
                 block.release()
             hung = decoder_of(pool, song)
             hung.suspend()
             started_s = time.monotonic()
-            with pytest.raises(DecodeTimeout, match=r"more than 0\.5 s"):
+            with pytest.raises(DecodeTimeout, match="more than 2 s"):
                 await asyncio.wait_for(drain(decoding), 10)
-            assert time.monotonic() - started_s < 2.0
+            assert time.monotonic() - started_s < 5.0
         assert (await hear(pool, song)).facts.duration_s == 60.0
         assert not hung.is_running()
 
@@ -401,15 +401,15 @@ async def test_a_decoder_that_hangs_meets_its_limit(song: Path) -> None:
 async def test_a_decoder_that_gives_nothing_for_long_is_ended_long_before_its_limit(
     song: Path,
 ) -> None:
-    pool = pool_of(slots=2, slot_windows=3, timeout_s=60.0, stall_timeout_s=0.5)
+    pool = pool_of(slots=2, slot_windows=3, timeout_s=60.0, stall_timeout_s=1.0)
     async with pool, pool.decode(song) as decoding:
         for block in [await anext(decoding) for _ in range(2)]:
             block.release()
         decoder_of(pool, song).suspend()
         started_s = time.monotonic()
-        with pytest.raises(DecodeTimeout, match=r"nothing for 0\.5 s.*DECODE__STALL_TIMEOUT_S"):
+        with pytest.raises(DecodeTimeout, match=r"nothing for 1 s.*DECODE__STALL_TIMEOUT_S"):
             await asyncio.wait_for(drain(decoding), 10)
-        assert time.monotonic() - started_s < 2.0
+        assert time.monotonic() - started_s < 5.0
 
 
 async def test_each_block_gives_a_decoder_new_time(song: Path) -> None:
