@@ -5,6 +5,7 @@ import pytest
 
 from model.bundle import Bundle
 from tests.audio import encode, noise
+from tests.waiting import until
 from worker.errors import DeadlineExceeded
 from worker.settings import DecodeSettings, FetchSettings, Settings, VoteSettings, WorkerSettings
 from worker.tagger import Tagger, Timings
@@ -33,7 +34,8 @@ async def test_waiting_while_others_hold_the_decoders_is_not_held_against_a_trac
         async with tagger.decoders.decode(song) as holding:
             await anext(holding)
             waiting = asyncio.create_task(tagger.tag(song.as_uri(), timings=timings))
-            await asyncio.sleep(3.5)
+            await until(lambda: tagger.decoders._line.waiting)
+            await asyncio.sleep(3.1)
         assert (await waiting).audio.duration_s == 60.0
         assert timings.seconds["wait"] > 3.0
 
