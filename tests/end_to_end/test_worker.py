@@ -215,10 +215,9 @@ async def test_uploads_go_before_backfill_whether_its_topic_or_its_event_says_so
             await anext(holding)
             await send(own, event("by-topic", tracks["ogg"].as_uri()), topic=own.topic_backfill)
             await send(own, event("by-itself", tracks["flac"].as_uri(), priority="backfill"))
-            await until(lambda: worker.consumer.in_flight == 2)
+            await until(lambda: len(waiting["backfill"]) == 2)
             await send(own, event("upload", tracks["opus"].as_uri()))
-            await until(lambda: worker.consumer.in_flight == 3)
-            await asyncio.sleep(1)  # until it waits with the others
+            await until(lambda: waiting["upload"])
         await receive(own, own.topic_tags, 3)  # in any order: they may have shared a batch
         worker.consumer.stop()
         await working
