@@ -154,7 +154,8 @@ async def test_tracks_of_five_codecs_over_http_s3_and_as_files_are_tagged_stored
             genre = stored[b"genre"].decode()
             assert await redis.zscore(f"{redis_prefix}genre:{genre}", track_id) is not None
 
-        assert worker.metric("timbre_tracks_total", outcome="tagged") == 5
+        # Told once Redis has answered, and that may be after it was seen there.
+        await until(lambda: worker.metric("timbre_tracks_total", outcome="tagged") == 5)
         assert worker.metric("timbre_stage_seconds_count", stage="decode") == 5
         assert worker.metric("timbre_windows_total", kind="voted") == 15
         shown = worker.get("/metrics")
@@ -271,7 +272,8 @@ async def test_what_cannot_pass_is_a_dead_letter_and_its_neighbours_are_tagged(
         await send(own, *bad, event("good", tracks["ogg"].as_uri()))
         letters = await receive(own, own.topic_dead_letter, len(bad))
         results = await receive_json(own, own.topic_tags, 1)
-        assert worker.metric("timbre_tracks_total", outcome="dead_letter") == len(bad)
+        # Told once Kafka has answered, and that may be after it was read there.
+        await until(lambda: worker.metric("timbre_tracks_total", outcome="dead_letter") == len(bad))
 
     assert results.keys() == {"good"}
     found = {

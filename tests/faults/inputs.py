@@ -4,13 +4,14 @@ import asyncio
 import json
 import random
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 from tests.audio import encode_as, noise, wav
 from tests.faults import hostile
 from tests.faults.audio_server import track
 from tests.faults.scenarios import Outcome, conclude, now_s, require, scenario
-from tests.faults.stand import ROOT, Lane, Message, Stand, until
+from tests.faults.stand import ROOT, Lane, Message, Stand, Worker, until
 
 ODD = ROOT.parent / "shared" / "audio" / "odd"
 EVENT_CODES = {"event_malformed", "event_too_large", "event_version_unknown"}
@@ -240,9 +241,9 @@ async def hostile_events(stand: Stand, quick: bool) -> Outcome:
         reasons = lane.checker.reasons()
         require(reasons.keys() == EVENT_CODES, f"they have the reasons of events: {reasons}")
         require(len(lane.checker.letters) == len(malformed), "each is one dead letter")
-        told = {
-            code: await worker.metric("timbre_dead_letters_total", code=code) for code in reasons
-        }
+        end_s = now_s() + 10
+        while (told := await _counted(worker, reasons)) != reasons and now_s() < end_s:
+            await asyncio.sleep(0.1)  # each once Kafka has answered, maybe after it was read there
         require(told == reasons, f"they are counted by reason: {told}, and not {reasons}")
         return await conclude(lane, [])
 
@@ -281,6 +282,11 @@ async def unpack_bombs(stand: Stand, quick: bool) -> Outcome:
             f"a message's size stands in place of its value: {sizes}",
         )
         return await conclude(lane, [])
+
+
+async def _counted(worker: Worker, codes: Iterable[str]) -> dict[str, float]:
+    """Dead letters by the reason code, as the worker tells them."""
+    return {code: await worker.metric("timbre_dead_letters_total", code=code) for code in codes}
 
 
 def _ends(lane: Lane) -> dict[str, str]:
