@@ -6,6 +6,7 @@ import random
 import struct
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tests.audio import encode_as, noise, wav
 from tests.faults import hostile
@@ -15,7 +16,13 @@ from tests.faults.stand import ROOT, Lane, Message, Stand, Worker, until
 
 ODD = ROOT.parent / "shared" / "audio" / "odd"
 EVENT_CODES = {"event_malformed", "event_too_large", "event_version_unknown"}
-IN_TIME_S = 10.0
+IN_TIME_S = 20.0
+PATIENT: dict[str, Any] = {
+    "fetch__stall_timeout_s": 20,
+    "fetch__timeout_s": 30,
+    "worker__track_deadline_s": 60,
+}
+"""Where no server is slow but ours, while this process packs bombs or a large file is copied."""
 BOMB_BYTES = 200 << 20
 LARGE, LARGE_BYTES = 100, 1000 << 10
 """Messages of one batch, each as large as an event may be."""
@@ -190,6 +197,7 @@ async def odd_audio(stand: Stand, quick: bool) -> Outcome:
             fetch__file_roots=json.dumps([str(root) for root in roots]),
             decode__timeout_s=10,
             decode__max_memory_bytes=MAX_DECODER_BYTES,
+            **PATIENT,
         )
         events = list[bytes]()
         for number, path in enumerate(files):
@@ -226,7 +234,7 @@ async def hostile_events(stand: Stand, quick: bool) -> Outcome:
     malformed = hostile.messages(count) + hostile.enormous()
     random.shuffle(malformed)
     async with stand.lane("hostile-events", partitions=1) as lane:
-        (worker,) = await lane.ready()
+        (worker,) = await lane.ready(**PATIENT)
         sent_s: dict[str, float] = {}
         step = len(malformed) // 20 + 1
         for number, start in enumerate(range(0, len(malformed), step)):
@@ -253,7 +261,7 @@ async def unpack_bombs(stand: Stand, quick: bool) -> Outcome:
     """Messages that unpack to up to thirty thousand times their size, and sound ones behind."""
     del quick  # it takes some seconds
     async with stand.lane("unpack-bombs") as lane:
-        (worker,) = await lane.ready()
+        (worker,) = await lane.ready(**PATIENT)
         await lane.send(lane.tracks(range(20)))
         await lane.until_answered(20, 60)
         before_bytes = worker.peak_bytes()
