@@ -35,7 +35,7 @@ QUERIES = [
 ]
 VARIABLES = {"$__rate_interval": "1m", "$instance": ".*"}
 FINISHED = "sum(timbre_tracks_total) or vector(0)"
-UNFINISHED = "sum(timbre_in_flight) + sum(timbre_consumer_lag)"
+UNFINISHED = "(sum(timbre_in_flight) + sum(timbre_consumer_lag))"
 SCRAPE_S = 1
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
@@ -165,6 +165,13 @@ async def ask(prometheus: str, path: str, **parameters: str) -> Any:
     return answer["data"]
 
 
+async def until_told(prometheus: str, query: str) -> None:
+    """Wait until a query of a comparison gives 1."""
+    async with asyncio.timeout(WORK_TIMEOUT_S):
+        while await value(prometheus, query) != 1:
+            await asyncio.sleep(SCRAPE_S / 2)
+
+
 async def value(prometheus: str, query: str) -> float:
     (series,) = (await ask(prometheus, "query", query=query))["result"]
     return float(series["value"][1])
@@ -199,12 +206,9 @@ async def scraped(worker: tuple[str, Path], prometheus: str, kafka_of_worker: Ka
                         topic, json.dumps(event).encode(), key=track_id.encode()
                     )
                 sent += len(batch)
-                async with asyncio.timeout(WORK_TIMEOUT_S):
-                    while await value(prometheus, FINISHED) < sent:
-                        await asyncio.sleep(SCRAPE_S / 2)
-    async with asyncio.timeout(WORK_TIMEOUT_S):
-        while await value(prometheus, UNFINISHED):  # the lag is measured every few seconds
-            await asyncio.sleep(SCRAPE_S / 2)
+                await until_told(prometheus, f"({FINISHED}) >= bool {sent}")
+    # The lag is measured every few seconds.
+    await until_told(prometheus, f"{UNFINISHED} == bool 0")
     await asyncio.sleep(2 * SCRAPE_S)
     return prometheus
 

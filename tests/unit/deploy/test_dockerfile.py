@@ -59,6 +59,7 @@ def locked(path: str) -> dict[tuple[str, str], str]:
 
 SHARED = locked("deploy/requirements.lock")
 CUDA = locked("deploy/requirements-cuda.lock")
+INSTALLED = {name for name, _ in SHARED | CUDA}
 
 
 def sources() -> list[str]:
@@ -158,23 +159,21 @@ def test_the_image_gets_what_the_worker_needs_and_no_more() -> None:
     def names(requirements: list[str]) -> set[str]:
         return {re.split(r"[<>=\[;]", requirement)[0] for requirement in requirements}
 
-    installed = {name for name, _ in SHARED | CUDA}
     needed = names(project["dependencies"])
     extras = {name for extra in project["optional-dependencies"].values() for name in names(extra)}
-    assert needed <= installed
-    assert not installed & (extras - needed)
+    assert needed <= INSTALLED
+    assert not INSTALLED & (extras - needed)
 
 
 def test_the_image_gets_all_that_its_packages_need() -> None:
     """Or `pip check` ends its build."""
-    carried = {name for name, _ in SHARED | CUDA}
-    for name in carried:
+    for name in INSTALLED:
         try:
             needs = [Requirement(need) for need in metadata.requires(name) or ()]
         except metadata.PackageNotFoundError:
             continue  # of another platform
         needed = {need.name for need in needs if not need.marker or need.marker.evaluate()}
-        assert {canonicalize_name(need) for need in needed} <= carried, name
+        assert {canonicalize_name(need) for need in needed} <= INSTALLED, name
 
 
 def test_the_cpu_variant_carries_no_cuda() -> None:
