@@ -45,7 +45,7 @@ FILTER_TAPS = 36
 KAISER_BETA = 6
 # Small frames are packed before they are filtered, which one by one costs as much time as decoding
 # them; a packed frame is bounded, since low rates and many channels would make it gigabytes.
-FRAME_S = 0.5
+FRAME_S = 1.0
 FRAME_VALUES = 1 << 18
 PACKED_CONTAINERS = {"flac", "mp3", "mp4", "ogg", "wav"}
 READ_BYTES = 1 << 16
