@@ -100,8 +100,16 @@ class GuardedRedis(Redis):
         yield "requirepass", self._password
 
 
-def tls_proxy(port: int, security: Security) -> AbstractAsyncContextManager[int]:
-    """A port that speaks TLS and nothing else, before one of this machine that can't."""
+def tls_proxy(
+    port: int, security: Security, *, asks_clients: bool = False
+) -> AbstractAsyncContextManager[int]:
+    """A port that speaks TLS and nothing else, before one of this machine that can't.
+
+    It may ask its clients for a certificate of the same authority.
+    """
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(security.certificate_file)
+    if asks_clients:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(security.ca_file)
     return proxy(port, context=context)

@@ -16,7 +16,6 @@ Redis is never waited for: while it is down, tags still flow, and what it missed
 
 import asyncio
 import logging
-import ssl
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable
@@ -38,6 +37,7 @@ from worker.backoff import Backoff
 from worker.errors import SettingsInvalid
 from worker.metrics import Metrics
 from worker.settings import MIB, RedisSettings
+from worker.tls import client_context
 
 log = logging.getLogger(__name__)
 
@@ -71,19 +71,20 @@ def connect(settings: RedisSettings) -> Redis:
     ------
     SettingsInvalid
         The URL is not one of Redis's, or its options or the settings beside it don't go with it, or
-        the CA file holds no certificates.
+        a file for TLS can't be read.
     """
     options: dict[str, Any] = {}
     if settings.password is not None:
         options["password"] = settings.password.get_secret_value()
-    if settings.ssl_ca_file is not None:
-        options["ssl_ca_certs"] = str(settings.ssl_ca_file)
-        try:
-            ssl.create_default_context(cafile=settings.ssl_ca_file)
-        except OSError as error:
-            raise SettingsInvalid(
-                f"Redis's CA file can't be read ({error}); check TIMBRE_REDIS__SSL_CA_FILE."
-            ) from None
+    files = {
+        "ssl_ca_certs": settings.ssl_ca_file,
+        "ssl_certfile": settings.ssl_cert_file,
+        "ssl_keyfile": settings.ssl_key_file,
+    }
+    named = {option: str(file) for option, file in files.items() if file is not None}
+    if named:
+        client_context("Redis", settings)  # tells now what the first connection would
+        options |= named
     try:
         redis = Redis.from_url(
             settings.url.get_secret_value(),
@@ -103,7 +104,7 @@ def connect(settings: RedisSettings) -> Redis:
     except (TypeError, ValueError, AttributeError, LookupError, RedisError):
         raise SettingsInvalid(
             "TIMBRE_REDIS__URL can't be used as it is set up; leave out the options after its '?', "
-            "and give TIMBRE_REDIS__SSL_CA_FILE only with rediss://."
+            "and give TIMBRE_REDIS__SSL_* only with rediss://."
         ) from None
     return redis
 

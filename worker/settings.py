@@ -338,7 +338,11 @@ class RedisSettings(Section):
         SecretStr("redis://localhost:6379/0"), description="redis://, rediss:// or unix://"
     )
     password: SecretStr | None = Field(None, description="Password, when not in the URL")
-    ssl_ca_file: FilePath | None = Field(None, description="CA certificates for rediss://")
+    ssl_ca_file: FilePath | None = Field(
+        None, description="CA certificates for rediss://; unset: the system's"
+    )
+    ssl_cert_file: FilePath | None = Field(None, description="Client certificate for rediss://")
+    ssl_key_file: FilePath | None = Field(None, description="Client key for rediss://")
     prefix: str = Field("timbre:", description="Start of every key")
     track_ttl_s: Life = Field(30 * 86400, description="Life of a track's hash; 0: for ever")
     cache_ttl_s: Life = Field(30 * 86400, description="Life of a cached analysis; 0: for ever")
@@ -349,6 +353,12 @@ class RedisSettings(Section):
     catch_up_max: int = Field(
         10_000, ge=0, description="Results kept to be stored once Redis is back, of 256 MiB at most"
     )
+
+    @model_validator(mode="after")
+    def _a_key_goes_with_its_certificate(self) -> Self:
+        if self.ssl_key_file and not self.ssl_cert_file:
+            raise ValueError("ssl_key_file needs ssl_cert_file")
+        return self
 
 
 def _user_dir(variable: str, default: str) -> Path:

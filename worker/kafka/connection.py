@@ -17,9 +17,10 @@ from aiokafka.errors import (
 )
 from faust.auth import SASLCredentials, SSLCredentials
 
-from worker.errors import ServicesUnavailable, SettingsInvalid
+from worker.errors import ServicesUnavailable
 from worker.kafka.aiokafka_faults import mend
 from worker.settings import KafkaSettings
+from worker.tls import client_context
 
 MAX_REQUEST_OVERHEAD_BYTES = 1024 * 1024
 
@@ -37,26 +38,7 @@ def ssl_context(kafka: KafkaSettings) -> ssl.SSLContext | None:
     SettingsInvalid
         A certificate or key file can't be read, or is encrypted.
     """
-    if "SSL" not in kafka.security_protocol:
-        return None
-    try:
-        context = ssl.create_default_context(cafile=kafka.ssl_ca_file)
-        if kafka.ssl_cert_file is not None:
-            context.load_cert_chain(kafka.ssl_cert_file, kafka.ssl_key_file, _refuse_encrypted)
-    except OSError as error:
-        raise SettingsInvalid(
-            f"Kafka's TLS files can't be read ({error}); check TIMBRE_KAFKA__SSL_CA_FILE, "
-            "TIMBRE_KAFKA__SSL_CERT_FILE and TIMBRE_KAFKA__SSL_KEY_FILE."
-        ) from None
-    return context
-
-
-def _refuse_encrypted() -> str:
-    """OpenSSL would ask whoever sits at the terminal, and wait."""
-    raise SettingsInvalid(
-        "Kafka's client key is encrypted; decrypt it (openssl pkey) into a file that only the "
-        "worker's user can read, and name that in TIMBRE_KAFKA__SSL_KEY_FILE."
-    )
+    return client_context("Kafka", kafka) if "SSL" in kafka.security_protocol else None
 
 
 def client_options(kafka: KafkaSettings) -> dict[str, Any]:

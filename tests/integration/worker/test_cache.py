@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
@@ -180,15 +181,8 @@ def test_certificates_without_tls_are_told_at_the_start(url: str, tmp_path: Path
     authority = tmp_path / "ca.pem"
     trustme.CA().cert_pem.write_to_path(str(authority))
     connect(RedisSettings(url=SecretStr("rediss://redis/0"), ssl_ca_file=authority))
-    with pytest.raises(SettingsInvalid, match="TIMBRE_REDIS__SSL_CA_FILE"):
+    with pytest.raises(SettingsInvalid, match=r"TIMBRE_REDIS__SSL_\* only with rediss://"):
         connect(RedisSettings(url=SecretStr(url), ssl_ca_file=authority))
-
-
-def test_a_file_without_certificates_is_told_at_the_start(tmp_path: Path) -> None:
-    authority = tmp_path / "ca.pem"
-    authority.write_text("no certificate")
-    with pytest.raises(SettingsInvalid, match="TIMBRE_REDIS__SSL_CA_FILE"):
-        connect(RedisSettings(url=SecretStr("rediss://redis/0"), ssl_ca_file=authority))
 
 
 async def test_redis_is_spoken_to_over_tls_where_its_authority_vouches_for_its_name_alone(
@@ -217,6 +211,31 @@ async def test_redis_is_spoken_to_over_tls_where_its_authority_vouches_for_its_n
                 await answers("localhost", password=password, ssl_ca_file=security.ca_file)
     finally:
         guarded.remove()
+
+
+async def test_a_redis_that_asks_for_a_client_certificate_is_shown_the_one_that_is_set(
+    tmp_path: Path, redis_url: str
+) -> None:
+    security = issue_security(tmp_path, "default", "")
+    (tmp_path / "other").mkdir()
+    other = issue_security(tmp_path / "other", "default", "")
+    server_port = urlsplit(redis_url).port
+    assert server_port is not None
+    async with tls_proxy(server_port, security, asks_clients=True) as port:
+
+        async def answers(**files: Path) -> bool:
+            settings = RedisSettings(
+                url=SecretStr(f"rediss://{HOST}:{port}/0"), ssl_ca_file=security.ca_file, **files
+            )
+            async with connect(settings) as client:
+                return bool(await client.ping())
+
+        own = security.certificate_file
+        assert await answers(ssl_cert_file=own)
+        assert await answers(ssl_cert_file=own, ssl_key_file=own)
+        for stranger in ({}, {"ssl_cert_file": other.certificate_file}):
+            with pytest.raises(RedisConnectionError):
+                await answers(**stranger)
 
 
 async def test_a_stored_analysis_is_found_by_audio_and_by_event(

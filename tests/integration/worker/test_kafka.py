@@ -9,22 +9,15 @@ from pathlib import Path
 from random import Random
 
 import pytest
-import trustme
 from aiokafka.admin import NewTopic
 from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import RequestTimedOutError
-from cryptography.hazmat.primitives.serialization import (
-    BestAvailableEncryption,
-    Encoding,
-    PrivateFormat,
-    load_pem_private_key,
-)
 
 from tests.conftest import MakeTopic
 from tests.integration.worker.test_consumer import administering
 from tests.integration.worker.test_dead_letters import MODEL, record
 from tests.waiting import until
-from worker.errors import AudioNotFound, PublishFailed, SettingsInvalid
+from worker.errors import AudioNotFound, PublishFailed
 from worker.kafka import aiokafka_faults
 from worker.kafka.connection import client_options, producer
 from worker.publish import Failure, Publisher
@@ -180,21 +173,3 @@ async def test_no_message_takes_long_to_be_compressed(
         started_s = time.process_time()
         await sending.send_and_wait(await topic(), few_letters)
         assert time.process_time() - started_s < 0.5
-
-
-def test_an_encrypted_client_key_is_refused_and_nobody_asked_for_its_password(
-    tmp_path: Path,
-) -> None:
-    certificate = trustme.CA().issue_cert("worker")
-    certificate.cert_chain_pems[0].write_to_path(str(tmp_path / "worker.pem"))
-    key = load_pem_private_key(certificate.private_key_pem.bytes(), None)
-    (tmp_path / "worker.key").write_bytes(
-        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
-    )
-    settings = KafkaSettings(
-        security_protocol="SSL",
-        ssl_cert_file=tmp_path / "worker.pem",
-        ssl_key_file=tmp_path / "worker.key",
-    )
-    with pytest.raises(SettingsInvalid, match=r"encrypted.*TIMBRE_KAFKA__SSL_KEY_FILE"):
-        client_options(settings)

@@ -9,7 +9,14 @@ from pydantic import ValidationError
 
 from worker import settings_table
 from worker.errors import SettingsInvalid
-from worker.settings import DecodeSettings, FetchSettings, HttpSettings, KafkaSettings, load
+from worker.settings import (
+    DecodeSettings,
+    FetchSettings,
+    HttpSettings,
+    KafkaSettings,
+    RedisSettings,
+    load,
+)
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -209,6 +216,8 @@ def test_a_secret_that_is_not_plain_utf_8_is_told_by_its_file(
 def test_a_client_key_without_its_certificate_is_refused() -> None:
     with pytest.raises(ValidationError, match="ssl_key_file needs ssl_cert_file"):
         KafkaSettings(security_protocol="SSL", ssl_key_file=Path(__file__))
+    with pytest.raises(ValidationError, match="ssl_key_file needs ssl_cert_file"):
+        RedisSettings(ssl_key_file=Path(__file__))
 
 
 def test_what_kubernetes_tells_of_services_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
