@@ -76,13 +76,32 @@ async def retry(
     SourceInvalid
         What stands at one of the places can't be sent; then none is sent.
     ServicesUnavailable
-        Kafka can't be reached.
+        Kafka can't be reached; a warning tells what had been sent.
     """
-    sent, known = list[Place](), set[bytes]()
-    async with connection.started(connection.producer(settings.kafka), settings.kafka) as producer:
+    sent: list[Place] = []
+    try:
+        async with aclosing(_send_again(settings.kafka, places, code)) as sending:
+            async for place in sending:
+                sent.append(place)
+    except ServicesUnavailable:
+        if sent:
+            last = f"{sent[-1][0]}:{sent[-1][1]}"
+            log.warning(
+                "Sent again before Kafka failed: %d, at last what is at %s", len(sent), last
+            )
+        raise
+    return sent
+
+
+async def _send_again(
+    settings: KafkaSettings, places: Sequence[Place], code: str | None
+) -> AsyncGenerator[Place, None]:
+    """Send what `retry` says, and tell each place once it is done."""
+    known = set[bytes]()
+    async with connection.started(connection.producer(settings), settings) as producer:
         # Before any is sent: to a topic that is not there aiokafka tries each for half a minute.
         topics = (await producer.client.fetch_all_metadata()).topics()
-        async with aclosing(_chosen(settings.kafka, places, topics)) as messages:
+        async with aclosing(_chosen(settings, places, topics)) as messages:
             async for message in messages:
                 letter = parse(message)
                 if code is not None and letter.reason.code != code:
@@ -103,8 +122,7 @@ async def retry(
                     why = f"{letter.origin.topic} takes no message of this size any more"
                     log.warning("%s", _unsendable(message, why))
                     continue
-                sent.append((message.partition, message.offset))
-    return sent
+                yield message.partition, message.offset
 
 
 def parse(message: "ConsumerRecord[bytes, bytes]") -> DeadLetter:

@@ -320,6 +320,30 @@ async def test_a_letter_of_a_topic_that_is_gone_keeps_back_none_behind_it(
     assert again.value == b"{}"
 
 
+async def test_a_retry_that_kafka_cuts_short_tells_what_it_had_sent(
+    secured: GuardedKafka, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = await new_topics(secured.client_settings())
+    async with Publisher(own) as publisher:
+        failure = Failure(AudioNotFound("Nothing there."))
+        for topic in (own.topic_new, own.topic_backfill):
+            letter = replace(record(own, 0, b"{}"), topic=topic)
+            await publisher.dead_letter(letter, [failure], MODEL)
+
+    async def cut_short() -> bool:
+        try:
+            return not await dead_letters.retry(Settings(kafka=own))
+        except ServicesUnavailable as error:
+            return "a right is missing" in error.message
+
+    async with forbidden(own, own.topic_backfill, WRITE):
+        await until(cut_short, timeout_s=10)  # the broker hears of it a moment later
+
+    assert "Sent again before Kafka failed: 1, at last what is at 0:0" in caplog.messages
+    [again] = await receive(own, own.topic_new, 1)
+    assert again.value == b"{}"
+
+
 async def test_a_list_that_kafka_cuts_short_says_so(
     topics: MakeTopics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
