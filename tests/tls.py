@@ -36,6 +36,7 @@ class Security:
 
 def issue_security(folder: Path, user: str, password: str) -> Security:
     """In `folder` a certificate for 127.0.0.1 and the authority it is of; and who may enter."""
+    folder.mkdir(exist_ok=True)
     authority = trustme.CA()
     certificate = authority.issue_cert("127.0.0.1")
     key = load_pem_private_key(certificate.private_key_pem.bytes(), None)

@@ -30,6 +30,11 @@ IDLE_POLLS = 10
 NUMBER = re.compile(r"[0-9]{1,19}")
 
 
+def shown(place: Place) -> str:
+    """As people read and write it: PARTITION:OFFSET."""
+    return f"{place[0]}:{place[1]}"
+
+
 async def list_dead_letters(
     settings: Settings, *, code: str | None = None, limit: int | None = None
 ) -> AsyncGenerator[tuple[Place, DeadLetter], None]:
@@ -85,10 +90,8 @@ async def retry(
                 sent.append(place)
     except ServicesUnavailable:
         if sent:
-            last = f"{sent[-1][0]}:{sent[-1][1]}"
-            log.warning(
-                "Sent again before Kafka failed: %d, at last what is at %s", len(sent), last
-            )
+            told = "Sent again before Kafka failed: %d, at last what is at %s"
+            log.warning(told, len(sent), shown(sent[-1]))
         raise
     return sent
 
@@ -213,7 +216,7 @@ def _obstacle(
 
 
 def _unsendable(message: "ConsumerRecord[bytes, bytes]", why: str) -> str:
-    place = f"{message.partition}:{message.offset}"
+    place = shown((message.partition, message.offset))
     return printable(f"The letter at {place} can't be sent again: {why}.")
 
 
@@ -224,7 +227,7 @@ async def _at(settings: KafkaSettings, place: Place) -> "ConsumerRecord[bytes, b
                 return message
             break
     raise DeadLetterNotFound(
-        f"No dead letter stands at {place[0]}:{place[1]} of {settings.topic_dead_letter}; "
+        f"No dead letter stands at {shown(place)} of {settings.topic_dead_letter}; "
         "`timbre dead-letters list` names those that are there."
     )
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from schemas.events import DeadLetter
 from worker import dead_letters
 from worker.commands import console
-from worker.dead_letters import Place
+from worker.dead_letters import Place, shown
 from worker.errors import SourceInvalid
 from worker.printable import printable
 from worker.settings import Settings
@@ -36,7 +36,7 @@ def list_all(settings: Settings, *, code: str | None, limit: int | None, as_json
                 if as_json:
                     _write_json(place, letter)
                     continue
-                line = Text(f"{_shown(place):<{PLACE_WIDTH}} ", style="dim")
+                line = Text(f"{shown(place):<{PLACE_WIDTH}} ", style="dim")
                 line.append(f"{letter.reason.code:<{CODE_WIDTH}} ", style="red")
                 line.append(f"{letter.track_id or '-':<{console.ID_WIDTH}} ", style="bold")
                 line.append(letter.reason.message)
@@ -93,12 +93,8 @@ def _place(text: str) -> Place:
     return int(match[1]), int(match[2])
 
 
-def _shown(place: Place) -> str:
-    return f"{place[0]}:{place[1]}"
-
-
 def _write_json(place: Place, letter: DeadLetter) -> None:
-    line: dict[str, Any] = {"place": _shown(place), **letter.model_dump(mode="json")}
+    line: dict[str, Any] = {"place": shown(place), **letter.model_dump(mode="json")}
     console.json_line(json.dumps(line, ensure_ascii=False))
 
 

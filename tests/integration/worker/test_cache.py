@@ -189,7 +189,6 @@ async def test_redis_is_spoken_to_over_tls_where_its_authority_vouches_for_its_n
     tmp_path: Path,
 ) -> None:
     security, password = issue_security(tmp_path, "default", "hunter2"), SecretStr("hunter2")
-    (tmp_path / "other").mkdir()
     other = issue_security(tmp_path / "other", "default", "hunter2")
     guarded = GuardedRedis(tmp_path / "redis", "hunter2")
     guarded.start()
@@ -217,7 +216,6 @@ async def test_a_redis_that_asks_for_a_client_certificate_is_shown_the_one_that_
     tmp_path: Path, redis_url: str
 ) -> None:
     security = issue_security(tmp_path, "default", "")
-    (tmp_path / "other").mkdir()
     other = issue_security(tmp_path / "other", "default", "")
     server_port = urlsplit(redis_url).port
     assert server_port is not None
