@@ -28,9 +28,9 @@ setup: $(STAMP)  ## Make the environment in .venv and nothing else.
 
 lock: setup  ## Resolve all locks anew: hashes and versions only; needs uv.
 	uv pip compile pyproject.toml --all-extras --generate-hashes --universal --python-version 3.11 \
-	    --no-header --no-annotate --quiet --upgrade --output-file requirements.lock
+	    --fork-strategy fewest --no-header --no-annotate --quiet --upgrade --output-file requirements.lock
 	uv pip compile pyproject.toml --constraint requirements.lock --generate-hashes --universal \
-	    --python-version 3.11 --no-header --no-annotate --quiet | awk '/^[^ ]/ { cuda = \
+	    --python-version 3.11 --fork-strategy fewest --no-header --no-annotate --quiet | awk '/^[^ ]/ { cuda = \
 	    /^(torch|torchaudio|triton|nvidia-|cuda-)/ } { print > ("deploy/requirements" (cuda ? "-cuda" : "") ".lock") }'
 	$(BIN)/python -m worker.services.jars
 

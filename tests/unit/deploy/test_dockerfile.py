@@ -153,6 +153,11 @@ def test_the_image_gets_the_files_that_were_tested() -> None:
     assert set(requirements("deploy/requirements-cuda.lock")) <= tested
 
 
+def test_every_python_gets_the_versions_that_were_tested() -> None:
+    names = [name for name, _ in locked("requirements.lock")]
+    assert len(names) == len(set(names))
+
+
 def test_the_image_gets_what_the_worker_needs_and_no_more() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
