@@ -200,10 +200,9 @@ async def test_uploads_go_before_backfill_whether_its_topic_or_its_event_says_so
     own = await topics(partitions=1)
     roots = json.dumps([str(tracks["mp3"].parent)])
     more = {"TIMBRE_DECODE__PROCESSES": "1", "TIMBRE_FETCH__FILE_ROOTS": roots}
-    for name, value in environment(own, redis_url, redis_prefix, **more).items():
-        monkeypatch.setenv(name, value)
     predicted = list[str]()
-    async with Worker(load(), Bundle.load("fast")) as worker:
+    given = environment(own, redis_url, redis_prefix, **more)
+    async with worker_here(given, monkeypatch) as worker:
         predict = worker.tagger.batcher.predict
 
         async def told(windows: Any, *, priority: Any = "none", ticket: Any) -> Any:
@@ -211,7 +210,6 @@ async def test_uploads_go_before_backfill_whether_its_topic_or_its_event_says_so
             return await predict(windows, priority=priority, ticket=ticket)
 
         monkeypatch.setattr(worker.tagger.batcher, "predict", told)
-        working = asyncio.create_task(worker.run())
         waiting = worker.tagger.decoders._line._waiting
         async with worker.tagger.decoders.decode(tracks["mp3"]) as holding:
             await anext(holding)
@@ -221,8 +219,6 @@ async def test_uploads_go_before_backfill_whether_its_topic_or_its_event_says_so
             await send(own, event("upload", tracks["opus"].as_uri()))
             await until(lambda: waiting["upload"])
         await receive(own, own.topic_tags, 3)  # in any order: they may have shared a batch
-        worker.consumer.stop()
-        await working
     assert predicted == ["upload", "backfill", "backfill"]
 
 
@@ -443,11 +439,8 @@ async def test_a_clock_that_jumps_moves_no_deadline_and_results_wait_until_kafka
             TIMBRE_FETCH__STALL_TIMEOUT_S="2",
             **credentials(endpoint),
         )
-        for name, value in given.items():
-            monkeypatch.setenv(name, value)
         monkeypatch.setattr(AIOKafkaProducer, "send_and_wait", stamped)
-        async with Worker(load(), Bundle.load("fast")) as worker:
-            working = asyncio.create_task(worker.run())
+        async with worker_here(given, monkeypatch) as worker:
             await send(
                 own,
                 event("busy", f"{endpoint}/busy.mp3"),
@@ -464,8 +457,6 @@ async def test_a_clock_that_jumps_moves_no_deadline_and_results_wait_until_kafka
             results = await receive_json(own, own.topic_tags, 3, timeout_s=20)
             [letter] = await receive(own, own.topic_dead_letter, 1, timeout_s=20)
             told = worker.metrics.render().decode()
-            worker.consumer.stop()
-            await working
     assert results.keys() == {"busy", "music/first.mp3", "music/next.ogg"}
     assert dict(letter.headers)["timbre-reason-code"] == b"fetch_timeout"
     for name, least_s in {"busy.mp3": 3, "stalls.mp3": 2}.items():
@@ -492,18 +483,13 @@ async def test_waiting_while_others_hold_the_decoders_is_no_time_of_the_tracks_b
         TIMBRE_WORKER__TRACK_DEADLINE_S="3",
         **s3,
     )
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    async with Worker(load(), Bundle.load("fast")) as worker:
-        working = asyncio.create_task(worker.run())
+    async with worker_here(given, monkeypatch) as worker:
         async with worker.tagger.decoders.decode(tracks["mp3"]) as holding:
             await anext(holding)
             await send(own, bucket_notification("music", "track.ogg", "track.opus"))
             await until(lambda: worker.consumer.in_flight)
             await asyncio.sleep(4)
         results = await receive_json(own, own.topic_tags, 2)
-        worker.consumer.stop()
-        await working
     assert results.keys() == {"music/track.ogg", "music/track.opus"}
 
 
@@ -514,8 +500,6 @@ async def test_a_track_whose_deadline_ends_a_rest_gives_its_message_no_place_bes
     given = environment(
         own, redis_url, redis_prefix, TIMBRE_WORKER__MAX_IN_FLIGHT="1", TIMBRE_WORKER__ATTEMPTS="1"
     )
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
     working, most = 0, 0
 
     async def tag(uri: str, *, sleep: Callable[[float], Awaitable[None]], **_: object) -> None:
@@ -531,17 +515,14 @@ async def test_a_track_whose_deadline_ends_a_rest_gives_its_message_no_place_bes
         working -= 1
         raise AudioNotFound("Nothing there.")
 
-    async with Worker(load(), Bundle.load("fast")) as worker:
+    async with worker_here(given, monkeypatch) as worker:
         monkeypatch.setattr(worker.tagger, "tag", tag)
-        running_on = asyncio.create_task(worker.run())
         await send(
             own,
             bucket_notification("music", "rests.mp3", "next.mp3"),
             event("other", "https://cdn.example/other.mp3"),
         )
         await receive(own, own.topic_dead_letter, 2)
-        worker.consumer.stop()
-        await running_on
     assert most == 1
 
 
@@ -841,6 +822,20 @@ async def file_worker(
     )
     async with running_worker(settings, folder / "worker.log") as worker:
         yield worker
+
+
+@asynccontextmanager
+async def worker_here(
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Worker]:
+    """A worker within the test's own process, where its parts can be seen and replaced."""
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    async with Worker(load(), Bundle.load("fast")) as worker:
+        working = asyncio.create_task(worker.run())
+        yield worker
+        worker.consumer.stop()
+        await working
 
 
 async def stored_of(redis: Redis, key: str, event_id: str) -> dict[bytes, bytes]:
