@@ -1,24 +1,12 @@
-"""TLS with Kafka and Redis, from the files that their settings name."""
+"""TLS with Kafka and Redis, from the PEM files that their settings name."""
 
 import ssl
-from pathlib import Path
-from typing import Protocol
 
 from worker.errors import SettingsInvalid
+from worker.settings import KafkaSettings, RedisSettings
 
 
-class TlsFiles(Protocol):
-    """The settings of a service that is reached by TLS, all PEM files."""
-
-    @property
-    def ssl_ca_file(self) -> Path | None: ...
-    @property
-    def ssl_cert_file(self) -> Path | None: ...
-    @property
-    def ssl_key_file(self) -> Path | None: ...
-
-
-def client_context(service: str, files: TlsFiles) -> ssl.SSLContext:
+def client_context(service: str, files: KafkaSettings | RedisSettings) -> ssl.SSLContext:
     """A context that trusts the CA, or else the system's, and shows the client certificate, if any.
 
     Raises
