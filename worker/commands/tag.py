@@ -244,7 +244,8 @@ def _cell(text: str) -> str:
 
 def _draw(drawn: Sequence[Tagged], bundle: Bundle, hop_s: float, picture: Path | None) -> None:
     """The taggrams as pictures: all in the one named, or each in one of its own."""
-    from worker.commands.plot import draw_taggrams  # noqa: PLC0415 - nor this
+    # Only now, since matplotlib loads for half a second.
+    from worker.commands.plot import draw_taggrams  # noqa: PLC0415
 
     if picture is not None:
         pictures = [(picture, drawn)] if drawn else []
@@ -258,8 +259,7 @@ def _draw(drawn: Sequence[Tagged], bundle: Bundle, hop_s: float, picture: Path |
 
 def _place(pictures: Sequence[str]) -> Path:
     """Where the one picture goes that was named."""
-    # Only now, since matplotlib loads for half a second.
-    from worker.commands.plot import check_place  # noqa: PLC0415
+    from worker.commands.plot import check_place  # noqa: PLC0415  # as in `_draw`
 
     if len(pictures) > 1:
         raise SourceInvalid(

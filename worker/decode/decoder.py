@@ -176,7 +176,7 @@ class Decoder:
             raise AudioEmpty("The file decodes to no samples at all.")
 
     def _packed_frames(self, file: FileIO) -> Iterator[AudioFrame]:
-        """Frames of some half a second, which FFmpeg reads, decodes and packs by itself.
+        """Frames of about a second, which FFmpeg reads, decodes and packs by itself.
 
         That takes a tenth less time than handing them over one by one, but ends, with FFmpegError,
         at the first damage or change of format. Of a few containers alone: others have been seen to
