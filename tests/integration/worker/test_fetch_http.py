@@ -887,7 +887,6 @@ class TestRedirects:
         self,
         server: Server,
         configured: Callable[..., FetchSettings],
-        tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         authority = trustme.CA()

@@ -76,7 +76,7 @@ def test_sound_is_as_loud_as_the_archives_decibels_say(tmp_path: Path) -> None:
     assert windows(again).mean() == pytest.approx(windows(hiss()).mean(), abs=0.2)
 
 
-def test_decibels_have_the_scale_of_the_recipes(tmp_path: Path) -> None:
+def test_decibels_have_the_scale_of_the_recipes() -> None:
     mine, recipes = decibels(archived(hiss()))[: coarse.BANDS].T, coarse.coarse(hiss())
     frames = min(len(mine), len(recipes))
     assert np.abs(mine[:frames] - recipes[:frames]).mean() < 0.5
