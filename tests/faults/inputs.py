@@ -13,6 +13,7 @@ from tests.faults import hostile
 from tests.faults.audio_server import track
 from tests.faults.scenarios import Outcome, conclude, now_s, require, scenario
 from tests.faults.stand import ROOT, Lane, Message, Stand, Worker, until
+from tests.memory import peak_bytes
 
 ODD = ROOT.parent / "shared" / "audio" / "odd"
 EVENT_CODES = {"event_malformed", "event_too_large", "event_version_unknown"}
@@ -264,7 +265,7 @@ async def unpack_bombs(stand: Stand, quick: bool) -> Outcome:
         (worker,) = await lane.ready(**PATIENT)
         await lane.send(lane.tracks(range(20)))
         await lane.until_answered(20, 60)
-        before_bytes = worker.peak_bytes()
+        before_bytes = peak_bytes(worker.process.pid)
         sent_s: dict[str, float] = {}
         for number, codec in enumerate(("gzip", "lz4", "zstd"), 20):
             await lane.send([Message(bytes(BOMB_BYTES), b"bomb")], compression=codec)
@@ -276,7 +277,7 @@ async def unpack_bombs(stand: Stand, quick: bool) -> Outcome:
         sent_s["track-23"] = now_s()
         await lane.until_answered(27 + LARGE, 60)
         await _neighbours_in_time(lane, sent_s)
-        grown_bytes = worker.peak_bytes() - before_bytes
+        grown_bytes = peak_bytes(worker.process.pid) - before_bytes
         require(grown_bytes < 3 * BOMB_BYTES // 4, f"memory grew by {grown_bytes >> 20} MiB")
         ends = {"event_too_large": 3, "event_malformed": LARGE}
         require(lane.checker.reasons() == ends, str(lane.checker.reasons()))

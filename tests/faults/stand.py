@@ -168,13 +168,6 @@ class Worker:
     def decoders(self) -> list[psutil.Process]:
         return self.tree()[1:]
 
-    def peak_bytes(self) -> int:
-        """The most memory that the worker itself has ever had, without its decoders."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        found = re.search(r"VmHWM:\s+(\d+) kB", status)
-        assert found is not None, "Linux tells it"
-        return int(found[1]) << 10
-
     def memory_bytes(self) -> int:
         """Memory of the worker and its decoders, what they share counted once.
 

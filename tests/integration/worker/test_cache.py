@@ -1,6 +1,5 @@
 import asyncio
 import json
-import resource
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -34,6 +33,7 @@ from schemas.events import (
     WindowCounts,
 )
 from tests.audio import audio_facts
+from tests.memory import peak_bytes
 from tests.tls import GuardedRedis, issue_security, tls_proxy
 from tests.waiting import until
 from worker import cache as cache_module
@@ -129,10 +129,6 @@ async def speaking(reply: bytes, *, port: int = 0, every_s: float = 0.1) -> Asyn
 
 def tag(label: str, *, head: str = "genre", score: float = 0.9) -> JsonObject:
     return {"head": head, "label": label, "category": "genre", "score": score, "share": 1.0}
-
-
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 async def store(cache: Cache, track_id: str, found: Analysis, **more: JsonObject) -> str:
