@@ -23,9 +23,13 @@ def claims() -> Iterator[tuple[str, list[str]]]:
         yield claim, names(shown_by.strip().removesuffix("."))
     for line in PAGE.splitlines():
         if line.startswith("| "):
-            claim, *_, shown_by = line.strip("|").split("|")
-            if shown_by.strip() != "shown by":
+            claim, *_, shown_by = cells(line)
+            if shown_by != "shown by":
                 yield claim, names(shown_by)
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def names(text: str) -> list[str]:
@@ -62,9 +66,9 @@ def test_every_claim_names_what_shows_it() -> None:
 def test_every_fault_says_what_happens_and_what_an_operator_sees_and_does() -> None:
     head = "| fault | what happens | what an operator sees and does | shown by |"
     tables = [table.split("\n\n")[0].splitlines()[2:] for table in PAGE.split(head)[1:]]
-    rows = [line.strip("|").split("|") for table in tables for line in table]
+    rows = [cells(line) for table in tables for line in table]
     assert len(rows) > 40, "the tables are read"
-    assert [row for row in rows if len(row) != 4 or not all(cell.strip() for cell in row)] == []
+    assert [row for row in rows if len(row) != 4 or not all(row)] == []
 
 
 def test_every_test_named_is_there_once() -> None:
