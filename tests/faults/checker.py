@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Self
@@ -17,7 +17,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 
 TOLERANCE = 1e-4
 HEADER = "timbre-"
-PER_FAILURE = ("failed-at", "attempts", "reason")
+PER_FAILURE = {"failed-at", "attempts", "reason"}
 POLL_MS = 200
 
 Place = tuple[str, int, int]
@@ -163,9 +163,7 @@ class Checker:
             dead_letters=len(self.letters),
             lost=len(self.unanswered),
             duplicates=sum(len(group) - 1 for group in duplicates),
-            differing=(
-                both + without_tags + mistaken + sum(any(_differing(group)) for group in answers)
-            ),
+            differing=both + without_tags + mistaken + sum(map(_differ, answers)),
         )
 
     def reasons(self) -> Counter[str]:
@@ -266,20 +264,16 @@ def _letter(message: Any) -> dict[str, Any]:
     return letter
 
 
-def _differing(group: list[dict[str, Any]]) -> Iterator[bool]:
-    for one, other in pairwise(group):
-        yield not same(one, other)
+def _differ(group: list[dict[str, Any]]) -> bool:
+    return not all(same(one, other) for one, other in pairwise(group))
 
 
 def same(one: Any, other: Any) -> bool:
     """Whether two answers say the same: numbers within the tolerance, tags by label."""
     if isinstance(one, dict) and isinstance(other, dict):
-        names = (one.keys() | other.keys()) - set(PER_FAILURE)
-        return all(
-            same_tags(one[name], other[name])
-            if name == "tags" and name in one and name in other
-            else name in one and name in other and same(one[name], other[name])
-            for name in names
+        names = one.keys() - PER_FAILURE
+        return names == other.keys() - PER_FAILURE and all(
+            (same_tags if name == "tags" else same)(one[name], other[name]) for name in names
         )
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
