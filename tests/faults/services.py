@@ -30,9 +30,8 @@ async def broker_restart(stand: Stand, quick: bool) -> Outcome:
             require(load < MAX_LOAD, f"the worker waits for the broker: it takes {load:.0%} CPU")
             await asyncio.to_thread(stand.kafka.start)
             moments.append(now_s())
-            await lane.send(
-                lane.tracks(range(tracks, 2 * tracks) if end == stand.kafka.stop else ())
-            )
+            if end == stand.kafka.stop:
+                await lane.send(lane.tracks(range(tracks, 2 * tracks)))
         await lane.until_answered(2 * tracks, 120)
         return await conclude(lane, moments, duplicates_at_most=4 * IN_FLIGHT)
 
