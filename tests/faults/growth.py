@@ -2,7 +2,7 @@
 
 import asyncio
 
-from tests.faults.scenarios import Outcome, conclude, now_s, require, scenario
+from tests.faults.scenarios import Outcome, conclude, now_s, require, require_letters, scenario
 from tests.faults.soak import soak as soaked
 from tests.faults.stand import Lane, Stand
 
@@ -40,7 +40,7 @@ async def long_track(stand: Stand, quick: bool) -> Outcome:
         while "long" not in lane.checker.seen_s:
             require(now_s() < end_s, f"the long track is tagged within {PATIENCE_S} s")
             most_bytes = max(most_bytes, await asyncio.to_thread(worker.memory_bytes))
-            require(not lane.checker.letters, f"it is tagged: {lane.checker.reasons()}")
+            require_letters(lane, "it is tagged")
             await lane.checker.poll()
         require(
             most_bytes < MAX_MEMORY_RATIO * alone_bytes,

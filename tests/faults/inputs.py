@@ -11,7 +11,7 @@ from typing import Any
 from tests.audio import encode_as, noise, wav
 from tests.faults import hostile
 from tests.faults.audio_server import track
-from tests.faults.scenarios import Outcome, conclude, now_s, require, scenario
+from tests.faults.scenarios import Outcome, conclude, now_s, require, require_letters, scenario
 from tests.faults.stand import ROOT, Lane, Message, Stand, Worker, until
 from tests.memory import peak_bytes
 
@@ -128,7 +128,7 @@ async def _crowd(
         await lane.send(sound)
         await lane.until_answered(CROWD + tracks, 90)
         await _neighbours_in_time(lane, sent_s)
-        require(lane.checker.reasons() == {code: CROWD}, str(lane.checker.reasons()))
+        require_letters(lane, "only those tracks are given up", **{code: CROWD})
         asked = [
             path for path in stand.audio.requests.elements() if path.startswith(f"/{fault[0]}")
         ]
@@ -280,7 +280,7 @@ async def unpack_bombs(stand: Stand, quick: bool) -> Outcome:
         grown_bytes = peak_bytes(worker.process.pid) - before_bytes
         require(grown_bytes < 3 * BOMB_BYTES // 4, f"memory grew by {grown_bytes >> 20} MiB")
         ends = {"event_too_large": 3, "event_malformed": LARGE}
-        require(lane.checker.reasons() == ends, str(lane.checker.reasons()))
+        require_letters(lane, "each bomb ends with its reason, and nothing else does", **ends)
         sizes = [
             int(letter["value-omitted-bytes"])
             for letter, *_ in lane.checker.letters.values()

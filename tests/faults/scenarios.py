@@ -47,6 +47,12 @@ def require(condition: bool, promise: str) -> None:
         raise Failed(promise)
 
 
+def require_letters(lane: Lane, promise: str, **codes: int) -> None:
+    """Raise `Failed` unless there are so many dead letters of each reason code, and no others."""
+    reasons = lane.checker.reasons()
+    require(reasons == codes, f"{promise}: {reasons}")
+
+
 async def conclude(lane: Lane, moments: list[float], *, duplicates_at_most: int = 0) -> Outcome:
     """Stop the workers and judge: nothing lost, nothing contradicted.
 

@@ -5,7 +5,7 @@ import secrets
 
 import psutil
 
-from tests.faults.scenarios import Outcome, conclude, now_s, require, scenario
+from tests.faults.scenarios import Outcome, conclude, now_s, require, require_letters, scenario
 from tests.faults.stand import IN_FLIGHT, Stand, Worker
 
 MAX_LOAD = 0.15
@@ -93,10 +93,8 @@ async def result_too_large(stand: Stand, quick: bool) -> Outcome:
             await lane.send([lane.event(url(number), track_id=f"track-{number}", **more)])
             await lane.watch(0.05)
         await lane.until_answered(tracks, 60)
-        require(
-            lane.checker.reasons() == {"result_too_large": tracks // 5},
-            f"only what is too large becomes a dead letter: {lane.checker.reasons()}",
-        )
+        too_large = "only what is too large becomes a dead letter"
+        require_letters(lane, too_large, result_too_large=tracks // 5)
         return await conclude(lane, [])
 
 

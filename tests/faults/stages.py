@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.faults.audio_server import track
 from tests.faults.launcher import BREAKS, HANGS
-from tests.faults.scenarios import Outcome, conclude, now_s, require, scenario
+from tests.faults.scenarios import Outcome, conclude, now_s, require, require_letters, scenario
 from tests.faults.stand import ROOT, Lane, Stand, Worker, until
 from tests.proxy import proxy
 from worker.services.service import HOST
@@ -89,7 +89,7 @@ async def hang_fetch(stand: Stand, quick: bool) -> Outcome:
         hung = [lane.event(stand.audio.url(0, "stall", 1000), track_id="stalled")]
         at_s = await _killed_and_left(lane, hung, tracks=tracks, waiting=1)
         await _moved_on(lane, tracks + 1)
-        require(lane.checker.reasons() == {"fetch_timeout": 1}, str(lane.checker.reasons()))
+        require_letters(lane, "only the track that stalls is given up", fetch_timeout=1)
         _, second = lane.workers
         known = await second.metric("timbre_cache_lookups_total", result="hit")
         require(known > 0, "what was done before the kill is answered from the cache")
@@ -113,7 +113,7 @@ async def hang_decode(stand: Stand, quick: bool) -> Outcome:
         await lane.until_answered(tracks, 60)
         await lane.send(lane.tracks(range(tracks, tracks + 10)))
         await _moved_on(lane, tracks + 10)
-        require(lane.checker.reasons() == {"decode_timeout": 1}, str(lane.checker.reasons()))
+        require_letters(lane, "only the track of the frozen decoder is given up", decode_timeout=1)
         _, second = lane.workers
         replaced = await second.metric("timbre_decoder_restarts_total")
         require(replaced > 0, "another decoder takes the place of the one that hung")
@@ -145,10 +145,7 @@ async def hang_device(stand: Stand, quick: bool) -> Outcome:
         at_s = now_s()
         (short,) = await lane.ready(launcher="hang", **SHORT)
         await _moved_on(lane, events)
-        require(
-            lane.checker.reasons() == {"device_hung": 1},
-            f"only the track that hangs the device is given up: {lane.checker.reasons()}",
-        )
+        require_letters(lane, "only the track that hangs the device is given up", device_hung=1)
         require(await short.metric("timbre_batch_faults_total", kind="hung") > 0, "it is told")
         return await conclude(lane, [at_s], duplicates_at_most=known)
 
@@ -170,7 +167,7 @@ async def hang_redis(stand: Stand, quick: bool) -> Outcome:
         hung = [lane.event(stand.audio.url(tracks), track_id="unanswered")]
         at_s = await _killed_and_left(lane, hung, tracks=tracks, waiting=1)
         await _moved_on(lane, tracks + 1)
-        require(not lane.checker.letters, f"tags flow without it: {lane.checker.reasons()}")
+        require_letters(lane, "tags flow without it")
         _, second = lane.workers
         missed = await second.metric("timbre_cache_lookups_total", result="error")
         require(missed > 0, "that it does not answer is told")
@@ -210,7 +207,7 @@ async def hang_produce(stand: Stand, quick: bool) -> Outcome:
         await lane.make_topics()
         at_s = now_s()
         await _moved_on(lane, tracks + 11)
-        require(lane.checker.reasons() == {"audio_not_found": 1}, str(lane.checker.reasons()))
+        require_letters(lane, "only the track that is not there is given up", audio_not_found=1)
         return await conclude(lane, [at_s], duplicates_at_most=tracks)
 
 
@@ -225,10 +222,8 @@ async def device_failing(stand: Stand, quick: bool) -> Outcome:
         marked = [lane.event(stand.audio.url(n, "marked")) for n in range(tracks // 10)]
         await lane.send(random.sample(events + marked, tracks + len(marked)))
         await lane.until_answered(tracks + len(marked), 60)
-        require(
-            lane.checker.reasons() == {"inference_failed": len(marked)},
-            f"only tracks on which the network fails are given up: {lane.checker.reasons()}",
-        )
+        failed = "only tracks on which the network fails are given up"
+        require_letters(lane, failed, inference_failed=len(marked))
         require(await worker.metric("timbre_batch_faults_total", kind="failed") > 0, "it is told")
         return await conclude(lane, [])
 
@@ -242,7 +237,7 @@ async def device_hanging_once(stand: Stand, quick: bool) -> Outcome:
         marked = lane.event(stand.audio.url(0, "marked"))
         await lane.send([marked, *lane.tracks(range(tracks))])
         await lane.until_answered(tracks + 1, 60)
-        require(not lane.checker.letters, f"no track is given up: {lane.checker.reasons()}")
+        require_letters(lane, "no track is given up")
         return await conclude(lane, [])
 
 
@@ -261,7 +256,7 @@ async def device_lost(stand: Stand, quick: bool) -> Outcome:
         require(BREAKS in broken.text(), f"the log says what the device said: {broken.tail()}")
         await lane.ready()
         await lane.until_answered(len(events), 60)
-        require(not lane.checker.letters, f"no track is given up: {lane.checker.reasons()}")
+        require_letters(lane, "no track is given up")
         return await conclude(lane, [at_s], duplicates_at_most=tracks)
 
 
@@ -284,7 +279,7 @@ async def decoder_killed(stand: Stand, quick: bool) -> Outcome:
         await sending
         await lane.until_answered(tracks, 60)
         require(worker.running, "the worker lives on")
-        require(not lane.checker.letters, f"no track is given up: {lane.checker.reasons()}")
+        require_letters(lane, "no track is given up")
         counted = await worker.metric("timbre_decoder_restarts_total")
         require(0 < counted <= kills, f"restarts are counted: {counted:g} after {kills} kills")
         return await conclude(lane, moments)
@@ -312,14 +307,11 @@ async def disk_full(stand: Stand, quick: bool) -> Outcome:
         ballast.unlink()
         moment_s = now_s()
         await lane.until_answered(tracks, 90)
-        require(not lane.checker.letters, f"it waits for room: {lane.checker.reasons()}")
+        require_letters(lane, "it waits for room")
         ballast.write_bytes(bytes(shutil.disk_usage(disk).free))
         await lane.send([lane.event(stand.audio.url(tracks), track_id="no-room")])
         await lane.until_answered(tracks + 1, 30)
-        require(
-            lane.checker.reasons() == {"spool_full": 1},
-            f"it waits no longer than a fetch may: {lane.checker.reasons()}",
-        )
+        require_letters(lane, "it waits no longer than a fetch may", spool_full=1)
         require(worker.running, "the worker lives on")
         left = list(disk.glob("*/*"))
         require(not left, f"what could not be completed is removed: {left[:5]}")
@@ -342,10 +334,7 @@ async def spool_small(stand: Stand, quick: bool) -> Outcome:
         events = [*unannounced, too_large, *lane.tracks(range(tracks))]
         await lane.send(events)
         await lane.until_answered(len(events), 90)
-        require(
-            lane.checker.reasons() == {"audio_too_large": 1},
-            f"who finds no room waits for it: {lane.checker.reasons()}",
-        )
+        require_letters(lane, "who finds no room waits for it", audio_too_large=1)
         require(
             await worker.metric("timbre_retries_total", code="spool_full") == 0,
             "waiting for room takes no attempts",
