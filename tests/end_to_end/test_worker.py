@@ -22,15 +22,14 @@ import psutil
 import pytest
 from aiohttp import web
 from aiokafka import AIOKafkaProducer
-from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from moto.server import ThreadedMotoServer
 from redis.asyncio import Redis
 
 from model.bundle import Bundle
 from schemas.events import TrackFeatures, TrackTags
 from tests.audio import ENCODINGS, encode, tone
+from tests.broker import committed, limit_messages
 from tests.conftest import MakeTopics
-from tests.integration.worker.test_consumer import administering, committed
 from tests.waiting import until
 from tests.web import answering, running
 from tests.worker_process import (
@@ -387,11 +386,11 @@ async def test_an_embedding_that_is_too_large_is_a_dead_letter_beside_its_tags_a
     topics: MakeTopics, redis_url: str, redis_prefix: str, tracks: dict[str, Path], tmp_path: Path
 ) -> None:
     own = await topics(partitions=1)
-    await configure(own, own.topic_features, "max.message.bytes", 200)
+    await limit_messages(own, own.topic_features, 200)
     async with file_worker(own, redis_url, redis_prefix, tracks, tmp_path) as worker:
         await send(own, event("refused", tracks["opus"].as_uri()))
         [letter] = await receive(own, own.topic_dead_letter, 1)
-        await configure(own, own.topic_features, "max.message.bytes", 1_000_000)
+        await limit_messages(own, own.topic_features, 1_000_000)
         await send(own, event("taken", tracks["flac"].as_uri()))
         tags = await receive_json(own, own.topic_tags, 2)
         features = await receive_json(own, own.topic_features, 1)
@@ -795,13 +794,6 @@ def bucket_notification(bucket: str, *keys: str) -> bytes:
     return json.dumps(
         {"EventName": "s3:ObjectCreated:Put", "Key": keys[0], "Records": records}
     ).encode()
-
-
-async def configure(own: KafkaSettings, topic: str, name: str, value: int) -> None:
-    """Set one of a topic's options at the broker, and all others as by default."""
-    change = ConfigResource(ConfigResourceType.TOPIC, topic, {name: str(value)})
-    async with administering(own) as admin:
-        await admin.alter_configs([change])
 
 
 @asynccontextmanager

@@ -5,6 +5,7 @@ import secrets
 
 import psutil
 
+from tests.broker import limit_messages
 from tests.faults.scenarios import Outcome, conclude, now_s, require, require_letters, scenario
 from tests.faults.stand import IN_FLIGHT, Stand, Worker
 
@@ -85,7 +86,7 @@ async def result_too_large(stand: Stand, quick: bool) -> Outcome:
     """Results that Kafka never takes, between others on the same partition."""
     tracks = 20 if quick else 100
     async with stand.lane("result-too-large", partitions=1) as lane:
-        await lane.limit_messages(lane.checker.topics.tags, 20_000)
+        await limit_messages(stand.kafka_settings, lane.checker.topics.tags, 20_000)
         await lane.ready()
         url, noise = stand.audio.url, secrets.token_urlsafe(45_000)  # does not compress well
         for number in range(tracks):

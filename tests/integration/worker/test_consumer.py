@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from aiokafka.admin import RecordsToDelete
 from aiokafka.client import AIOKafkaClient
 from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
@@ -25,10 +25,10 @@ from aiokafka.errors import (
     GroupLoadInProgressError,
     NotCoordinatorForGroupError,
 )
-from aiokafka.protocol.admin import CreateAclsRequest, DeleteAclsRequest
 from aiokafka.protocol.commit import OffsetFetchRequest, OffsetFetchResponse_v3
 from faust.transport.consumer import Consumer as FaustConsumer
 
+from tests.broker import DESCRIBE, READ, administering, committed, forbidden
 from tests.conftest import MakeTopics, new_topics
 from tests.tls import GuardedKafka
 from tests.waiting import until
@@ -45,10 +45,6 @@ from worker.services.topics import create_topics
 from worker.settings import MIB, KafkaSettings, Settings, WorkerSettings
 
 EVENTS = 200
-# In Kafka's protocol.
-TOPIC, LITERAL = 2, 3
-DENY, ALLOW = 2, 3
-ALL, READ, WRITE, DESCRIBE = 2, 3, 4, 8
 MILLIONS = 3
 
 
@@ -101,40 +97,6 @@ async def send(own: KafkaSettings, count: int = EVENTS, topic: str | None = None
         for number in range(count):
             key = str(number).encode()
             await producer.send(topic or own.topic_new, key, key=key, headers=[("n", key)])
-
-
-async def committed(own: KafkaSettings, partitions: int) -> int:
-    """The group's committed offsets, added up."""
-    tps = [TopicPartition(own.topic_new, number) for number in range(partitions)]
-    async with AIOKafkaConsumer(
-        **connection.client_options(own), group_id=own.group, enable_auto_commit=False
-    ) as reader:
-        reader.assign(tps)
-        return sum([await reader.committed(tp) or 0 for tp in tps])
-
-
-@asynccontextmanager
-async def administering(own: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient]:
-    admin = AIOKafkaAdminClient(**connection.client_options(own))
-    await admin.start()
-    try:
-        yield admin
-    finally:
-        await admin.close()
-
-
-@asynccontextmanager
-async def forbidden(own: KafkaSettings, topic: str, *operations: int) -> AsyncIterator[None]:
-    """Nobody may do this with a topic, and everybody all else."""
-    rules = [(operation, DENY) for operation in operations] + [(ALL, ALLOW)]
-    acls = [(TOPIC, topic, LITERAL, "User:*", "*", *rule) for rule in rules]
-    async with administering(own) as admin:
-        for acl in acls:
-            made = await admin._send_request(CreateAclsRequest(*acl))
-            assert [code for code, _ in made.creation_responses] == [0]
-        yield
-        for acl in acls:
-            await admin._send_request(DeleteAclsRequest(*acl))
 
 
 def ports_of_our_own() -> set[int]:

@@ -8,11 +8,10 @@ from datetime import UTC, datetime
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import NewTopic, RecordsToDelete
-from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from schemas.events import AudioRef, ModelRef, NewTrack
+from tests.broker import WRITE, administering, forbidden, limit_messages
 from tests.conftest import MakeTopics, new_topics
-from tests.integration.worker.test_consumer import WRITE, administering, forbidden
 from tests.tls import GuardedKafka
 from tests.waiting import until
 from tests.worker_process import receive, send
@@ -290,11 +289,7 @@ async def test_a_letter_that_its_topic_takes_no_more_keeps_back_none_behind_it(
         for value in (os.urandom(2000), b"{}"):
             failure = Failure(AudioNotFound("Nothing there."))
             await publisher.dead_letter(record(own, 0, value), [failure], MODEL)
-    async with administering(own) as admin:
-        limit = ConfigResource(
-            ConfigResourceType.TOPIC, own.topic_new, {"max.message.bytes": "1000"}
-        )
-        await admin.alter_configs([limit])
+    await limit_messages(own, own.topic_new, 1000)
     assert await dead_letters.retry(Settings(kafka=own)) == [(0, 1)]
     assert (
         f"The letter at 0:0 can't be sent again: {own.topic_new} takes no message of this size "

@@ -17,8 +17,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import SecretStr
 
 from model.bundle import Bundle
+from tests.broker import committed
 from tests.conftest import MakeTopics
-from tests.integration.worker.test_consumer import Seen, committed, consuming, send, settings_of
+from tests.integration.worker.test_consumer import Seen, consuming, send, settings_of
 from tests.unit.worker.small_network import SmallNet
 from tests.unit.worker.test_batch import MARK, Hanging, Tracks, batcher_of, noise
 from tests.waiting import until

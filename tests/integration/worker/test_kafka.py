@@ -13,8 +13,8 @@ from aiokafka.admin import NewTopic
 from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import RequestTimedOutError
 
+from tests.broker import administering
 from tests.conftest import MakeTopic
-from tests.integration.worker.test_consumer import administering
 from tests.integration.worker.test_dead_letters import MODEL, record
 from tests.waiting import until
 from worker.errors import AudioNotFound, PublishFailed
