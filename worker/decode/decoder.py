@@ -116,14 +116,13 @@ def decode_windows(
     window_samples: int,
     hop_samples: int,
     min_tail_samples: int,
-    max_duration_s: float = float("inf"),
 ) -> Iterator[Windows]:
     """Decode and cut a file in pieces of shape (windows, window_samples), as the worker does.
 
     Arguments and errors are those of `decode_samples` and `WindowCutter`.
     """
     cutter = WindowCutter(window_samples, hop_samples, min_tail_samples)
-    return cut(Decoder(path, sample_rate_hz, max_duration_s=max_duration_s), cutter)
+    return cut(Decoder(path, sample_rate_hz), cutter)
 
 
 class Decoder:

@@ -86,7 +86,7 @@ class Worker(Service):
         return [sys.executable, "-m", "worker.cli", "worker"]
 
 
-def run_demo(settings: Settings, *, music: Path | None = None, keep: bool = False) -> int:
+def run_demo(settings: Settings, *, music: Path | None, keep: bool) -> int:
     """Run the demo; returns the exit status.
 
     Parameters
