@@ -96,11 +96,11 @@ def encode(
     return path
 
 
-def encode_as(path: Path, duration_s: float = 4.0, *, channels: int = 2) -> Path:
-    """Write a tone as the suffix says, see ENCODINGS."""
+def encode_as(path: Path, duration_s: float = 4.0) -> Path:
+    """Write a tone in stereo as the suffix says, see ENCODINGS."""
     suffix = path.name.split(".", 1)[1]
     muxer, codec, rate_hz = ENCODINGS[suffix]
-    signal = tone(duration_s, rate_hz, channels=channels)
+    signal = tone(duration_s, rate_hz, channels=2)
     return encode(path, signal, rate_hz, muxer=muxer, codec=codec)
 
 

@@ -660,10 +660,10 @@ class TestLimits:
         assert list(settings.spool_dir.iterdir()) == []
 
 
-def dripping(pieces: int, size: int = 50, *, pause_s: float = 0.05) -> Answer:
-    """So many pieces of `size` bytes, 1000 bytes a second by default."""
-    body = AUDIO[: pieces * size]
-    drips = (part for at in range(0, len(body), size) for part in (pause_s, body[at : at + size]))
+def dripping(pieces: int) -> Answer:
+    """So many pieces, 1000 bytes a second."""
+    body = AUDIO[: pieces * 50]
+    drips = (part for at in range(0, len(body), 50) for part in (0.05, body[at : at + 50]))
     return raw(head(content_length=len(body)), *drips)
 
 
@@ -748,10 +748,10 @@ class TestSlowSenders:
             assert len(await fetched(fetcher, url)) == 300
 
 
-def unannounced(body: bytes = AUDIO) -> Answer:
+def unannounced() -> Answer:
     """A body without its length, in pieces."""
-    size = len(body) // 10 + 1
-    pieces = (part for at in range(0, len(body), size) for part in (body[at : at + size], 0.01))
+    size = len(AUDIO) // 10 + 1
+    pieces = (part for at in range(0, len(AUDIO), size) for part in (AUDIO[at : at + size], 0.01))
     return raw(head(), *pieces)
 
 

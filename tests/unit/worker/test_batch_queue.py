@@ -19,12 +19,10 @@ def a_queue(
     return FairQueue(max_windows, track_max, backfill_share)
 
 
-def a_request(
-    track: str, windows: int, priority: Priority = "upload", *, deadline: float = NOW + 1
-) -> Request:
+def a_request(track: str, windows: int, priority: Priority = "upload") -> Request:
     return Request(
         windows=np.zeros((windows, 4), np.float32),
-        ticket=Ticket(track, deadline),
+        ticket=Ticket(track, NOW + 1),
         priority=priority,
         answer=asyncio.get_running_loop().create_future(),
         since=NOW,
