@@ -24,7 +24,8 @@ from worker.decode.decoder import DecodedFacts
 from worker.decode.handle import Block
 from worker.decode.pool import DecoderPool
 from worker.errors import DeadlineExceeded
-from worker.fetch.fetcher import Fetcher, Sleep, SpooledAudio
+from worker.fetch.fetcher import Fetcher, Sleep
+from worker.fetch.spool import SpooledAudio
 from worker.settings import Settings
 from worker.vote import mean_embedding, vote
 

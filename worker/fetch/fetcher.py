@@ -37,8 +37,6 @@ from worker.fetch.object_stores import ObjectStores
 from worker.fetch.spool import Spool, SpooledAudio, SpoolFile, in_thread
 from worker.settings import FetchSettings
 
-__all__ = ["Fetcher", "SpooledAudio"]
-
 Copy = Callable[[str, SpoolFile], Awaitable[None]]
 Sleep = Callable[[float], Awaitable[None]]
 
