@@ -3,7 +3,8 @@
 import asyncio
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -26,29 +27,28 @@ from worker.services.service import HOST
 from worker.settings import KafkaSettings
 
 
+@asynccontextmanager
+async def client_of(servers: str, **options: int) -> AsyncIterator[AIOKafkaClient]:
+    client = AIOKafkaClient(**client_options(KafkaSettings(bootstrap_servers=servers)), **options)
+    await client.bootstrap()
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
 class TestMetadataUpdates:
     async def test_are_paced_however_often_they_are_asked_for(self, kafka: str) -> None:
-        options = client_options(KafkaSettings(bootstrap_servers=kafka))
-        client = AIOKafkaClient(**options, retry_backoff_ms=100)
-        await client.bootstrap()
-        try:
+        async with client_of(kafka, retry_backoff_ms=100) as client:
             started_s, updates = time.monotonic(), 0
             while time.monotonic() - started_s < 0.55:
                 assert await client.force_metadata_update()
                 updates += 1
             assert 2 <= updates <= 8
-        finally:
-            await client.close()
 
     async def test_come_at_once_where_the_last_is_some_time_ago(self, kafka: str) -> None:
-        options = client_options(KafkaSettings(bootstrap_servers=kafka))
-        client = AIOKafkaClient(**options, retry_backoff_ms=2000)
-        await client.bootstrap()
-        try:
-            async with asyncio.timeout(1):
-                assert await client.force_metadata_update()
-        finally:
-            await client.close()
+        async with client_of(kafka, retry_backoff_ms=2000) as client, asyncio.timeout(1):
+            assert await client.force_metadata_update()
 
 
 async def test_a_broker_that_is_silent_holds_up_what_is_asked_of_others_for_a_while_only(
@@ -57,10 +57,8 @@ async def test_a_broker_that_is_silent_holds_up_what_is_asked_of_others_for_a_wh
     monkeypatch.setattr(aiokafka_faults, "CONNECT_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         servers = f"127.0.0.1:{silent.getsockname()[1]},{kafka}"
-        client = AIOKafkaClient(**client_options(KafkaSettings(bootstrap_servers=servers)))
-        async with asyncio.timeout(10):
-            await client.bootstrap()
-        await client.close()
+        async with asyncio.timeout(10), client_of(servers):
+            pass
 
 
 class Following(Kafka):
