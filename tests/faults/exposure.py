@@ -7,7 +7,7 @@ from typing import Any
 import psutil
 
 from tests.faults.scenarios import Outcome, conclude, require, scenario
-from tests.faults.stand import Lane, Stand, Worker, until
+from tests.faults.stand import Lane, Stand
 from tests.tls import Security, issue_security
 
 USER, PASSWORD, WRONG = "alice", "correct-horse-battery", "wrong-password"
@@ -68,7 +68,8 @@ async def secrets(stand: Stand, quick: bool) -> Outcome:
         require(outcome.verdict.tags == 5, f"tracks are tagged: {outcome.verdict}")
         for mechanism in MECHANISMS:
             stranger = lane.worker(**_options(secured, mechanism), kafka__sasl_password=WRONG)
-            require(await _ends(stranger) == 1, f"a wrong password ends it: {stranger.tail()}")
+            status = await stranger.ended("the end of a worker that is refused", 90)
+            require(status == 1, f"a wrong password ends it: {stranger.tail()}")
             require("Traceback" not in stranger.text(), f"with a sentence: {stranger.text()}")
             require(WRONG not in stranger.text(), f"a wrong password is told nowhere: {mechanism}")
         return outcome
@@ -111,9 +112,3 @@ async def _untold(lane: Lane) -> None:
         }
     for place, text in places.items():
         require(PASSWORD not in text, f"no password in {place}")
-
-
-async def _ends(worker: Worker) -> int:
-    """The status with which a worker that can't start ends."""
-    await until(lambda: not worker.running, "the end of a worker that is refused", 90)
-    return worker.process.returncode

@@ -138,7 +138,11 @@ class Worker:
     async def stop(self) -> int:
         """SIGTERM; its exit status."""
         self.signal(signal.SIGTERM)
-        await until(lambda: not self.running, "the worker's exit after SIGTERM", 30)
+        return await self.ended("the worker's exit after SIGTERM", 30)
+
+    async def ended(self, what: str, timeout_s: float) -> int:
+        """Wait until it has ended; its exit status."""
+        await until(lambda: not self.running, what, timeout_s)
         return self.process.returncode
 
     async def get(self, path: str) -> tuple[int, str]:
