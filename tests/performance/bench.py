@@ -44,7 +44,7 @@ SHARED_TRACKS = ROOT.parent / "shared" / "audio" / "tracks"
 CORES = len(os.sched_getaffinity(0))
 TRACKS = 336
 REPEATS_OF_A_SAMPLE = 6  # about 30 s each: together the length of a song
-READY_TIMEOUT_S = 120
+STOP_TIMEOUT_S = 120
 RESULTS_TIMEOUT_S = 1200
 
 
@@ -147,7 +147,7 @@ def _worker(addresses: Addresses, bundle: str) -> Iterator[None]:
         yield
     finally:
         worker.send_signal(signal.SIGTERM)
-        worker.wait(READY_TIMEOUT_S)
+        worker.wait(STOP_TIMEOUT_S)
 
 
 async def _tag_all(settings: KafkaSettings, tracks: Sequence[Path]) -> float:
