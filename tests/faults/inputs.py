@@ -33,10 +33,15 @@ FLAC_INFO_END = 42
 """Of a FLAC file's marker and its first block of metadata."""
 
 
-async def _neighbours_in_time(lane: Lane, sent_s: dict[str, float]) -> None:
-    """Sound tracks between the others have tags, and had them soon."""
-    missing = sent_s.keys() - lane.checker.seen_s.keys()
+def _neighbours_tagged(lane: Lane, names: Iterable[str]) -> None:
+    """Sound tracks between the others have tags."""
+    missing = set(names) - lane.checker.seen_s.keys()
     require(not missing, f"sound tracks between them are tagged; not so {sorted(missing)[:5]}")
+
+
+def _neighbours_in_time(lane: Lane, sent_s: dict[str, float]) -> None:
+    """They do, and had them soon."""
+    _neighbours_tagged(lane, sent_s)
     slowest_s = max(lane.checker.seen_s[name] - at_s for name, at_s in sent_s.items())
     require(slowest_s < IN_TIME_S, f"sound tracks are tagged in time; one took {slowest_s:.1f} s")
 
@@ -84,7 +89,7 @@ async def http_faults(stand: Stand, quick: bool) -> Outcome:
             sent_s[f"track-{1000 + number}"] = now_s()
         await lane.send(events)
         await lane.until_answered(len(events), 90)
-        await _neighbours_in_time(lane, sent_s)
+        _neighbours_in_time(lane, sent_s)
         got = _ends(lane)
         wrong = {name: got[name] for name, end in wanted.items() if got[name] != end}
         require(not wrong, f"each fault ends as documented; not so {wrong}")
@@ -127,7 +132,7 @@ async def _crowd(
         sent_s = dict.fromkeys((f"track-{1000 + number}" for number in range(tracks)), now_s())
         await lane.send(sound)
         await lane.until_answered(CROWD + tracks, 90)
-        await _neighbours_in_time(lane, sent_s)
+        _neighbours_in_time(lane, sent_s)
         require_letters(lane, "only those tracks are given up", **{code: CROWD})
         asked = [
             path for path in stand.audio.requests.elements() if path.startswith(f"/{fault[0]}")
@@ -214,8 +219,7 @@ async def odd_audio(stand: Stand, quick: bool) -> Outcome:
             require(worker.running, "the worker lives on")
             await lane.watch(0.5)
             most_bytes = max(most_bytes, worker.memory_bytes())
-        missing = {f"track-{n}" for n in range(len(files))} - lane.checker.seen_s.keys()
-        require(not missing, f"sound tracks between them are tagged; not so {sorted(missing)[:5]}")
+        _neighbours_tagged(lane, (f"track-{number}" for number in range(len(files))))
         require(most_bytes < 2 << 30, f"memory is bounded: {most_bytes >> 20} MiB")
         hungry = {name: end for name, end in _ends(lane).items() if name.endswith(" hungry.flac")}
         require(set(hungry.values()) == {"decoder_crashed"}, f"a decoder has its limit: {hungry}")
@@ -246,7 +250,7 @@ async def hostile_events(stand: Stand, quick: bool) -> Outcome:
             sent_s[f"track-{number}"] = now_s()
             await lane.until_answered(start, 60, unanswered=step)
         await lane.until_answered(len(malformed) + len(sent_s), 120)
-        await _neighbours_in_time(lane, sent_s)
+        _neighbours_in_time(lane, sent_s)
         reasons = lane.checker.reasons()
         require(reasons.keys() == EVENT_CODES, f"they have the reasons of events: {reasons}")
         require(len(lane.checker.letters) == len(malformed), "each is one dead letter")
@@ -276,7 +280,7 @@ async def unpack_bombs(stand: Stand, quick: bool) -> Outcome:
         await lane.send(lane.tracks([23]))
         sent_s["track-23"] = now_s()
         await lane.until_answered(27 + LARGE, 60)
-        await _neighbours_in_time(lane, sent_s)
+        _neighbours_in_time(lane, sent_s)
         grown_bytes = peak_bytes(worker.process.pid) - before_bytes
         require(grown_bytes < 3 * BOMB_BYTES // 4, f"memory grew by {grown_bytes >> 20} MiB")
         ends = {"event_too_large": 3, "event_malformed": LARGE}
