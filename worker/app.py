@@ -228,7 +228,7 @@ class Worker:
         retrying = self._retrying(place)
         try:
             self._begin_in_time(message)
-            async with message.measure("analysis"):
+            with message.measure("analysis"):
                 analysis, cached = await self._analyse(track, priority, timings, retrying, place)
             processing = Processing(
                 processed_at=datetime.now(UTC),
@@ -240,7 +240,7 @@ class Worker:
             if not cached:
                 await self._cache.remember(tags.event_id, analysis)
             await place.turn()
-            async with timings.measure("publish"):
+            with timings.measure("publish"):
                 # Each by itself, or the tags come again as often as the embedding is refused.
                 await self._until_delivered(partial(self._publisher.publish, tags))
                 await self._until_delivered(partial(self._publisher.publish, features))
@@ -259,7 +259,7 @@ class Worker:
             return Failure(_typed(error), attempts, track)
         finally:
             message.add("wait", timings.seconds.get("wait", 0.0))
-        async with timings.measure("store"):
+        with timings.measure("store"):
             await self._cache.store(tags, analysis)
         timings.seconds["total"] = time.perf_counter() - started_s
         self.metrics.observe_stages(timings.seconds)

@@ -7,8 +7,8 @@ import asyncio
 import hashlib
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
@@ -44,8 +44,8 @@ class Timings:
 
     seconds: dict[str, float] = field(default_factory=dict)
 
-    @asynccontextmanager
-    async def measure(self, stage: str) -> AsyncIterator[None]:
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
         started_s = time.perf_counter()
         try:
             yield
@@ -146,14 +146,14 @@ class Tagger:
         try:
             async with asyncio.timeout(deadline_s) as scope:
                 async with AsyncExitStack() as stack:
-                    async with timings.measure("fetch"):
+                    with timings.measure("fetch"):
                         spooled = await stack.enter_async_context(
                             self.fetcher.fetch(uri, expected_sha256=expected_sha256, sleep=sleep)
                         )
                     if lookup is not None and (known := await lookup(spooled.sha256)):
                         return known
                     heard = await self._listen(spooled.path, uri, scope, priority, timings)
-                async with timings.measure("vote"):
+                with timings.measure("vote"):
                     return self._conclude(uri, spooled, heard)
         except TimeoutError:
             if not scope.expired():
@@ -178,7 +178,7 @@ class Tagger:
         try:
             async with AsyncExitStack() as stack:
                 scope.reschedule(None)
-                async with timings.measure("wait"):  # for a free decoder
+                with timings.measure("wait"):  # for a free decoder
                     decoding = await stack.enter_async_context(
                         self.decoders.decode(path, priority=priority)
                     )
@@ -187,15 +187,15 @@ class Tagger:
                 ticket = Ticket(uri, deadline)
                 blocks = aiter(decoding)
                 while True:
-                    async with timings.measure("decode"):
+                    with timings.measure("decode"):
                         block = await anext(blocks, None)
                     if block is None:
                         break
                     pending.append(asyncio.create_task(self._predict(block, ticket, priority)))
                     if len(pending) > BLOCKS_AHEAD:
-                        async with timings.measure("batch"):
+                        with timings.measure("batch"):
                             outputs.append(await pending.popleft())
-            async with timings.measure("batch"):
+            with timings.measure("batch"):
                 while pending:
                     outputs.append(await pending.popleft())
         finally:
