@@ -12,7 +12,7 @@ import io
 import struct
 import wave
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import lru_cache
 from typing import Self
 
@@ -261,7 +261,7 @@ class AudioServer:
         self._handlers.add(task)
         self.connections += 1
         task.add_done_callback(self._handlers.discard)
-        async with _closing(out):
+        with _closing(out):
             path = (await reader.readuntil(b"\r\n\r\n")).decode().split()[1]
             self.requests[path] += 1
             await asyncio.sleep(self.delay_s)
@@ -271,8 +271,8 @@ class AudioServer:
             await (request.sound() if fault == "track" else FAULTS[fault](request))
 
 
-@contextlib.asynccontextmanager
-async def _closing(out: asyncio.StreamWriter) -> AsyncIterator[None]:
+@contextlib.contextmanager
+def _closing(out: asyncio.StreamWriter) -> Iterator[None]:
     """Close the connection at the end; a client that went away has heard enough."""
     with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
         try:
