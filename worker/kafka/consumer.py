@@ -321,6 +321,10 @@ class Consumer:
             loghandlers=[],
             env={},  # whose BROKER_URL, TIMEZONE or APP_WEB_ENABLED would win over all of these
         )
+        # Where workers keep copies of each other's tables, which we have none of, partitions stay
+        # where they are, and of twelve the seventh to the eleventh worker had none. Not by faust's
+        # `table_standby_replicas`: without, it has another protocol, which older workers refuse.
+        app.assignor.replicas = 0
         app.before_rebalance = partial(self._give_back, self._rebalance_grace_s)
         app.on_partitions_assigned.connect(self._on_assigned, weak=False)
         for topic in self._places:

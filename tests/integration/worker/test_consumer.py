@@ -948,6 +948,21 @@ async def send_empty(own: KafkaSettings, count: int) -> None:
         await (await producer.send_batch(batch, own.topic_new, partition=0))
 
 
+async def test_each_worker_that_joins_has_partitions_while_there_are_as_many(
+    topics: MakeTopics,
+) -> None:
+    settings = settings_of(await topics(partitions=4))
+    workers = list[Consumer]()
+
+    def shared(shares: list[int]) -> bool:
+        return sorted(len(list(worker.positions())) for worker in workers) == shares
+
+    async with AsyncExitStack() as stack:
+        for shares in ([8], [4, 4], [2, 2, 4], [2, 2, 2, 2]):  # of two topics
+            workers.append(await stack.enter_async_context(consuming(settings, Seen())))
+            await until(partial(shared, shares), timeout_s=20)
+
+
 async def test_workers_that_join_and_leave_lose_nothing(topics: MakeTopics) -> None:
     own = await topics(partitions=6)
     seen = set[bytes | None]()
