@@ -297,6 +297,7 @@ async def oldest_first(
         waiting = [messages for messages in ahead.values() if messages]
         if not waiting:
             return
+        await asyncio.sleep(0)  # else all that is fetched comes before Ctrl-C is heeded
         yield min(waiting, key=lambda messages: messages[0].timestamp).popleft()
 
 

@@ -1,3 +1,4 @@
+import asyncio
 import hashlib
 import os
 import re
@@ -353,6 +354,22 @@ async def test_a_list_that_kafka_cuts_short_says_so(
         [_ async for _ in dead_letters.list_dead_letters(Settings(kafka=own))]
     with pytest.raises(ServicesUnavailable):
         await dead_letters.show(Settings(kafka=own), (0, 0))
+
+
+async def test_a_list_ends_at_once_where_its_reader_is_cancelled(topics: MakeTopics) -> None:
+    own = await topics()
+    await fill(own)
+    listed = list[dead_letters.Place]()
+
+    async def read() -> None:
+        async for place, _ in dead_letters.list_dead_letters(Settings(kafka=own)):
+            listed.append(place)
+            reading.cancel()
+
+    reading = asyncio.create_task(read())
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert len(listed) == 1
 
 
 async def test_letters_removed_while_those_before_them_are_listed_hide_none_behind_them(
