@@ -81,16 +81,16 @@ async def retry(
     SourceInvalid
         What stands at one of the places can't be sent; then none is sent.
     ServicesUnavailable
-        Kafka can't be reached; a warning tells what had been sent.
+        Kafka can't be reached; a warning tells what had been sent, as where it is cancelled.
     """
     sent: list[Place] = []
     try:
         async with aclosing(_send_again(settings.kafka, places, code)) as sending:
             async for place in sending:
                 sent.append(place)
-    except ServicesUnavailable:
+    except (ServicesUnavailable, asyncio.CancelledError):  # Kafka failed, or Ctrl-C
         if sent:
-            told = "Sent again before Kafka failed: %d, at last what is at %s"
+            told = "Sent again before it was cut short: %d, at last what is at %s"
             log.warning(told, len(sent), shown(sent[-1]))
         raise
     return sent

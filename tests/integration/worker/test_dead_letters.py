@@ -5,6 +5,7 @@ import re
 from base64 import b64decode
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -335,9 +336,30 @@ async def test_a_retry_that_kafka_cuts_short_tells_what_it_had_sent(
     async with forbidden(own, own.topic_backfill, WRITE):
         await until(cut_short, timeout_s=10)  # the broker hears of it a moment later
 
-    assert "Sent again before Kafka failed: 1, at last what is at 0:0" in caplog.messages
+    assert "Sent again before it was cut short: 1, at last what is at 0:0" in caplog.messages
     [again] = await receive(own, own.topic_new, 1)
     assert again.value == b"{}"
+
+
+async def test_a_retry_that_is_cancelled_tells_what_it_had_sent(
+    topics: MakeTopics, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = await topics()
+    await fill(own)
+    send_one = AIOKafkaProducer.send_and_wait
+    sent = list[bytes]()
+
+    async def send_only_one(self: AIOKafkaProducer, topic: str, value: bytes, **more: Any) -> None:
+        if sent:
+            retrying.cancel()
+        await send_one(self, topic, value, **more)
+        sent.append(value)
+
+    monkeypatch.setattr(AIOKafkaProducer, "send_and_wait", send_only_one)
+    retrying = asyncio.create_task(dead_letters.retry(Settings(kafka=own)))
+    with pytest.raises(asyncio.CancelledError):
+        await retrying
+    assert "Sent again before it was cut short: 1, at last what is at 0:0" in caplog.messages
 
 
 async def test_a_list_that_kafka_cuts_short_says_so(
