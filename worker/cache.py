@@ -51,6 +51,14 @@ MAX_BYTES = 16 * MIB  # of an analysis; with the taggram of six hours it has 3 M
 SHA256_CHARS = 64
 REASON_CHARS = 200
 OUTLIVED_AT_ONCE = 100  # tracks taken out of a genre as one comes in
+# By Redis itself: whatever stands there is not read. An earlier model may have had other labels.
+LEAVE_FORMER_GENRE = """
+local genre = redis.call('HGET', KEYS[1], 'genre')
+if genre then
+    redis.call('ZREM', ARGV[2] .. genre, ARGV[1])
+    redis.call('ZREM', ARGV[3] .. genre, ARGV[1])
+end
+"""
 # By Redis itself: a member may be anybody's and of any length, and workers' clocks differ and jump.
 LIVE_FROM_NOW = """
 local seconds, microseconds = unpack(redis.call('TIME'))
@@ -292,7 +300,9 @@ class Cache:
         track_key = keys.track(event.track_id)
         genre_key, since_key = keys.genre(genre.label), keys.genre_since(genre.label)
         async with self._redis.pipeline(transaction=True) as commands:
-            for label in self._genre_head.labels:  # it may have been in another one before
+            former = (event.track_id, keys.genre(""), keys.genre_since(""))
+            commands.eval(LEAVE_FORMER_GENRE, 1, track_key, *former)
+            for label in self._genre_head.labels:  # its hash may be gone
                 commands.zrem(keys.genre(label), event.track_id)
                 commands.zrem(keys.genre_since(label), event.track_id)
             if settings.genre_ttl_s:

@@ -3,6 +3,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
@@ -88,10 +89,11 @@ async def cache_at(
     key: str = "key",
     metrics: Metrics | None = None,
     timeout_s: float = 1.0,
+    bundle: Bundle = BUNDLE,
     **more: int,
 ) -> AsyncIterator[Cache]:
     settings = RedisSettings(url=SecretStr(url), prefix=prefix, timeout_s=timeout_s, **more)
-    async with Cache(settings, key, BUNDLE, metrics or Metrics()) as cache:
+    async with Cache(settings, key, bundle, metrics or Metrics()) as cache:
         yield cache
 
 
@@ -356,6 +358,19 @@ async def test_a_track_whose_genre_changes_leaves_the_old_one(
         await store(cache, "t", analysis("rock", 0.5))
     assert await redis.zscore(f"{redis_prefix}genre:jazz", "t") is None
     assert await redis.zscore(f"{redis_prefix}genre:rock", "t") == 0.5
+
+
+async def test_a_track_leaves_the_genre_of_an_earlier_model_that_had_other_labels(
+    redis_url: str, redis_prefix: str, redis: Redis
+) -> None:
+    async with cache_at(redis_url, redis_prefix, genre_ttl_s=3600) as cache:
+        await store(cache, "t", analysis("jazz"))
+    head = BUNDLE.heads[0].model_copy(update={"labels": ("swing", "bebop")})
+    other = replace(BUNDLE, heads=(head,))
+    async with cache_at(redis_url, redis_prefix, bundle=other, genre_ttl_s=3600) as cache:
+        await store(cache, "t", analysis("swing"))
+    assert await redis.keys(f"{redis_prefix}genre*:jazz") == []
+    assert await redis.zrange(f"{redis_prefix}genre:swing", 0, -1) == [b"t"]
 
 
 async def test_a_track_leaves_its_old_genre_also_when_its_hash_is_gone(
