@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,7 @@ SPLIT_NAMES = {
 MAX_NAMED = 10  # tracks named in one error
 MAX_SKIPPED = 3  # named of those that are left out for one reason
 MAX_REASONS = 10
+MIDDLE_BYTES = 256  # that tell files of one size apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,23 +238,41 @@ def left_out(skipped: Iterable[Skipped]) -> list[tuple[str, str]]:
 
 
 def recordings(paths: Iterable[Path]) -> dict[Path, str]:
-    """What recording each file is: files of the same bytes are one.
+    """What recording each file is, by its path or the first of the files with the same bytes.
 
-    Only files of the same size are read.
+    Only files of one size that are alike in the middle are read whole: a catalogue cut to one
+    length has but few sizes.
     """
-    by_size: dict[int, list[Path]] = defaultdict(list)
-    for path in paths:
-        by_size[path.stat().st_size].append(path)
-    found: dict[Path, str] = {}
-    for same_size in by_size.values():
-        for path in same_size:
-            found[path] = utf8(str(path)) if len(same_size) == 1 else _digest(path)
+    found = {path: utf8(str(path)) for path in paths}
+    alike = [list(found)]
+    for told in (_size, _middle, _digest):
+        alike = [same for files in alike for same in _grouped(files, told) if len(same) > 1]
+    for first, *others in alike:
+        found.update(dict.fromkeys(others, found[first]))
     return found
 
 
-def _digest(path: Path) -> str:
+def _grouped(files: Iterable[Path], told: Callable[[Path], Hashable]) -> Iterable[list[Path]]:
+    groups: dict[Hashable, list[Path]] = defaultdict(list)
+    for file in files:
+        groups[told(file)].append(file)
+    return groups.values()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def _middle(path: Path) -> bytes:
+    """Where music is, not the tags and pictures of an album, nor silence."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        file.seek(_size(path) // 2)
+        return file.read(MIDDLE_BYTES)
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _listed(names: Sequence[str], most: int = MAX_NAMED, separator: str = ", ") -> str:

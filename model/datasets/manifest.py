@@ -35,11 +35,16 @@ def load(path: Path) -> Dataset:
     split = columns.get("split") or _find(columns, [n for n in columns if n.endswith("_split")])
     present = {name: path.parent / name for row in rows if (name := row[paths])}
     found = {name: file for name, file in present.items() if file.is_file()}
-    same = recordings(found.values())
+    groups = [_first(row, (artist, recording)) for row in rows]
+    same = recordings(
+        found[row[paths]]
+        for row, told in zip(rows, groups, strict=True)
+        if row[paths] in found and not told
+    )
     name_of: dict[Path, str] = {}
     spelt: dict[str, str] = {}  # groups as they are first written
     clips, skipped = [], []
-    for row in rows:
+    for row, told in zip(rows, groups, strict=True):
         name, side = row[paths], split_name(row[split]) if split else None
         if name not in found:
             why = "is in the manifest but not on disk" if name else "has no path in its line"
@@ -54,7 +59,6 @@ def load(path: Path) -> Dataset:
         first = name_of.setdefault(file.parent.resolve() / file.name, name)
         if first != name:
             raise DatasetInvalid(f"{path}: one file is named twice, as {first} and as {name}")
-        told = next((row[column] for column in (artist, recording) if column and row[column]), "")
         group = spelt.setdefault(" ".join(told.split()).casefold(), told) or same[file]
         clips.append(Clip(name, labels, group, side, file))
     return Dataset(
@@ -90,3 +94,8 @@ def _table(path: Path) -> tuple[list[dict[str, str]], dict[str, str]]:
 
 def _find(columns: dict[str, str], names: Sequence[str]) -> str | None:
     return next((columns[name] for name in names if name in columns), None)
+
+
+def _first(row: dict[str, str], columns: Sequence[str | None]) -> str:
+    """What the first of `columns` that isn't blank says; nothing where all are."""
+    return next((row[column] for column in columns if column and row[column]), "")

@@ -35,7 +35,9 @@ def load(path: Path) -> Dataset:
     genres = _genres(files[0])
     previews = _previews(folder)
     artists = _artists(folder / ARTISTS)
-    same = recordings(previews[track][0] for track in genres if track in previews)
+    same = recordings(
+        previews[track][0] for track in genres if track in previews and not artists.get(track)
+    )
     clips, skipped = [], []
     for track, labels in genres.items():
         if track not in previews:

@@ -332,6 +332,36 @@ def test_audio_outside_the_folders_of_genres_is_named(tmp_path: Path) -> None:
     assert load(tmp_path / "split").skipped == (loose, Skipped("valid/loose.mp3", why, "valid"))
 
 
+def huge(path: Path, middle: bytes) -> None:
+    """A gigabyte of which the disk holds one block; whoever reads it all needs seconds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.seek(2**29)
+        file.write(middle)
+        file.truncate(2**30)
+
+
+def test_files_of_one_size_are_told_apart_without_reading_them_whole(tmp_path: Path) -> None:
+    for number in range(4):
+        huge(tmp_path / "music" / "blues" / f"{number}.wav", b"music %d" % number)
+    began_s = time.process_time()
+    assert len({clip.group for clip in load(tmp_path / "music").clips}) == 4
+    assert time.process_time() - began_s < 1
+
+
+def test_files_of_known_artists_are_not_read(tmp_path: Path) -> None:
+    for number in range(4):
+        huge(tmp_path / f"{number}.wav", b"the same")
+    lines = "path,label,artist\n", *(f"{number}.wav,blues,{number}\n" for number in range(4))
+    (tmp_path / "list.csv").write_text("".join(lines))
+    root = music.msd(tmp_path / "msd")
+    for preview in root.rglob("*.mp3"):
+        huge(preview, b"the same")
+    began_s = time.process_time()
+    assert load(tmp_path / "list.csv").grouped_by == load(root).grouped_by == "artist"
+    assert time.process_time() - began_s < 1
+
+
 def test_the_same_file_on_both_sides_is_refused(tmp_path: Path) -> None:
     music.folders(tmp_path / "train", 2)
     for genre in music.GENRES:
