@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.folder import make_folder
+from model.folder import make_folder, write_whole
 from model.heads import Head
 from model.invalid import first_fault
 from model.network import Tagger, build
@@ -146,10 +146,10 @@ class Bundle:
         }
         manifest.version = _version(manifest, tensors)
         path.mkdir(parents=True, exist_ok=True)
-        (path / WEIGHTS).write_bytes(save_tensors(tensors))
+        write_whole(path / WEIGHTS, save_tensors(tensors))
         text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
-        (path / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        (path / CARD).write_text(card, encoding="utf-8")
+        write_whole(path / MANIFEST, f"{text}\n".encode())
+        write_whole(path / CARD, card.encode())
         return Bundle.load(path)
 
 

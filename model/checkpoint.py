@@ -1,6 +1,7 @@
 """The file that an interrupted training run goes on from."""
 
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from model.device import Precision
+from model.folder import write_whole
 from worker.errors import CheckpointInvalid
 
 
@@ -47,9 +49,9 @@ class Checkpoint:
         new: dict[str, Any] = {"run": self.run, "parts": {}}
         stored = self._read() if self.path.is_file() else new
         stored["parts"][part] = {"step": step, **state.as_dict()}
-        partial = self.path.with_suffix(".partial")
-        torch.save(stored, partial)
-        partial.replace(self.path)
+        packed = BytesIO()
+        torch.save(stored, packed)  # into a file that can't grow it says nothing of why
+        write_whole(self.path, packed.getbuffer())
 
     def restore(self, part: str, state: State) -> int:
         """Load the part's state and say how many steps are done; 0 where it hasn't begun."""

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.datasets.dataset import Clip, Dataset, LogMels, Skipped
+from model.folder import write_whole
 from model.frontend import LogMel, LogMelConfig, floored, normalise
 from worker.decode.decoder import Decoder
 from worker.errors import DatasetInvalid, DecodeFailed
@@ -148,10 +150,9 @@ def _cached(clip: Clip, front_end: LogMelConfig, cache: Path) -> Path:
     digest = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()
     stored = cache / f"{digest[:24]}.npy"
     if not stored.is_file():
-        made = logmel_of(samples_of(clip.path, front_end.sample_rate_hz), front_end)
-        partial = stored.with_suffix(".partial.npy")
-        np.save(partial, made)
-        partial.replace(stored)
+        packed = BytesIO()
+        np.save(packed, logmel_of(samples_of(clip.path, front_end.sample_rate_hz), front_end))
+        write_whole(stored, packed.getbuffer())
     return stored
 
 

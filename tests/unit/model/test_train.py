@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
+import resource
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +160,45 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     assert steps == left
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(resumed)[name]), name
+
+
+@contextmanager
+def full_disk(largest: int) -> Iterator[None]:
+    """No file grows beyond `largest` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_told_and_takes_nothing_of_what_is_there(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    def stop(part: str, *_: object) -> None:
+        if part == "final":
+            raise Interrupted
+
+    whole = train(dataset, tmp_path / "b", recipe=BRIEF)
+    with pytest.raises(Interrupted):
+        train(dataset, tmp_path / "b", recipe=BRIEF, progress=Progress(step=stop))
+    kept = tmp_path / "b.work" / "checkpoint.pt"
+    with full_disk(10_000), pytest.raises(SettingsInvalid, match=r"checkpoint\.pt can't be wr"):
+        train(dataset, tmp_path / "b", recipe=BRIEF, resume=True)
+    assert list(kept.parent.iterdir()) == [kept]
+    with full_disk(10_000), pytest.raises(SettingsInvalid, match=r"model\.safetensors can't be wr"):
+        whole.save(tmp_path / "b", card="")
+    assert Bundle.load(tmp_path / "b").version == whole.version
+    resumed = train(dataset, tmp_path / "b", recipe=BRIEF, resume=True)
+    assert resumed.version == whole.version
+
+
+def test_log_mels_that_the_disk_has_no_room_for_end_the_run(tmp_path: Path) -> None:
+    audio = load(music.folders(tmp_path / "music", 3))
+    with full_disk(10_000), pytest.raises(SettingsInvalid, match=r"npy can't be written: File too"):
+        train(audio, tmp_path / "b", recipe=BRIEF)
+    assert not list((tmp_path / "b.work" / "logmels").iterdir())
 
 
 def test_resuming_needs_the_checkpoint_of_the_same_run(dataset: Dataset, tmp_path: Path) -> None:
