@@ -41,7 +41,7 @@ from model.checkpoint import Checkpoint, State
 from model.datasets.dataset import Dataset, left_out, odd_labels
 from model.datasets.logmels import LogMelSource, open_source
 from model.device import Precision, choose_device
-from model.folder import make_folder
+from model.folder import alone_in, make_folder
 from model.frontend import LogMelConfig
 from model.heads import Head
 from model.invalid import first_fault
@@ -176,42 +176,45 @@ def train(
     where = choose_device(device)
     make_bundle_folder(out)
     make_folder(work)
-    dataset = _with_splits(dataset, seed)
-    plan = _plan(dataset, recipe, start)
-    source, dataset = _opened(dataset, plan.front_end, work / "logmels", progress)
-    songs, held = dataset.indices("train"), dataset.indices("valid")
-    targets = dataset.targets()
-    checkpoint = Checkpoint(work / "checkpoint.pt", _fingerprint(dataset, recipe, plan, seed, fit))
-    if resume:
-        checkpoint.require()
-    else:
+    with alone_in(work):
+        dataset = _with_splits(dataset, seed)
+        plan = _plan(dataset, recipe, start)
+        source, dataset = _opened(dataset, plan.front_end, work / "logmels", progress)
+        songs, held = dataset.indices("train"), dataset.indices("valid")
+        targets = dataset.targets()
+        checkpoint = Checkpoint(
+            work / "checkpoint.pt", _fingerprint(dataset, recipe, plan, seed, fit)
+        )
+        if resume:
+            checkpoint.require()
+        else:
+            checkpoint.forget()
+
+        trainer = Trainer(plan, recipe, source, targets, seed, where, checkpoint, progress)
+        validate = Validation(source, targets, held, plan.head, where)
+        network, config = trainer.fit("rehearsal", songs, validate)
+        calibration, threshold, figures = _calibrated(
+            plan.head, validate.probabilities(network), targets[held]
+        )
+        if fit == "all":
+            network, config = trainer.fit("final", np.concatenate([songs, held]))
+
+        bundle = Bundle(
+            name=_bundle_name(out),
+            heads=(plan.head.model_copy(update={"calibration": calibration}),),
+            sample_rate_hz=plan.front_end.sample_rate_hz,
+            window_s=plan.window_s,
+            embedding_dim=network.embedding_dim,
+            uncertain_threshold=threshold,
+            kind=plan.kind,
+            config=config,
+            network=network.cpu(),
+            training=_training(dataset, recipe, start, seed, fit),
+            figures=figures,
+        )
+        saved = bundle.save(out, card=_card(bundle, dataset))
         checkpoint.forget()
-
-    trainer = Trainer(plan, recipe, source, targets, seed, where, checkpoint, progress)
-    validate = Validation(source, targets, held, plan.head, where)
-    network, config = trainer.fit("rehearsal", songs, validate)
-    calibration, threshold, figures = _calibrated(
-        plan.head, validate.probabilities(network), targets[held]
-    )
-    if fit == "all":
-        network, config = trainer.fit("final", np.concatenate([songs, held]))
-
-    bundle = Bundle(
-        name=_bundle_name(out),
-        heads=(plan.head.model_copy(update={"calibration": calibration}),),
-        sample_rate_hz=plan.front_end.sample_rate_hz,
-        window_s=plan.window_s,
-        embedding_dim=network.embedding_dim,
-        uncertain_threshold=threshold,
-        kind=plan.kind,
-        config=config,
-        network=network.cpu(),
-        training=_training(dataset, recipe, start, seed, fit),
-        figures=figures,
-    )
-    saved = bundle.save(out, card=_card(bundle, dataset))
-    checkpoint.forget()
-    return saved
+        return saved
 
 
 # The loop ------------------------------------------------------------------------------------

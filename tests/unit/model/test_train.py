@@ -162,6 +162,22 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
         assert torch.equal(tensor, weights(resumed)[name]), name
 
 
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    asked = []
+
+    def second(part: str, done: int, *_: object) -> None:
+        if (part, done) == ("final", 1):
+            with pytest.raises(SettingsInvalid, match="another run is at work"):
+                train(dataset, tmp_path / "b", recipe=BRIEF, seed=1)
+            asked.append(part)
+
+    train(dataset, tmp_path / "b", recipe=BRIEF, progress=Progress(step=second))
+    assert asked == ["final"]
+    train(dataset, tmp_path / "b", recipe=BRIEF, fit="train")  # and afterwards anyone may
+
+
 @contextmanager
 def full_disk(largest: int) -> Iterator[None]:
     """No file grows beyond `largest` bytes."""
@@ -186,7 +202,7 @@ def test_a_full_disk_is_told_and_takes_nothing_of_what_is_there(
     kept = tmp_path / "b.work" / "checkpoint.pt"
     with full_disk(10_000), pytest.raises(SettingsInvalid, match=r"checkpoint\.pt can't be wr"):
         train(dataset, tmp_path / "b", recipe=BRIEF, resume=True)
-    assert list(kept.parent.iterdir()) == [kept]
+    assert not list(kept.parent.glob("*.partial"))
     with full_disk(10_000), pytest.raises(SettingsInvalid, match=r"model\.safetensors can't be wr"):
         whole.save(tmp_path / "b", card="")
     assert Bundle.load(tmp_path / "b").version == whole.version
