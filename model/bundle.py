@@ -255,7 +255,7 @@ def _network(folder: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> Ta
             )
     _check_rate(folder, manifest, network)
     if folder.parent != SHIPPED:  # it makes torch load its compiler, which takes a second
-        _check_cost(folder, network)
+        check_cost(folder, network)
     network.load_state_dict(tensors, assign=True)
     _probe(folder, manifest, network)
     return network.eval().requires_grad_(False)
@@ -290,9 +290,9 @@ class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made
 
 
-def _check_cost(folder: Path, network: Tagger) -> None:
+def check_cost(folder: Path, network: Tagger) -> None:
     """One window through the network while it is on `meta`: few weights can ask for much memory or
-    much time."""
+    much time. Raises BundleInvalid."""
     from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415  # loads a compiler
 
     front_end = network.front_end.config

@@ -29,6 +29,7 @@ from model.bundle import (
     SHORTEST_WINDOW_S,
     Bundle,
     all_finite,
+    check_cost,
     make_bundle_folder,
 )
 from model.calibration import (
@@ -169,6 +170,10 @@ def train(
     DatasetInvalid, SplitLeaks
     CheckpointInvalid
         `resume` without a checkpoint, or with that of another run.
+    BundleInvalid
+        A network that computes more than a bundle's may.
+    SettingsInvalid
+        A folder that can't be written to, or in which another run is at work.
     """
     recipe = recipe or (Recipe() if start is None else FINE_TUNING)
     progress = progress or Progress()
@@ -179,6 +184,8 @@ def train(
     with alone_in(work):
         dataset = _with_splits(dataset, seed)
         plan = _plan(dataset, recipe, start)
+        with torch.device("meta"):  # or it would be refused once it has learnt
+            check_cost(out, build(plan.kind, plan.config, [plan.head]))
         source, dataset = _opened(dataset, plan.front_end, work / "logmels", progress)
         songs, held = dataset.indices("train"), dataset.indices("valid")
         targets = dataset.targets()

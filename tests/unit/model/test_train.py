@@ -47,7 +47,13 @@ from model.train import (
 )
 from tests import collections_of_music as music
 from tests.unit.model.test_bundle import Bomb
-from worker.errors import CheckpointInvalid, DatasetInvalid, SettingsInvalid, SplitLeaks
+from worker.errors import (
+    BundleInvalid,
+    CheckpointInvalid,
+    DatasetInvalid,
+    SettingsInvalid,
+    SplitLeaks,
+)
 
 SMALL = Recipe(
     passes=20,
@@ -563,6 +569,22 @@ def test_what_would_fail_in_the_end_fails_at_once(dataset: Dataset, tmp_path: Pa
         train(dataset, tmp_path / "b", recipe=SMALL.model_copy(update={"network": instant}))
     bundle = train(dataset, tmp_path / "my model!", recipe=BRIEF, fit="train")
     assert bundle.name == "my-model"
+
+
+def test_a_network_that_no_bundle_may_have_is_refused_before_it_learns(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    def stop(*_: object) -> None:
+        raise Interrupted
+
+    wide = LogMelCnnConfig(channels=(2_048,), stem_stride=(1, 1), members=(MemberConfig(),))
+    with pytest.raises(BundleInvalid, match="18,874,368 values at once for one window"):
+        train(
+            dataset,
+            tmp_path / "b",
+            recipe=SMALL.model_copy(update={"batch": 2, "network": wide}),
+            progress=Progress(step=stop),
+        )
 
 
 def test_weights_that_grow_without_bounds_end_the_run(dataset: Dataset, tmp_path: Path) -> None:
