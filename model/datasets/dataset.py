@@ -1,6 +1,7 @@
 """What every layout becomes: clips with labels, a split, and what must not be torn apart by it."""
 
 import hashlib
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -123,16 +124,15 @@ class Dataset:
     def columns(self, asked: Sequence[str]) -> dict[str, int]:
         """Where in `asked` the data set's labels stand; those that don't are left out.
 
-        Case makes no difference, but where `asked` has labels that differ in nothing else.
+        Case makes no difference, nor does how accents are encoded, but where `asked` has labels
+        that differ in nothing else.
         """
         exact = {label: column for column, label in enumerate(asked)}
-        spelt = Counter(label.casefold() for label in asked)
+        spelt = Counter(map(folded, asked))
         any_case = {
-            folded: column
-            for label, column in exact.items()
-            if spelt[folded := label.casefold()] == 1
+            folded(label): column for label, column in exact.items() if spelt[folded(label)] == 1
         }
-        found = {label: exact.get(label, any_case.get(label.casefold())) for label in self.labels}
+        found = {label: exact.get(label, any_case.get(folded(label))) for label in self.labels}
         return {label: column for label, column in found.items() if column is not None}
 
     def targets(self, labels: Sequence[str] | None = None) -> NDArray[np.float32]:
@@ -215,10 +215,17 @@ def odd_labels(dataset: Dataset) -> Iterator[str]:
         yield f"no clip in train has the label {_listed(absent)}"
     by_spelling: dict[str, list[str]] = defaultdict(list)
     for label in dataset.labels:
-        by_spelling[label.casefold()].append(label)
+        by_spelling[folded(label)].append(label)
     for alike in by_spelling.values():
         if len(alike) > 1:
-            yield f"{_listed(alike)} are taken for {len(alike)} labels, and differ in case alone"
+            what = "case" if len({*map(str.casefold, alike)}) == 1 else "case or encoding"
+            yield f"{_listed(alike)} are taken for {len(alike)} labels, and differ in {what} alone"
+
+
+def folded(name: str) -> str:
+    """What names share that differ in nothing but case, and in whether an accent is a character of
+    its own, as in the names of files from a Mac."""
+    return unicodedata.normalize("NFC", name.casefold())
 
 
 def utf8(name: str) -> str:

@@ -5,7 +5,7 @@ Columns by any of these names: `path` (relative to the manifest), `label` or `ge
 `split` or else a name that ends in `_split`.
 
 A clip's group is its artist, or its recording where the artist's cell is blank; where both are, its
-file. Neither case nor space tells two artists or recordings apart.
+file. Neither case, space nor the encoding of accents tells two artists or recordings apart.
 """
 
 import csv
@@ -14,7 +14,16 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from model.datasets.dataset import Clip, Dataset, Skipped, labels_of, recordings, split_name, utf8
+from model.datasets.dataset import (
+    Clip,
+    Dataset,
+    Skipped,
+    folded,
+    labels_of,
+    recordings,
+    split_name,
+    utf8,
+)
 from worker.errors import DatasetInvalid
 
 PATH = ("path", "file", "filename")
@@ -59,7 +68,7 @@ def load(path: Path) -> Dataset:
         first = name_of.setdefault(file.parent.resolve() / file.name, name)
         if first != name:
             raise DatasetInvalid(f"{path}: one file is named twice, as {first} and as {name}")
-        group = spelt.setdefault(" ".join(told.split()).casefold(), told) or same[file]
+        group = spelt.setdefault(folded(" ".join(told.split())), told) or same[file]
         clips.append(Clip(name, labels, group, side, file))
     return Dataset(
         name=utf8(path.stem),

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from model.datasets import LAYOUTS, Clip, Dataset, LogMels, Skipped, detect, load
-from model.datasets.dataset import left_out
+from model.datasets.dataset import left_out, odd_labels
 from model.datasets.gtzan import fault_filtered_split
 from model.datasets.logmels import LogMelSource, logmel_of, makes, open_source, samples_of
 from model.frontend import normalise
@@ -439,6 +439,19 @@ def test_artists_differ_neither_by_case_nor_by_space(tmp_path: Path) -> None:
     told = "path,label,artist", "x0.wav,a,Nina Simone", "x1.wav,b,NINA  SIMONE", "x2.wav,b,Nina"
     groups = [clip.group for clip in load(listing(tmp_path, *told)).clips]
     assert groups == ["Nina Simone", "Nina Simone", "Nina"]
+
+
+def test_artists_and_labels_do_not_differ_by_how_accents_are_encoded(tmp_path: Path) -> None:
+    composed, apart = "Beyonc\u00e9", "Beyonce\u0301"
+    told = "path,label,artist,split", f"x0.wav,a,{composed},train", f"x1.wav,a,{apart},test"
+    with pytest.raises(SplitLeaks, match=r"train: x0\.wav \| test: x1\.wav"):
+        load(listing(tmp_path, *told))
+    dataset = load(listing(tmp_path, "path,label", f"x0.wav,{apart}"))
+    assert dataset.columns(["a", composed]) == {apart: 1}
+    mixed = load(listing(tmp_path, "path,label", f"x0.wav,{apart}", f"x1.wav,{composed}"))
+    assert f"{apart}, {composed} are taken for 2 labels, and differ in case or encoding alone" in (
+        odd_labels(mixed)
+    )
 
 
 def test_a_line_of_a_manifest_with_a_comma_too_many_is_named(tmp_path: Path) -> None:
