@@ -288,10 +288,12 @@ class Engine:
             yield
         except Exception as error:
             if _is_out_of_memory(error):
+                # Its frames hold the tensors of the pass, and `contextlib` of Python 3.12 makes a
+                # circle of them that lasts until it is collected.
                 raise DeviceOutOfMemory(
                     f"{self._device} has too little free memory ({error}); free some, or use a "
                     "smaller model."
-                ) from error
+                ) from error.with_traceback(None)
             if isinstance(error, torch.AcceleratorError):
                 self.lost = True
                 raise DeviceLost(
