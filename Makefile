@@ -1,4 +1,4 @@
-# The whole developer interface. `make demo` and `make test` need Python 3.11 and nothing else.
+# The whole developer interface. `make demo` and `make test` need Python 3.11 or 3.12 and nothing else.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
