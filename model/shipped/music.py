@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.datasets.logmels import logmel_of
+from model.folder import write_whole
 from model.shipped import coarse
 from model.shipped.coarse import RATE_HZ
 from worker.decode.decoder import decode_samples
@@ -158,7 +160,7 @@ def _logmels(file: Path, cache: Path) -> Path | None:
         window = 3 * RATE_HZ
         if len(samples) < window:
             samples = np.tile(samples, -(-window // len(samples)))[:window]
-        partial = made.with_suffix(".partial.npz")
-        np.savez(partial, fine=logmel_of(samples, coarse.FINE), coarse=coarse.coarse(samples))
-        partial.replace(made)
+        packed = BytesIO()
+        np.savez(packed, fine=logmel_of(samples, coarse.FINE), coarse=coarse.coarse(samples))
+        write_whole(made, packed.getbuffer())
     return made

@@ -2,10 +2,7 @@
 
 import dataclasses
 import math
-import resource
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +43,7 @@ from model.train import (
     train,
 )
 from tests import collections_of_music as music
+from tests.full_disk import full_disk
 from tests.unit.model.test_bundle import Bomb
 from worker.errors import (
     BundleInvalid,
@@ -182,17 +180,6 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(
     train(dataset, tmp_path / "b", recipe=BRIEF, progress=Progress(step=second))
     assert asked == ["final"]
     train(dataset, tmp_path / "b", recipe=BRIEF, fit="train")  # and afterwards anyone may
-
-
-@contextmanager
-def full_disk(largest: int) -> Iterator[None]:
-    """No file grows beyond `largest` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_is_told_and_takes_nothing_of_what_is_there(

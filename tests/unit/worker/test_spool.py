@@ -2,7 +2,6 @@ import asyncio
 import errno
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.full_disk import full_disk
 from worker.errors import AudioTooLarge, FetchUnavailable, SettingsInvalid, SpoolFull
 from worker.fetch.spool import WRITE_PARTS, Room, Share, Spool, in_thread
 
@@ -108,16 +108,10 @@ class TestFiles:
         file.remove()
 
     async def test_a_full_disk_is_a_full_spool(self, spool: Spool, root: Path) -> None:
-        """The kernel refuses to let files grow, as a full disk does."""
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         file = spool.file()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-        try:
-            with pytest.raises(SpoolFull, match="SPOOL_DIR"):
-                await file.write(bytes(500_000))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            file.remove()
+        with full_disk(100_000), pytest.raises(SpoolFull, match="SPOOL_DIR"):
+            await file.write(bytes(500_000))
+        file.remove()
         assert files(root) == []
         assert spool.room.used_bytes == 0
 
