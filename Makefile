@@ -10,6 +10,8 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOCK := uv pip compile pyproject.toml --universal --python-version 3.11 --fork-strategy fewest \
+    --generate-hashes --no-header --no-annotate --quiet
 
 .PHONY: help setup lock demo test lint bench faults clean
 
@@ -27,10 +29,8 @@ $(STAMP): requirements.lock pyproject.toml
 setup: $(STAMP)  ## Make the environment in .venv and nothing else.
 
 lock: setup  ## Resolve all locks anew: hashes and versions only; needs uv.
-	uv pip compile pyproject.toml --all-extras --generate-hashes --universal --python-version 3.11 \
-	    --fork-strategy fewest --no-header --no-annotate --quiet --upgrade --output-file requirements.lock
-	uv pip compile pyproject.toml --constraint requirements.lock --generate-hashes --universal \
-	    --python-version 3.11 --fork-strategy fewest --no-header --no-annotate --quiet | awk '/^[^ ]/ { cuda = \
+	$(LOCK) --all-extras --upgrade --output-file requirements.lock
+	$(LOCK) --constraint requirements.lock | awk '/^[^ ]/ { cuda = \
 	    /^(torch|torchaudio|triton|nvidia-|cuda-)/ } { print > ("deploy/requirements" (cuda ? "-cuda" : "") ".lock") }'
 	$(BIN)/python -m worker.services.jars
 
